@@ -1,0 +1,1 @@
+"""Head patterns that ship with the package, one JSON file per model."""

@@ -1,0 +1,62 @@
+"""Consumes what a session yields: the prefill bar, the streamed answer, and Ctrl-C that stops only the work."""
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+from rich.console import Console
+
+from duolocal.engine.session import ChatSession, Event, Finished, Prefilled, Text
+from duolocal.terminal.markdown import MarkdownStream
+from duolocal.terminal.progress import Bar, bar
+
+
+@contextmanager
+def cancel_on_interrupt(session: ChatSession) -> Iterator[None]:
+    """Turn Ctrl-C into `session.cancel()`; the third one in a row gets out whatever hangs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    presses = 0
+
+    def cancel(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal presses
+        presses += 1
+        if presses >= 3:
+            raise KeyboardInterrupt
+        session.cancel()
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def show_events(
+    console: Console, session: ChatSession, events: Iterable[Event], *, reading: str
+) -> Finished | None:
+    """Show events until they end; return the last one's Finished, if there was one.
+
+    `reading` names what is prefilled ("reading README.md"). Text is streamed as Markdown.
+    """
+    finished: Finished | None = None
+    with cancel_on_interrupt(session), ExitStack() as stack:
+        stage = stack.enter_context(ExitStack())  # the bar, until there is text
+        progress: Bar | None = stage.enter_context(bar(console, reading, "tokens"))
+        answer: MarkdownStream | None = None
+        for event in events:
+            if isinstance(event, Prefilled):
+                if progress is not None:
+                    progress.update(event.done, event.total, event.elapsed_s)
+            elif isinstance(event, Text):
+                if answer is None:
+                    stage.close()
+                    progress = None
+                    answer = stack.enter_context(MarkdownStream(console))
+                answer.feed(event.text)
+            elif isinstance(event, Finished):
+                finished = event
+    return finished

@@ -1,0 +1,173 @@
+"""What the chat shows about itself: welcome, status line, /context, /docs, /stats. Builds, prints nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from duolocal.engine.memory import MemoryReport
+from duolocal.engine.session import ContextItem, Finished
+from duolocal.terminal import figures
+from duolocal.terminal.clean import clean_line
+
+_BAR_COLUMNS = 20
+_KIND_STYLES = {"system": "magenta", "document": "cyan", "user": "green", "assistant": "yellow"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a loaded model and its engine; the views need no engine to be tested."""
+
+    model: str
+    weight_format: str
+    kv_format: str
+    context: int  # tokens
+    num_retrieval: int  # KV heads in all layers
+    num_heads: int  # KV heads in all layers
+    sink_size: int
+    recent_size: int
+    plan_source: str
+    notes: tuple[str, ...] = ()
+    load_s: float = 0.0
+
+    @property
+    def heads(self) -> str:
+        """Say how the KV heads are split."""
+        if self.num_retrieval == self.num_heads:
+            return f"all {self.num_heads} KV heads retrieval"
+        return f"{self.num_retrieval} of {self.num_heads} KV heads retrieval"
+
+
+def welcome(facts: Facts, documents: int) -> Text:
+    """Say in two lines what is loaded and what to type."""
+    first = (
+        f"{clean_line(facts.model)} ({facts.weight_format}), context {facts.context:,} tokens, "
+        f"KV {facts.kv_format}, {facts.heads}"
+    )
+    about = "about the document " if documents == 1 else "about the documents " if documents else ""
+    load = "" if documents else "/load FILE adds a document, "
+    second = f"Type a question {about}and press Enter; {load}/help lists the commands, Ctrl-D leaves."
+    return Text.assemble((first, "bold"), "\n", second)
+
+
+def status_line(facts: Facts, position: int, memory: MemoryReport, last: Finished | None, columns: int) -> str:
+    """Build the bottom line; on a narrow terminal the last parts are left out, never cut in the middle."""
+    wide = f"{position:,}/{facts.context:,} tokens"
+    parts = [wide if columns >= 50 else f"{position:,}/{figures.short_tokens(facts.context)}"]
+    if last is not None and last.completion_tokens:
+        parts.append(figures.speed(last.completion_tokens, last.decode_s))
+    if facts.num_retrieval < facts.num_heads:
+        streaming = figures.size(memory.streaming_bytes)
+        parts.append(f"KV {figures.size(memory.retrieval_bytes)} retrieval + {streaming} streaming")
+    else:
+        parts.append(f"KV {figures.size(memory.retrieval_bytes)}")
+    parts += [facts.kv_format, clean_line(facts.model)]
+    line = " " + parts[0]
+    for part in parts[1:]:
+        if len(line) + len(part) + 4 <= columns:
+            line += " · " + part
+    return line + " "
+
+
+def answer_line(finished: Finished, *, context: int) -> Text:
+    """Summarise an answer in one dim line; say so when it is not complete."""
+    parts = [figures.tokens(finished.completion_tokens)]
+    if finished.completion_tokens and finished.decode_s:
+        parts.append(figures.speed(finished.completion_tokens, finished.decode_s))
+    parts.append(f"first after {figures.duration(finished.prefill_s)}")
+    line = Text(" · ".join(parts), style="dim")
+    reasons = {
+        "cancelled": "stopped by Ctrl-C; what is there stays in the context",
+        "length": "cut off by max_tokens; /set max_tokens none lifts it",
+        "context": f"cut off: the context of {context:,} tokens is full; /undo or /reset makes room",
+    }
+    if finished.reason in reasons:
+        line.append("\n" + reasons[finished.reason], style="yellow")
+    return line
+
+
+def context_view(items: Sequence[ContextItem], position: int, context: int, columns: int) -> RenderableType:
+    """List everything in the context with its tokens and its share of the limit."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("what", no_wrap=True)
+    table.add_column("name", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    wide = columns >= 60
+    if wide:
+        table.add_column(f"share of {figures.short_tokens(context)}", no_wrap=True)
+    for item in items:
+        style = _KIND_STYLES.get(item.kind, "dim")
+        cells: list[RenderableType] = [
+            Text(item.kind, style),
+            Text(clean_line(item.name)),
+            f"{item.num_tokens:,}",
+        ]
+        if wide:
+            cells.append(Text(_bar(item.num_tokens, context), style))
+        table.add_row(*cells)
+    free = context - position
+    percent = 100 * position / context
+    total = Text(
+        f"{figures.tokens(position)} of {context:,} in the context ({percent:.1f}%), {free:,} free", "bold"
+    )
+    return Group(table, total) if items else total
+
+
+def _bar(part: int, whole: int) -> str:
+    eighths = round(part / whole * _BAR_COLUMNS * 8)
+    if part and not eighths:
+        eighths = 1
+    full, rest = divmod(eighths, 8)
+    return "█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
+
+
+def documents_view(rows: Sequence[tuple[str, int, str]]) -> RenderableType:
+    """List documents: (name, tokens, what is known of the file)."""
+    if not rows:
+        return Text("no documents in the context; /load FILE adds one")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("document", overflow="fold")
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("file", overflow="fold")
+    for name, num_tokens, about in rows:
+        table.add_row(Text(clean_line(name)), f"{num_tokens:,}", Text(clean_line(about)))
+    return table
+
+
+def stats_view(facts: Facts, position: int, memory: MemoryReport, last: Finished | None) -> RenderableType:
+    """Show speeds, memory by head class beside the dense 16-bit figure, head plan, KV format, notes."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("model", f"{clean_line(facts.model)}, weights {facts.weight_format}")
+    table.add_row("loaded in", figures.duration(facts.load_s))
+    if last is not None:
+        read = figures.speed(last.prompt_tokens, last.prefill_s)
+        table.add_row("last prefill", f"{figures.tokens(last.prompt_tokens)}, {read}")
+        wrote = figures.speed(last.completion_tokens, last.decode_s)
+        table.add_row("last answer", f"{figures.tokens(last.completion_tokens)}, {wrote}")
+    table.add_row("context", f"{position:,} of {facts.context:,} tokens")
+    table.add_row("KV format", facts.kv_format)
+    table.add_row("heads", f"{facts.heads} ({clean_line(facts.plan_source)})")
+    if facts.num_retrieval < facts.num_heads:
+        table.add_row("", f"the others see {facts.sink_size} sink + {facts.recent_size} recent tokens")
+    for name, text in memory_rows(memory):
+        table.add_row(name, text)
+    notes = [Text(clean_line(note), style="dim") for note in facts.notes]
+    return Group(table, *notes)
+
+
+def memory_rows(memory: MemoryReport) -> list[tuple[str, str]]:
+    """Write a memory report as (label, text) rows."""
+    kv = memory.retrieval_bytes + memory.streaming_bytes
+    rows = [
+        ("weights", figures.size(memory.weights_bytes)),
+        ("KV retrieval", figures.size(memory.retrieval_bytes)),
+        ("KV streaming", figures.size(memory.streaming_bytes)),
+    ]
+    dense = memory.dense_16bit_bytes
+    if dense:
+        rows.append(("KV together", f"{figures.size(kv)}; dense 16-bit {figures.size(dense)} ({kv / dense:.0%})"))
+    return rows

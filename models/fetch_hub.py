@@ -1,0 +1,250 @@
+"""Fetch a safetensors model from the hub through huggingface-hub.
+
+Owns: which files are wanted, progress in bytes, space, and one-line errors. Not: names of models
+(models/registry.py). Endpoint, cache folder, offline mode and token are huggingface-hub's own settings: HF_ENDPOINT,
+HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN.
+
+Files that are complete stay when a fetch is cut short; the file in flight starts again.
+"""
+
+import errno
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from duolocal.errors import DownloadError, DuoLocalError, ModelNotFoundError
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+# Weights as safetensors only: pickled weights (.bin, .pth) run code when they are opened.
+_ALLOW = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+# Folders hold other formats; consolidated* is a second copy of the weights in Mistral's own layout.
+_IGNORE = ["*/*", "consolidated*.safetensors"]
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_repo_id(text: str) -> bool:
+    """Say whether `text` has the form of a hub id, "org/name"."""
+    return _REPO_ID.fullmatch(text) is not None
+
+
+def cached_repo(repo: str, *, revision: str | None = None) -> Path | None:
+    """Return the folder of a completely cached repository, or None; touches no network."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=_ALLOW, ignore_patterns=_IGNORE, local_files_only=True
+            )
+        )
+    except (OSError, ValueError):  # not cached, or an id the library refuses
+        return None
+    return None if missing_files(folder) else folder
+
+
+def fetch_repo(
+    repo: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool | None = None,
+    on_progress: Progress | None = None,
+) -> Path:
+    """Return the local folder of a hub repository's safetensors model, fetching what is missing.
+
+    `offline` True never touches the network; None leaves it to HF_HUB_OFFLINE. `on_progress` gets bytes.
+    Raises ModelNotFoundError (no such repository or revision, no safetensors weights) and DownloadError (no network,
+    gated, no space), each saying what to do.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    if offline or constants.HF_HUB_OFFLINE:
+        folder = cached_repo(repo, revision=revision)
+        if folder is None:
+            raise DownloadError(f"{_called(repo, revision)} is not cached and offline mode is on; {_by_hand(repo)}")
+        return folder
+    try:
+        info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True)
+        sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
+        wanted = _wanted(repo, sizes)
+        cached = _cached_files(repo, info.sha, wanted)
+        total = sum(wanted.values())
+        _remove_leftovers(repo)
+        _check_space(repo, total - sum(wanted[name] for name in cached))
+        bar = _progress_bar(on_progress, sum(wanted[name] for name in cached), total)
+        folder = Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                token=token,
+                allow_patterns=_ALLOW,
+                ignore_patterns=_IGNORE,
+                tqdm_class=bar,
+            )
+        )
+    # HTTPError is the HTTP library's own (httpx, later httpx2); hf-xet raises RuntimeError.
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:
+        failure = _explain(repo, revision, error)
+        if isinstance(failure, DownloadError) and not _is_no_space(error):
+            kept = cached_repo(repo, revision=revision)
+            if kept is not None:
+                return kept
+        raise failure from error
+    missing = missing_files(folder)
+    if missing:
+        raise DownloadError(f"{_called(repo, revision)} lacks {', '.join(missing[:3])} on the hub; use another model")
+    if on_progress is not None:
+        on_progress(total, total)
+    return folder
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Return the names that a safetensors model in `folder` still needs, [] when it is complete."""
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return [*missing, index.name]  # unreadable: as good as missing
+        return missing + [name for name in names if not (folder / name).is_file()]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    return missing
+
+
+def _wanted(repo: str, sizes: dict[str, int]) -> dict[str, int]:
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = list(filter_repo_objects(sizes, allow_patterns=_ALLOW, ignore_patterns=_IGNORE))
+    if any(name.endswith(".safetensors") for name in names):
+        return {name: sizes[name] for name in names}
+    if any(name.endswith(".gguf") for name in sizes):
+        raise ModelNotFoundError(
+            f"{repo} holds .gguf files and no safetensors weights: fetch the one you want "
+            f"(`hf download {repo} FILE.gguf --local-dir .`) and give its path as the model"
+        )
+    raise ModelNotFoundError(f"{repo} has no safetensors weights (pickled .bin and .pth weights are not loaded)")
+
+
+def _cached_files(repo: str, commit: str | None, wanted: dict[str, int]) -> list[str]:
+    from huggingface_hub import try_to_load_from_cache
+
+    return [name for name in wanted if isinstance(try_to_load_from_cache(repo, name, revision=commit), str)]
+
+
+def _check_space(repo: str, needed: int) -> None:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DownloadError(
+            f"no space for {repo} in {constants.HF_HUB_CACHE}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
+            "free; make room or set HF_HOME to a folder on another disk"
+        )
+
+
+def _remove_leftovers(repo: str) -> None:
+    """Remove what killed fetches of this repository left, file by file, unless someone is writing the file.
+
+    huggingface-hub 2 names them BLOB.RANDOM.incomplete and never uses them again (1.x's BLOB.incomplete is resumed).
+    It holds a lock per blob while it writes.
+    """
+    from filelock import FileLock, Timeout
+    from huggingface_hub import constants
+
+    folder = f"models--{repo.replace('/', '--')}"
+    locks = Path(constants.HF_HUB_CACHE) / ".locks" / folder
+    for leftover in (Path(constants.HF_HUB_CACHE) / folder / "blobs").glob("*.*.incomplete"):
+        lock = locks / f"{leftover.name.split('.')[0]}.lock"
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock, timeout=0):
+                leftover.unlink(missing_ok=True)
+        except (Timeout, OSError):
+            continue  # being written, or not ours to remove
+
+
+def _progress_bar(on_progress: Progress | None, start: int, total: int) -> Any:
+    """Return a tqdm class that draws nothing and reports the bytes of all files together."""
+    from tqdm import tqdm
+
+    class _Bar(tqdm):
+        monitor_interval = 0  # no watching thread
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._counts_bytes = options.get("unit") == "B"
+            options.update(file=io.StringIO(), disable=False)
+            options.pop("name", None)  # huggingface-hub's own bars only
+            super().__init__(*args, **options)
+
+        def display(self, *args: Any, **options: Any) -> bool:
+            return True
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            if self._counts_bytes and on_progress is not None:
+                on_progress(min(start + int(self.n), total), total)
+            return shown
+
+    return _Bar
+
+
+def _explain(repo: str, revision: str | None, error: Exception) -> DuoLocalError:
+    """Return the one line that says what failed and what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return DownloadError(
+            f"{repo} is gated: accept its licence on its page ({constants.ENDPOINT}/{repo}), then set HF_TOKEN to a "
+            f"read token of that account (or run `hf auth login`)"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return ModelNotFoundError(
+            f"the hub has no model {repo} that you may see: check the spelling, or set HF_TOKEN if it is private"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ModelNotFoundError(f"{repo} has no revision {revision!r} on the hub: give a branch, tag or commit of it")
+    if isinstance(error, HFValidationError):
+        return ModelNotFoundError(f"{repo!r} is not a hub id: wanted the form org/name")
+    if status in (401, 403):
+        return DownloadError(
+            f"the hub refused {repo} (HTTP {status}): set HF_TOKEN to a valid read token of an account with access"
+        )
+    if _is_no_space(error):
+        return DownloadError(f"no space left while fetching {repo} into {constants.HF_HUB_CACHE}: make room and retry")
+    if status is not None:
+        return DownloadError(f"the hub answered HTTP {status} for {repo}: try again later, or {_by_hand(repo)}")
+    detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return DownloadError(f"cannot fetch {_called(repo, revision)} ({detail}): check the network, or {_by_hand(repo)}")
+
+
+def _is_no_space(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
+def _called(repo: str, revision: str | None) -> str:
+    return repo if revision is None else f"{repo} at {revision}"
+
+
+def _by_hand(repo: str) -> str:
+    return (
+        f"run `hf download {repo} --local-dir FOLDER` on a machine with network, copy FOLDER here and give its path "
+        "as the model"
+    )

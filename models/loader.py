@@ -1,0 +1,115 @@
+"""Opening a model from disk: what it is (ModelSource), then its weights.
+
+Owns the choice of the reader by what lies at a path, and the fingerprint. Opening reads headers and configs only;
+loading never dequantizes. The readers are `gguf.py` and `safetensors_folder.py`; names of models and downloads
+belong to `registry.py`.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from duolocal.errors import ModelFileError, ModelNotFoundError
+from duolocal.models.assemble import TensorSource, assemble
+from duolocal.models.config import ModelConfig
+from duolocal.models.gguf import open_gguf
+from duolocal.models.gguf_weights import GGUFWeights, main_format, read_config
+from duolocal.models.weights import ModelWeights
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is opened and checked but not loaded."""
+
+    path: Path
+    kind: str  # "gguf", "safetensors", "awq"
+    config: ModelConfig
+    metadata: Mapping[str, Any]  # GGUF key/values; {} for a folder
+    size_bytes: int  # of the weights on disk
+    weight_format: str  # for people: "Q4_1", "AWQ int4 g128", "BF16"
+    fingerprint: str  # hex; of headers, configs, tensor table and samples of the data
+    tensors: TensorSource
+
+    def load(
+        self,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        on_layer: Callable[[int, int], None] | None = None,
+    ) -> ModelWeights:
+        """Return the weights, matrices in the bits of the file on `device`, norm weights and biases in `dtype`.
+
+        On the CPU matrices are views of the memory-mapped file wherever their layout allows it. `on_layer` is
+        called with (layers done, layers in all). Raises ModelFileError where the file cannot be read.
+        """
+        return assemble(self.config, self.tensors, device=torch.device(device), dtype=dtype, on_layer=on_layer)
+
+
+def open_model(path: str | Path) -> ModelSource:
+    """Open a .gguf file, or a folder with config.json and *.safetensors, or a folder that holds one .gguf.
+
+    Raises ModelNotFoundError where there is no model, ModelFileError and ConfigError where it cannot be used.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise ModelNotFoundError(f"{path}: no such file or folder; give a .gguf file, a model folder or a model name")
+    if path.suffix.lower() == ".gguf" or _begins_with_gguf(path):
+        return _open_gguf(path)
+    raise ModelNotFoundError(
+        f"{path}: not a model; give a .gguf file, or the folder that holds config.json and *.safetensors"
+    )
+
+
+def _begins_with_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _open_folder(path: Path) -> ModelSource:
+    raise ModelNotFoundError(f"{path}: later")
+
+
+def _open_gguf(path: Path) -> ModelSource:
+    file = open_gguf(path)
+    config = read_config(file)
+    return ModelSource(
+        path=path,
+        kind="gguf",
+        config=config,
+        metadata=file.metadata,
+        size_bytes=sum(tensor.nbytes for tensor in file.tensors.values()),
+        weight_format=main_format(file),
+        fingerprint=_fingerprint([(path, file.header_bytes)]),
+        tensors=GGUFWeights(file, config),
+    )
+
+
+def _fingerprint(files: Sequence[tuple[Path, int]]) -> str:
+    """Return the SHA-256 over the first `header_bytes` of every file, its size, and samples spread over the rest."""
+    digest = hashlib.sha256()
+    for path, header_bytes in files:
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                digest.update(f"{size}:{header_bytes}\n".encode())
+                digest.update(file.read(header_bytes))
+                step = max(_SAMPLE_BYTES, (size - header_bytes) // _SAMPLES)
+                for start in range(header_bytes, size, step):
+                    file.seek(start)
+                    digest.update(file.read(_SAMPLE_BYTES))
+        except OSError as error:
+            raise ModelFileError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return digest.hexdigest()

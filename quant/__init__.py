@@ -1,0 +1,1 @@
+"""Floor 2: number formats of weights and of KV blocks."""

@@ -1,0 +1,27 @@
+"""What all tests share: thread settings before torch, hypothesis profiles, the default model's file."""
+
+import os
+
+# Before torch loads: threads that wander between cores make timings and the CPU kernels several times slower.
+os.environ.setdefault("OMP_PROC_BIND", "true")
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from duolocal.models.registry import DEFAULT_MODEL, cached_path
+
+# No deadline: one example's time says more about the load of the machine than about the code.
+settings.register_profile("default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Return the file of the default model, or skip: a test fetches nothing."""
+    path = cached_path(DEFAULT_MODEL)
+    if path is None:
+        pytest.skip(f"{DEFAULT_MODEL} is not cached: run `duolocal models fetch {DEFAULT_MODEL}`")
+    return path

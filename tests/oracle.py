@@ -1,0 +1,108 @@
+"""The oracle that every cache and attention kernel is judged by: dense, float64, with an explicit mask.
+
+Owns the design's visibility rule in its plainest form. Nothing here is fast, tiled, quantized or shared with
+the code under test.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duolocal.models.config import ModelConfig
+
+
+def naive_visibility(i: int, j: int, *, retrieval: bool, sink_size: int, recent_size: int) -> bool:
+    """Say whether a query at position `i` sees position `j`: the rule of the design, word for word."""
+    if retrieval:
+        return j <= i
+    return j <= i and (j < sink_size or i - j < recent_size)
+
+
+def visibility_mask(
+    positions: Tensor, kv_len: int, *, retrieval: bool, sink_size: int, recent_size: int
+) -> Tensor:
+    """Return the same rule as a boolean mask [q_len, kv_len] for queries at `positions` [q_len]."""
+    i = positions.to("cpu", torch.int64)[:, None]
+    j = torch.arange(kv_len)[None, :]
+    if retrieval:
+        return j <= i
+    return (j <= i) & ((j < sink_size) | (i - j < recent_size))
+
+
+def oracle_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    *,
+    retrieval: Sequence[bool],
+    sink_size: int,
+    recent_size: int,
+) -> Tensor:
+    """Attend in float64 from q [q_len, num_heads, head_dim] to k and v [kv_len, num_kv_heads, head_dim].
+
+    Row j of k and v is position j; `positions` [q_len] are those of the queries; `retrieval` has one entry per KV
+    head. Returns [q_len, num_heads, head_dim] float64 on the CPU.
+    """
+    q, k, v = (tensor.detach().to("cpu", torch.float64) for tensor in (q, k, v))
+    kv_len, num_kv_heads, head_dim = k.shape
+    num_heads = q.shape[1]
+    assert v.shape == k.shape
+    assert num_heads % num_kv_heads == 0
+    assert len(retrieval) == num_kv_heads
+    assert int(positions.max()) < kv_len, "a query comes after the last key: append was not called"
+    out = torch.full_like(q, float("nan"))
+    for head in range(num_heads):
+        kv_head = head // (num_heads // num_kv_heads)
+        mask = visibility_mask(
+            positions, kv_len, retrieval=retrieval[kv_head], sink_size=sink_size, recent_size=recent_size
+        )
+        scores = q[:, head] @ k[:, kv_head].T / head_dim**0.5  # [q_len, kv_len]
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+        out[:, head] = weights @ v[:, kv_head]
+    return out
+
+
+class OracleCache:
+    """A `Cache` that keeps every key and value as it came; `plan_retrieval[layer][kv_head]`, None: all retrieval."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        plan_retrieval: Sequence[Sequence[bool]] | None = None,
+        *,
+        sink_size: int = 0,
+        recent_size: int = 1,
+    ) -> None:
+        if plan_retrieval is None:
+            plan_retrieval = [[True] * config.num_kv_heads for _ in range(config.num_layers)]
+        assert len(plan_retrieval) == config.num_layers
+        self.plan_retrieval = plan_retrieval
+        self.sink_size = sink_size
+        self.recent_size = recent_size
+        empty = torch.empty(0, config.num_kv_heads, config.head_dim, dtype=torch.float64)
+        self.k = [
+            empty for _ in range(config.num_layers)
+        ]  # [kv_len, num_kv_heads, head_dim] float64 per layer
+        self.v = [empty for _ in range(config.num_layers)]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Add the next tokens' k and v [q_len, num_kv_heads, head_dim]."""
+        assert k.shape == v.shape
+        assert k.shape[1:] == self.k[layer].shape[1:]
+        self.k[layer] = torch.cat((self.k[layer], k.detach().to("cpu", torch.float64)))
+        self.v[layer] = torch.cat((self.v[layer], v.detach().to("cpu", torch.float64)))
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
+        """Attend from q [q_len, num_heads, head_dim]; return its shape, dtype and device."""
+        out = oracle_attention(
+            q,
+            self.k[layer],
+            self.v[layer],
+            positions,
+            retrieval=self.plan_retrieval[layer],
+            sink_size=self.sink_size,
+            recent_size=self.recent_size,
+        )
+        return out.to(q.device, q.dtype)
