@@ -62,7 +62,7 @@ class Document:
         if self.encoding in ("cp1252", "latin-1"):
             return f"{self.name} is not UTF-8: read as {self.encoding}; look at its accents before you rely on it"
         if self.num_replaced:
-            return f"{self.name} has {self.num_replaced:,} bytes that are no UTF-8: each stands as U+FFFD"
+            return f"{self.name} is not quite UTF-8: {self.num_replaced:,} times U+FFFD stands for what was unreadable"
         return None
 
 

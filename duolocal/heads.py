@@ -95,12 +95,14 @@ def uniform_plan(
     )
 
 
-def shipped_pattern(model_name: str) -> HeadPattern | None:
-    """Return the pattern that ships for a model name of the registry, or None."""
-    file = resources.files("duolocal.patterns") / f"{model_name}.json"
-    if not file.is_file():
-        return None
-    return _parse_pattern(json.loads(file.read_text(encoding="utf-8")), where=f"shipped pattern {model_name}")
+def shipped_pattern(fingerprint: str) -> HeadPattern | None:
+    """Return the pattern that ships for the weights with this fingerprint, or None."""
+    for file in sorted(resources.files("duolocal.patterns").iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".json"):
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if fingerprint in data["fingerprints"]:
+                return _parse_pattern(data, where=f"shipped pattern {file.name.removesuffix('.json')}")
+    return None
 
 
 def load_pattern(path: str | Path) -> HeadPattern:
@@ -120,7 +122,7 @@ def plan_heads(
     *,
     num_layers: int,
     num_kv_heads: int,
-    model_name: str | None,
+    fingerprint: str | None,
     sink_size: int | None = None,
     recent_size: int | None = None,
 ) -> tuple[HeadPlan, str | None]:
@@ -133,7 +135,7 @@ def plan_heads(
     everything = uniform_plan(num_layers=num_layers, num_kv_heads=num_kv_heads, retrieval=True, **sizes)
     if heads == "all":
         return everything, None
-    shipped = shipped_pattern(model_name) if model_name else None
+    shipped = shipped_pattern(fingerprint) if fingerprint else None
     ratio = None if heads == "auto" else _as_ratio(heads)
     if ratio in (0.0, 1.0):
         shape = {"num_layers": num_layers, "num_kv_heads": num_kv_heads}

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding and the SiLU gate: the operations of a layer that are neither a product nor attention.
+"""RMSNorm, rotary embedding and the SiLU gate: what a layer does besides products and attention.
 
 Owns the plain-torch reference of each, with its shape checks. Does not know the model, the cache or where the
 RoPE frequencies come from (`duolocal.models.rope`).
@@ -11,9 +11,9 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Scale every vector of `x` to root mean square 1, then by `weight`.
 
-    x [..., n], weight [n] in x's dtype -> [..., n] in x's dtype. The mean square is accumulated in float32 (float64
-    for float64), and the product with `weight` is taken in x's dtype, as transformers does. Raises ValueError on
-    a mismatch. Zhang and Sennrich, arXiv 1910.07467, equation 4.
+    x [..., n], weight [n] in x's dtype -> [..., n] in x's dtype. The mean square is accumulated in float32
+    (float64 for float64), and the product with `weight` is taken in x's dtype, as transformers does. Raises
+    ValueError on a mismatch. Zhang and Sennrich, arXiv 1910.07467, equation 4.
     """
     if weight.ndim != 1 or x.ndim < 1 or x.shape[-1] != weight.shape[0] or weight.dtype != x.dtype:
         raise ValueError(
@@ -52,7 +52,8 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up, the gated activation of the MLP.
 
-    gate and up of one shape and dtype -> the same. Raises ValueError on a mismatch. Shazeer, arXiv 2002.05202.
+    gate and up of one shape and dtype -> the same. Raises ValueError on a mismatch. Shazeer, arXiv
+    2002.05202.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(

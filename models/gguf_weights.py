@@ -14,7 +14,7 @@ from torch import Tensor
 
 from duolocal.errors import ModelFileError
 from duolocal.models.assemble import Role, roles
-from duolocal.models.config import ModelConfig, shown
+from duolocal.models.config import ModelConfig, label, shown
 from duolocal.models.gguf import GGUFFile, GGUFTensor
 from duolocal.models.gguf_config import config_from_gguf
 from duolocal.quant.gguf import GGUFWeight
@@ -35,6 +35,7 @@ _LAYER_NAMES = {
     "down_proj": "ffn_down",
 }
 _ROPE_FREQS = "rope_freqs.weight"  # read into the config
+_MAX_ROPE_FREQS_BYTES = 1 << 14
 _UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")  # rotary tables in old files
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -54,6 +55,11 @@ def read_config(file: GGUFFile) -> ModelConfig:
         raise ModelFileError(f"{file.path}: tensor token_embd.weight is missing: this is no language model")
     factors = None
     if _ROPE_FREQS in file.tensors:
+        if file.tensors[_ROPE_FREQS].nbytes > _MAX_ROPE_FREQS_BYTES:
+            raise ModelFileError(
+                f"{file.path}: tensor {_ROPE_FREQS} has {file.tensors[_ROPE_FREQS].nbytes} bytes, wanted at most "
+                f"{_MAX_ROPE_FREQS_BYTES}; the file is damaged"
+            )
         factors = tuple(_vector(file, file.tensors[_ROPE_FREQS]).tolist())
     return config_from_gguf(
         file.metadata,
@@ -99,7 +105,7 @@ class GGUFWeights:
         for name in self.file.tensors:
             if name not in wanted and name != _ROPE_FREQS and not _UNUSED.fullmatch(name):
                 raise ModelFileError(
-                    f"{self.file.path}: tensor {shown(name)} belongs to no {self.config.architecture} model that "
+                    f"{self.file.path}: tensor {label(name)} belongs to no {self.config.architecture} model that "
                     "duolocal knows; choose another file of this model"
                 )
 
@@ -140,7 +146,7 @@ def _vector(file: GGUFFile, tensor: GGUFTensor) -> Tensor:
     """Return a one-dimensional tensor as float32."""
     if len(tensor.shape) != 1:
         raise ModelFileError(
-            f"{file.path}: tensor {shown(tensor.name)} has shape {shown(list(tensor.shape))}, wanted one dimension"
+            f"{file.path}: tensor {label(tensor.name)} has shape {shown(list(tensor.shape))}, wanted one dimension"
         )
     return GGUFWeight(file.raw(tensor), tensor.type, tensor.shape[0]).dequantize(torch.float32)[0]
 

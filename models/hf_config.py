@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from duolocal.errors import ConfigError
-from duolocal.models.config import ModelConfig, Reader, RopeScaling, check_config, shown
+from duolocal.models.config import ModelConfig, Reader, RopeScaling, check_config, label, shown
 from duolocal.quant.awq import AWQSettings
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -25,8 +25,11 @@ _IGNORED = frozenset(
     output_attentions output_hidden_states output_scores pad_token_id prefix problem_type return_dict
     return_dict_in_generate sep_token_id task_specific_params temperature tokenizer_class top_k top_p torch_dtype
     torchscript transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_tracked_version
-    unsloth_version use_cache use_return_dict
-    """.split()
+    unsloth_version use_cache use_return_dict repetition_penalty length_penalty do_sample num_beams min_length
+    typical_p diversity_penalty early_stopping encoder_no_repeat_ngram_size no_repeat_ngram_size num_beam_groups
+    num_return_sequences remove_invalid_values suppress_tokens begin_suppress_tokens
+    exponential_decay_length_penalty
+    """.split()  # noqa: SIM905  (one word per line would be a page)
 )
 # Keys that are harmless at these values only.
 _ONLY_AT: dict[str, tuple[Any, ...]] = {
@@ -44,6 +47,8 @@ _ONLY_AT: dict[str, tuple[Any, ...]] = {
     "use_mrope": (None, False),
 }
 _ROPE_IGNORED = frozenset({"finetuned"})
+# transformers' class defaults where the key is absent; llama and any null: num_attention_heads.
+_NUM_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
 
 def config_from_hf(raw: Mapping[str, Any], where: str, *, generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -78,13 +83,14 @@ def config_from_hf(raw: Mapping[str, Any], where: str, *, generation: Mapping[st
     mlp_bias = read.boolean("mlp_bias", False)
     if mlp_bias and architecture != "llama":
         raise read.wrong("mlp_bias", f"false (transformers' {architecture} has none)")
+    default_kv_heads = num_heads if "num_key_value_heads" in raw else _NUM_KV_HEADS.get(architecture, num_heads)
     theta, scaling = _rope(read)
     read.value("quantization_config")  # awq_settings reads it
     config = ModelConfig(
         architecture=architecture,
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=read.integer("num_key_value_heads", num_heads),
+        num_kv_heads=read.integer("num_key_value_heads", default_kv_heads),
         head_dim=head_dim,
         hidden_size=hidden_size,
         intermediate_size=read.integer("intermediate_size"),
@@ -139,7 +145,7 @@ def awq_settings(raw: Mapping[str, Any], where: str) -> AWQSettings | None:
     for key in ("backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config"):
         read.value(key)  # how to run it, not what it is
     for key in read.unread():
-        raise ConfigError(f"{where}.{key} is {shown(quantization[key])}, which duolocal does not know; {advice}")
+        raise ConfigError(f"{where}.{label(key)} is {shown(quantization[key])}, which duolocal does not know; {advice}")
     return AWQSettings(group_size=group_size, dense_modules=tuple(modules))
 
 
@@ -166,8 +172,8 @@ def _rope(read: Reader) -> tuple[float, RopeScaling]:
     for name in inner.unread():
         if name not in _ROPE_IGNORED and values[name] is not None:
             raise ConfigError(
-                f"{inner.where}.{name} is {shown(values[name])}: it would change the computation in a way duolocal "
-                "does not know; choose another model"
+                f"{inner.where}.{label(name)} is {shown(values[name])}: it would change the computation in a way "
+                "duolocal does not know; choose another model"
             )
     return theta, scaling
 
@@ -260,6 +266,6 @@ def _refuse_unknown(read: Reader) -> None:
         if key in _IGNORED or (key in _ONLY_AT and value in _ONLY_AT[key]):
             continue
         raise ConfigError(
-            f"{read.where}: {key} is {shown(value)}: it would change the computation in a way duolocal does not "
+            f"{read.where}: {label(key)} is {shown(value)}: it would change the computation in a way duolocal does not "
             "know; choose another model, or remove the key if you are sure that it has no effect"
         )

@@ -6,6 +6,7 @@ belong to `registry.py`.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 
 from duolocal.errors import ModelFileError, ModelNotFoundError
+from duolocal.models import safetensors_folder
 from duolocal.models.assemble import TensorSource, assemble
 from duolocal.models.config import ModelConfig
 from duolocal.models.gguf import open_gguf
 from duolocal.models.gguf_weights import GGUFWeights, main_format, read_config
+from duolocal.models.safetensors_folder import FolderWeights, header_bytes, open_shards, read_folder_config
 from duolocal.models.weights import ModelWeights
 
 _SAMPLES = 64
@@ -58,9 +61,9 @@ def open_model(path: str | Path) -> ModelSource:
     Raises ModelNotFoundError where there is no model, ModelFileError and ConfigError where it cannot be used.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir false, not an exception, where access is denied
         return _open_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ModelNotFoundError(f"{path}: no such file or folder; give a .gguf file, a model folder or a model name")
     if path.suffix.lower() == ".gguf" or _begins_with_gguf(path):
         return _open_gguf(path)
@@ -77,8 +80,34 @@ def _begins_with_gguf(path: Path) -> bool:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _open_folder(path: Path) -> ModelSource:
-    raise ModelNotFoundError(f"{path}: later")
+def _open_folder(folder: Path) -> ModelSource:
+    if not (folder / "config.json").is_file():
+        found = sorted(path for path in folder.glob("*.gguf") if path.is_file())
+        if len(found) == 1:
+            return _open_gguf(found[0])
+        if found:
+            raise ModelNotFoundError(
+                f"{folder}: has {len(found)} .gguf files ({found[0].name}, {found[1].name} …): name one of them"
+            )
+        raise ModelNotFoundError(
+            f"{folder}: has neither config.json nor a .gguf file; give a model folder, a .gguf file or a model name"
+        )
+    config, settings = read_folder_config(folder)
+    shards = open_shards(folder)
+    tensors = FolderWeights(shards, config, settings)
+    files = sorted(shards.handles)
+    config_file = folder / "config.json"
+    tables = [(config_file, config_file.stat().st_size), *((file, header_bytes(file)) for file in files)]
+    return ModelSource(
+        path=folder,
+        kind="safetensors" if settings is None else "awq",
+        config=config,
+        metadata={},
+        size_bytes=sum(file.stat().st_size for file in files),
+        weight_format=safetensors_folder.main_format(shards, settings),
+        fingerprint=_fingerprint(tables),
+        tensors=tensors,
+    )
 
 
 def _open_gguf(path: Path) -> ModelSource:
@@ -97,17 +126,17 @@ def _open_gguf(path: Path) -> ModelSource:
 
 
 def _fingerprint(files: Sequence[tuple[Path, int]]) -> str:
-    """Return the SHA-256 over the first `header_bytes` of every file, its size, and samples spread over the rest."""
+    """Return the SHA-256 over the header (path, bytes) of every file, its size, and samples spread over the rest."""
     digest = hashlib.sha256()
-    for path, header_bytes in files:
+    for path, head in files:
         try:
             with path.open("rb") as file:
                 size = file.seek(0, 2)
                 file.seek(0)
-                digest.update(f"{size}:{header_bytes}\n".encode())
-                digest.update(file.read(header_bytes))
-                step = max(_SAMPLE_BYTES, (size - header_bytes) // _SAMPLES)
-                for start in range(header_bytes, size, step):
+                digest.update(f"{size}:{head}\n".encode())
+                digest.update(file.read(head))
+                step = max(_SAMPLE_BYTES, (size - head) // _SAMPLES)
+                for start in range(head, size, step):
                     file.seek(start)
                     digest.update(file.read(_SAMPLE_BYTES))
         except OSError as error:

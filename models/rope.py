@@ -1,12 +1,12 @@
 """RoPE: frequencies for every kind of scaling, angles for absolute positions, and contexts beyond training.
 
 Owns the frequencies and the choice of a scaling; does not rotate anything (`duolocal.kernels.pointwise`) and
-does not read files (`duolocal.models.config`). The formulas are those of transformers 5; here they are taken in
-float64, and an angle is the float64 product of position and frequency, so that positions of many millions are
-as exact as the first.
+does not read files (`duolocal.models.config`). The formulas are those of transformers 5; here they are taken
+in float64, and an angle is the float64 product of position and frequency, so that positions of many millions
+are as exact as the first.
 
-Linear: position interpolation, arXiv 2306.15595. Dynamic: NTK-aware scaling of the base. YaRN: arXiv 2309.00071.
-llama3: the smoothed interpolation of Llama 3.1, arXiv 2407.21783.
+Linear: position interpolation, arXiv 2306.15595. Dynamic: NTK-aware scaling of the base. YaRN: arXiv
+2309.00071. llama3: the smoothed interpolation of Llama 3.1, arXiv 2407.21783.
 """
 
 import math
@@ -28,10 +28,10 @@ OVERRIDES = "none, linear:FACTOR, dynamic, dynamic:FACTOR or yarn:FACTOR"
 def rope_frequencies(config: ModelConfig, context: int) -> tuple[Tensor, float]:
     """Return (inv_freq, attention_scale): radians per token of every pair, and the factor on cos and sin.
 
-    inv_freq is [head_dim/2] float64 on the CPU. `context` is the most tokens that will ever be in context; only
-    dynamic NTK depends on it, and takes its base from it ONCE. (transformers takes it anew from the running
-    length, so there a prompt cut in two gives other keys than the same prompt in one piece; here cutting never
-    changes a result.) Raises ConfigError for settings that have no meaning.
+    inv_freq is [head_dim/2] float64 on the CPU. `context` is the most tokens that will ever be in context;
+    only dynamic NTK depends on it, and takes its base from it ONCE. (transformers takes it anew from the
+    running length, so there a prompt cut in two gives other keys than the same prompt in one piece; here
+    cutting never changes a result.) Raises ConfigError for settings that have no meaning.
     """
     scaling, dim = config.rope_scaling, config.head_dim
     if dim % 2:
@@ -76,7 +76,7 @@ class RotaryAngles:
         self.dtype = dtype
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, each [num_tokens, head_dim/2] in the compute dtype, for `positions` [num_tokens]."""
+        """Return cos and sin [num_tokens, head_dim/2] in the compute dtype for `positions` [num_tokens]."""
         angles = positions.to(torch.float64)[:, None] * self.inv_freq  # [num_tokens, head_dim/2]
         cos, sin = angles.cos() * self.attention_scale, angles.sin() * self.attention_scale
         return cos.to(self.dtype), sin.to(self.dtype)
@@ -113,8 +113,8 @@ def parse_rope_scaling(text: str, config: ModelConfig) -> RopeScaling:
     trained = config.rope_scaling.original_max_positions or config.max_positions
     if kind == "dynamic":
         if trained != config.max_positions:
-            # The base would be stretched from max_positions, a length that the model reaches only by the scaling
-            # that is being replaced.
+            # The base would be stretched from max_positions, a length that the model reaches only by the
+            # scaling that is being replaced.
             raise SettingsError(
                 f"RoPE scaling {text!r} cannot replace this model's {config.rope_scaling.kind} scaling from "
                 f"{trained} tokens: use none, linear:FACTOR or yarn:FACTOR"
@@ -130,8 +130,8 @@ def extended(
 ) -> tuple[ModelConfig, str | None]:
     """Return the config to run `context` tokens with, and a line for people where that needs one.
 
-    A model without scaling whose training ends before `context` gets DEFAULT_EXTENSION; a scaling that the file
-    asks for stays as it is. `override` (from `parse_rope_scaling`) is taken as it is, "none" included.
+    A model without scaling whose training ends before `context` gets DEFAULT_EXTENSION; a scaling that the
+    file asks for stays as it is. `override` (from `parse_rope_scaling`) is taken as it is, "none" included.
     """
     if override is not None:
         config = replace(config, rope_scaling=override)
@@ -152,7 +152,7 @@ def extended(
 
 
 def describe(config: ModelConfig, context: int) -> str:
-    """Name a config's scaling for people: "yarn factor 4.0"; dynamic NTK with what it comes to at `context`."""
+    """Name a config's scaling for people: "yarn factor 4.0"; dynamic with what it comes to at `context`."""
     scaling = config.rope_scaling
     if scaling.kind == "none":
         return "by the factors in its file" if config.rope_freq_factors else "none"

@@ -1,8 +1,8 @@
 """The one Transformer: Llama, Mistral, Qwen2 and Qwen3 as data in ModelConfig and ModelWeights.
 
-Owns the order of operations in a layer, and nothing that changes: the keys and values of the past are a Cache's.
-It does not know retrieval and streaming heads, chunks, or where a block lives; it is handed absolute positions
-and calls `cache.append` and `cache.attend` once per layer.
+Owns the order of operations in a layer, and nothing that changes: the keys and values of the past are a
+Cache's. It does not know retrieval and streaming heads, chunks, or where a block lives; it is handed absolute
+positions and calls `cache.append` and `cache.attend` once per layer.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,9 @@ from duolocal.models.rope import RotaryAngles
 from duolocal.models.weights import LayerWeights, ModelWeights
 from duolocal.quant.weight import DenseWeight, Weight
 
-# Rows of the vocabulary dequantized at a time, and rows of hidden states multiplied with them. A Llama-3 lm_head
-# whole would be 2.1 GB in float32; a tile of it is 134 MB, and a tile of the product 32 MB, whatever the prompt.
+# Rows of the vocabulary dequantized at a time, and rows of hidden states multiplied with them. A Llama-3
+# lm_head whole would be 2.1 GB in float32; a tile of it is 134 MB, and a tile of the product 32 MB, whatever
+# the prompt.
 VOCAB_TILE = 8192
 ROW_TILE = 1024
 
@@ -94,8 +95,8 @@ class Transformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """Multiply `hidden` [n, hidden_size] with the output matrix; return [n, vocab_size] float32.
 
-        Each vocabulary tile is dequantized once, then used for all rows; beyond the result the memory needed does
-        not grow with n.
+        Each vocabulary tile is dequantized once, then used for all rows; beyond the result the memory needed
+        does not grow with n.
         """
         if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size:
             raise ValueError(

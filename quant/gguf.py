@@ -69,10 +69,6 @@ class GGUFWeight:
         """Return rows `index` [n] as [n, in_features] in `dtype`, dequantizing only those."""
         return _decode_rows(self.raw[index], self.type, dtype)
 
-    def gather(self, index: Tensor) -> "GGUFWeight":
-        """Return a copy with rows `index` [n] in that order, still in their own bits."""
-        return GGUFWeight(self.raw[index], self.type, self.in_features)
-
 
 def _decode_rows(raw: Tensor, kind: GGUFType, dtype: torch.dtype) -> Tensor:
     blocks = raw.reshape(-1, kind.block_bytes)

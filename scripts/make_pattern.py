@@ -426,6 +426,150 @@ def judge_passkeys(
     return hits, sum(losses) / len(losses), max(losses)
 
 
+@dataclass(frozen=True)
+class TextJudgement:
+    """How far a plan strays from the dense model on one text; KL in nats per token."""
+
+    kl: float
+    perplexity: float
+    dense_perplexity: float
+
+    @property
+    def change(self) -> float:
+        return self.perplexity / self.dense_perplexity - 1
+
+
 @torch.no_grad()
-def text_log_probs(shape: Shape, weights: dict[str, Tensor], attend: Attend, token_ids: Tensor) -> Tensor:
-    return log_probs(weights, hidden_states(shape, weights, token_ids, attend)[:-1])
+def judge_text(weights: dict[str, Tensor], token_ids: Tensor, dense: Tensor, mine: Tensor) -> TextJudgement:
+    """Compare final hidden states [n, hidden_size] of a plan with those of the dense model."""
+    kl = loss = dense_loss = 0.0
+    last = len(token_ids) - 1
+    for at in range(0, last, QUERY_BLOCK):
+        rows = slice(at, min(at + QUERY_BLOCK, last))
+        wanted = token_ids[rows.start + 1 : rows.stop + 1, None]
+        p, q = log_probs(weights, dense[rows]), log_probs(weights, mine[rows])
+        kl += float((p.exp() * (p - q)).sum())
+        loss -= float(q.gather(1, wanted).sum())
+        dense_loss -= float(p.gather(1, wanted).sum())
+    return TextJudgement(kl / last, math.exp(loss / last), math.exp(dense_loss / last))
+
+
+def held_out_episodes(encode: Encode, held_out: dict[str, str], size: int, *, form: int, seed: int) -> list[Episode]:
+    """Return ten passkeys at ten depths, in turn in each held-out text."""
+    rng = random.Random(1000 * seed + size + form)
+    ids = [encode(text) for text in held_out.values()]
+    return [
+        passkey_episode(
+            encode,
+            window(rng, ids[i % len(ids)], size),
+            size,
+            depth=0.05 + 0.1 * i,
+            key=random_key(rng),
+            form=form,
+        )
+        for i in range(10)
+    ]
+
+
+def evaluate(
+    shape: Shape, weights: dict[str, Tensor], encode: Encode, pattern: dict[str, Any], *, ratio: float, sizes: list[int]
+) -> None:
+    """Print how the pattern, random heads and the dense model do on held-out texts and passkeys."""
+    _, held_out = texts()
+    scores = torch.tensor(pattern["scores"])
+    random_scores = torch.rand(scores.shape, generator=generator(100))
+    sink, recent = pattern["sink_size"], pattern["recent_size"]
+    methods: dict[str, Attend] = {
+        "dense": lambda _, q, k, v: full_attention(q, k, v),
+        "pattern": attend_by_plan(shape, plan_at(scores, ratio), sink, recent),
+        "random": attend_by_plan(shape, plan_at(random_scores, ratio), sink, recent),
+    }
+    rng = random.Random(EVALUATION_SEED)
+    windows = {name: torch.tensor(window(rng, encode(text), 3073)) for name, text in held_out.items()}
+    dense = {}
+    for method, attend in methods.items():
+        for name, ids in windows.items():
+            with torch.no_grad():
+                mine = hidden_states(shape, weights, ids, attend)
+            dense.setdefault(name, mine)
+            judged = judge_text(weights, ids, dense[name], mine)
+            print(
+                f"{method}  {name}: KL {judged.kl:.4f}, perplexity {judged.perplexity:.2f} "
+                f"({judged.change:+.2%})",
+                flush=True,
+            )
+        for size in sizes:
+            episodes = held_out_episodes(encode, held_out, size, form=0, seed=EVALUATION_SEED)
+            hits, mean, worst = judge_passkeys(shape, weights, attend, episodes)
+            print(
+                f"{method}  passkeys at {size}: {hits} of 10, NLL per digit {mean:.3f}, worst {worst:.3f}",
+                flush=True,
+            )
+
+
+EVALUATION_SEED = 42
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the retrieval heads of a model.")
+    parser.add_argument("model", type=Path, help="a GGUF file of the llama architecture")
+    parser.add_argument("--evaluate", type=Path, metavar="PATTERN", help="judge this pattern, learn nothing")
+    parser.add_argument("--out", type=Path, help="where to write the pattern")
+    parser.add_argument("--name", default="smollm2-135m")
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--sink", type=int, default=64)
+    parser.add_argument("--recent", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=26)
+    parser.add_argument("--tokens", type=int, default=1800)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 3500])
+    args = parser.parse_args()
+    if (args.evaluate is None) == (args.out is None):
+        parser.error("give either --out (to learn) or --evaluate")
+    shape, weights, encode = load(args.model)
+    if args.evaluate is not None:
+        pattern = json.loads(args.evaluate.read_text("utf-8"))
+        evaluate(shape, weights, encode, pattern, ratio=args.ratio, sizes=args.sizes)
+        return
+    text, _ = texts()
+    start = standardised_sum(
+        attention_scores(shape, weights, encode, text, sink=args.sink, recent=args.recent, seed=7)
+    )
+    how = Learning(
+        sink=args.sink,
+        recent=args.recent,
+        ratio=args.ratio,
+        steps=args.steps,
+        num_tokens=args.tokens,
+        seed=args.seed,
+    )
+    scores = learn(shape, weights, encode, text, how, start=start)
+    write_pattern(args.out, scores, name=args.name, how=how, shape=shape)
+
+
+def write_pattern(path: Path, scores: Tensor, *, name: str, how: Learning, shape: Shape) -> None:
+    rows = [[round(float(s), 4) for s in row] for row in scores]
+    pattern = {
+        "format": "duolocal-head-pattern",
+        "version": 1,
+        "model": name,
+        "num_layers": shape.num_layers,
+        "num_kv_heads": shape.num_kv_heads,
+        "sink_size": how.sink,
+        "recent_size": how.recent,
+        "default_ratio": how.ratio,
+        "method": METHOD.format(how=how),
+    }
+    head = json.dumps(pattern, indent=2).removesuffix("\n}")
+    body = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+    path.write_text(f'{head},\n  "scores": [\n{body}\n  ]\n}}\n', "utf-8")
+
+
+METHOD = (
+    "hard gates, straight-through gradient of KL to the dense model on text and passkey digits, started from "
+    "induction + copy + mass; {how.steps} steps of up to {how.num_tokens} tokens, seed {how.seed}"
+)
+
+
+if __name__ == "__main__":
+    main()

@@ -42,8 +42,8 @@ def oracle_attention(
 ) -> Tensor:
     """Attend in float64 from q [q_len, num_heads, head_dim] to k and v [kv_len, num_kv_heads, head_dim].
 
-    Row j of k and v is position j; `positions` [q_len] are those of the queries; `retrieval` has one entry per KV
-    head. Returns [q_len, num_heads, head_dim] float64 on the CPU.
+    Row j of k and v is position j; `positions` [q_len] are those of the queries; `retrieval` has one entry
+    per KV head. Returns [q_len, num_heads, head_dim] float64 on the CPU.
     """
     q, k, v = (tensor.detach().to("cpu", torch.float64) for tensor in (q, k, v))
     kv_len, num_kv_heads, head_dim = k.shape
@@ -65,7 +65,10 @@ def oracle_attention(
 
 
 class OracleCache:
-    """A `Cache` that keeps every key and value as it came; `plan_retrieval[layer][kv_head]`, None: all retrieval."""
+    """A `Cache` that keeps all keys and values as they came.
+
+    `plan_retrieval[layer][kv_head]` says which heads are retrieval heads; None: all.
+    """
 
     def __init__(
         self,

@@ -163,7 +163,12 @@ def test_a_verified_file_is_not_hashed_again_until_it_changes(
     path.write_bytes(CONTENT)
     hashed: list[Path] = []
     real = fetch_pypi._sha256
-    monkeypatch.setattr(fetch_pypi, "_sha256", lambda file: hashed.append(file) or real(file))
+
+    def sha256(file: Path) -> str:
+        hashed.append(file)
+        return real(file)
+
+    monkeypatch.setattr(fetch_pypi, "_sha256", sha256)
     assert cached_member(spec, tmp_path) == path  # placed by hand: hashed once
     assert cached_member(spec, tmp_path) == path
     assert hashed == [path]

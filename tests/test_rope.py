@@ -1,15 +1,15 @@
-"""RoPE frequencies against transformers' own, angles against exact arithmetic, and the extension of a context."""
+"""RoPE frequencies against transformers' own, angles against exact arithmetic, contexts beyond training."""
 
 import math
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from duolocal.errors import ConfigError, SettingsError
-from duolocal.models.config import ModelConfig, RopeScaling
+from duolocal.models.config import ModelConfig, RopeKind, RopeScaling
 from duolocal.models.rope import RotaryAngles, describe, extended, parse_rope_scaling, rope_frequencies
 from tests.tiny import tiny_config, wide_transformers
 
@@ -56,6 +56,18 @@ SCALINGS: dict[str, tuple[dict[str, Any], RopeScaling]] = {
             "mscale_all_dim": 1.3,
         },
         RopeScaling(kind="yarn", factor=40.0, original_max_positions=4096, mscale=0.707, mscale_all_dim=1.3),
+    ),
+    "yarn-mscale-alone": (  # has no effect without mscale_all_dim
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "mscale": 0.707},
+        RopeScaling(kind="yarn", factor=4.0, original_max_positions=2048, mscale=0.707),
+    ),
+    "yarn-ramp-past-the-end": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1_000_000},
+        RopeScaling(kind="yarn", factor=4.0, original_max_positions=1_000_000),
+    ),
+    "yarn-step": (  # no pair makes a turn: both ends of the ramp are 0
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
+        RopeScaling(kind="yarn", factor=4.0, original_max_positions=4),
     ),
     "yarn-attention-factor": (
         {
@@ -143,7 +155,7 @@ def test_dynamic_stretch_slows_the_slowest_pair_by_context_over_trained() -> Non
         ({"head_dim": 15}, "head_dim is 15"),
         ({"rope_scaling": RopeScaling(kind="linear", factor=0.0)}, "factor is 0.0"),
         ({"rope_scaling": RopeScaling(kind="linear", factor=math.nan)}, "factor is nan"),
-        ({"rope_scaling": RopeScaling(kind="longrope")}, "'longrope': wanted one of none, linear"),  # type: ignore[arg-type]
+        ({"rope_scaling": RopeScaling(kind=cast(Any, "longrope"))}, "'longrope': wanted one of none, linear"),
         ({"rope_scaling": RopeScaling(kind="llama3", low_freq_factor=4.0)}, "must be above low_freq_factor"),
         ({"head_dim": 2, "rope_scaling": RopeScaling(kind="dynamic")}, "head_dim is 2"),
     ],
@@ -256,10 +268,10 @@ def test_a_context_beyond_training_is_extended_and_said() -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_other_default_extensions_reach_the_context(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_default_extensions_reach_the_context(kind: RopeKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("duolocal.models.rope.DEFAULT_EXTENSION", kind)
     config, line = extended(tiny_config(max_positions=TRAINED), 4 * TRAINED)
-    assert config.rope_scaling == RopeScaling(kind=kind, factor=4.0, original_max_positions=TRAINED)  # type: ignore[arg-type]
+    assert config.rope_scaling == RopeScaling(kind=kind, factor=4.0, original_max_positions=TRAINED)
     assert line is not None
     assert f"RoPE scaling {kind} factor 4.0 applied" in line
     assert extended(config, 4 * TRAINED) == (config, None)
@@ -271,8 +283,8 @@ def test_a_scaling_of_the_file_is_kept_and_its_end_is_said() -> None:
     )
     assert extended(llama3, 131073) == (
         llama3,
-        "context 131073 is beyond the 131072 tokens this model reaches with its RoPE scaling llama3 factor 8.0; "
-        "quality past 131072 is not assured",
+        "context 131073 is beyond the 131072 tokens this model reaches with its RoPE scaling "
+        "llama3 factor 8.0; quality past 131072 is not assured",
     )
     dynamic = tiny_config(max_positions=TRAINED, rope_scaling=RopeScaling(kind="dynamic", factor=2.0))
     config, line = extended(dynamic, 4 * TRAINED)

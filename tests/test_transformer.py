@@ -1,8 +1,9 @@
-"""The Transformer against transformers' own models, whole and in pieces, with the dense float64 oracle cache."""
+"""The Transformer against transformers' own models, whole and in pieces, with the float64 oracle cache."""
 
 import itertools
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import duolocal.models.transformer as transformer_module
 from duolocal.models.config import ModelConfig
+from duolocal.models.loader import open_model
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import ModelWeights
 from duolocal.quant.weight import DenseWeight
@@ -24,6 +26,7 @@ from tests.tiny import (
     Architecture,
     huggingface_model,
     random_model,
+    save_checkpoint,
     tiny_config,
     weights_of,
     wide_transformers,
@@ -92,10 +95,29 @@ def test_float32_matches_transformers_as_it_is(architecture: Architecture, tie: 
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rope", ROPE_VARIANTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_saved_checkpoint_matches_transformers(
+    architecture: Architecture, rope: str, tmp_path: Path
+) -> None:
+    token_ids = tokens(NUM_TOKENS)
+    tie = rope == "linear"  # tied embeddings are stored once
+    with torch.no_grad():
+        theirs = save_checkpoint(tmp_path, architecture, rope=rope, tie=tie)
+        wanted = theirs(token_ids[None]).logits[0]
+    source = open_model(tmp_path)
+    assert source.config.sliding_window is None  # null in Mistral's config.json
+    assert source.config.tie_embeddings == tie
+    model = transformer(source.config, source.load(), dtype=torch.float32)
+    got = model.logits(run(model, token_ids, [33]))
+    # As above.
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.1), (torch.float16, 0.0125)])
 def test_16_bit_dtypes_stay_near_float64(dtype: torch.dtype, limit: float) -> None:
-    # Hidden states have size 1. Each of some 12 roundings per layer costs up to 2^-9 (bf16) or 2^-12 (fp16);
-    # the bounds are 51 of them, three times what was measured.
+    # Hidden states have size 1. Every rounding costs up to 2^-8 (bf16) or 2^-11 (fp16), some 12 of them per
+    # layer; the bounds are 26 of them, about 2.5 times the largest measured error (0.039 and 0.0057).
     config, weights = random_model(tiny_config("qwen3"), dtype=dtype)
     model, exact = transformer(config, weights, dtype=dtype), transformer(config, widened(weights))
     token_ids = tokens(NUM_TOKENS)
@@ -135,7 +157,8 @@ def test_a_streaming_head_changes_the_result_only_beyond_its_window() -> None:
     dense = run(model, token_ids, [])
     streaming = run(model, token_ids, [], OracleCache(model.config, plan, sink_size=4, recent_size=8))
     differs = (dense - streaming).abs().amax(dim=1) > 1e-6
-    # Position 11 still sees 0..3 as sinks and 4..11 as recent; position 12 is the first to miss one, position 4.
+    # Position 11 still sees 0..3 as sinks and 4..11 as recent; position 12 is the first to miss one, position
+    # 4.
     assert differs.tolist() == [False] * 12 + [True] * 28
 
 

@@ -1,8 +1,8 @@
 """Tiny seeded models: random ones made of torch alone, and checkpoints made and saved by transformers.
 
-`random_model` needs no file and no transformers; `save_checkpoint` writes a folder as a model hub serves it and
-returns transformers' own model, the oracle of the parity tests. Every bias and norm is random: at their usual
-initial values (0 and 1) a test would not notice that they are dropped.
+`random_model` needs no file and no transformers; `save_checkpoint` writes a folder as a model hub serves it
+and returns transformers' own model, the oracle of the parity tests. Every bias and norm is random: at their
+usual initial values (0 and 1) a test would not notice that they are dropped.
 """
 
 import importlib
@@ -24,8 +24,8 @@ ARCHITECTURES: tuple[Architecture, ...] = ("llama", "mistral", "qwen2", "qwen3")
 
 TRAINED = 64  # tokens before any scaling
 EXTENDED = 256  # max_position_embeddings where yarn or llama3 brought the model further
-# As in config.json. With head_dim 16 and theta 10000 every branch is taken: llama3 keeps, blends and slows pairs;
-# yarn's ramp covers pairs 0 to 3.
+# As in config.json. With head_dim 16 and theta 10000 every branch is taken: llama3 keeps, blends and slows
+# pairs; yarn's ramp covers pairs 0 to 3.
 ROPE_VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -182,10 +182,10 @@ class _WideTorch:
 
 @contextmanager
 def wide_transformers() -> Iterator[None]:
-    """Let transformers' own RoPE, RMSNorm and softmax compute in float64, where they ask for float32 themselves.
+    """Let transformers' own RoPE, RMSNorm and softmax compute in float64, where they ask for float32.
 
-    Models made and run inside are float64 throughout. What remains between them and us is rounding, so a parity
-    test can ask for 1e-12 where plain transformers allows 1e-5.
+    Models made and run inside are float64 throughout. What remains between them and us is rounding, so a
+    parity test can ask for 1e-12 where plain transformers allows 1e-5.
     """
     from transformers import modeling_rope_utils
 

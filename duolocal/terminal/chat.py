@@ -16,7 +16,7 @@ from duolocal.engine.session import ChatSession, Event, Finished
 from duolocal.errors import DuoLocalError
 from duolocal.sampling import Sampling
 from duolocal.settings import ChatSettings
-from duolocal.terminal import commands, views
+from duolocal.terminal import commands, figures, views
 from duolocal.terminal.clean import clean, clean_line
 from duolocal.terminal.prompt import InputCompleter, InputLine
 from duolocal.terminal.stream import show_events
@@ -91,6 +91,7 @@ class Chat:
         if finished.reason != "stop":
             self.ends[len(self.session.messages) - 1] = finished.reason
         self.show(views.answer_line(finished, context=self.facts.context))
+        self.show("")  # a blank line between turns
 
     def consume(self, events: Iterable[Event], *, reading: str) -> Finished | None:
         """Show a session's events until they end."""
@@ -110,7 +111,7 @@ class Chat:
         if name in loaded:
             known = self.files.get(name)
             if known is not None and known.path == document.path and known.text == document.text:
-                self.note(f"{name} is in the context already")
+                self.note(f"{clean_line(name)} is in the context already")
                 return
             name = str(document.path) if str(document.path) not in loaded else f"{document.path} (again)"
         if document.note:
@@ -119,15 +120,19 @@ class Chat:
             self.session.add_document(name, document.text), reading=f"reading {clean_line(name)}"
         )
         if finished is not None and finished.reason == "cancelled":
-            self.note(f"stopped: {name} is not in the context")
+            self.note(f"stopped: {clean_line(name)} is not in the context")
             return
         self.files[name] = document
         num_tokens = next(
-            (item.num_tokens for item in self.session.context_items() if (item.kind, item.name) == ("document", name)),
+            (
+                item.num_tokens
+                for item in self.session.context_items()
+                if (item.kind, item.name) == ("document", name)
+            ),
             0,
         )
         free = self.facts.context - self.session.engine.position
-        self.note(f"loaded {name}: {num_tokens:,} tokens, {free:,} free")
+        self.note(f"loaded {clean_line(name)}: {figures.tokens(num_tokens)}, {free:,} free")
 
     def forget_ends(self) -> None:
         """Drop what was known of answers that are no longer there."""

@@ -50,7 +50,9 @@ class Command:
 COMMANDS: dict[str, Command] = {}
 
 
-def _command(usage: str, help: str) -> Callable[[Callable[["Chat", str], None]], Callable[["Chat", str], None]]:
+def _command(
+    usage: str, help: str
+) -> Callable[[Callable[["Chat", str], None]], Callable[["Chat", str], None]]:
     def register(run: Callable[["Chat", str], None]) -> Callable[["Chat", str], None]:
         COMMANDS[usage.split()[0].removeprefix("/")] = Command(usage, help, run)
         return run
@@ -256,7 +258,9 @@ def _copy(chat: "Chat", rest: str) -> None:
     sequence = transcript.clipboard_sequence(text)
     chat.console.file.write(sequence)
     chat.console.file.flush()
-    chat.note(f"{len(text):,} characters sent to the terminal's clipboard (OSC 52; not every terminal takes it)")
+    chat.note(
+        f"{len(text):,} characters sent to the terminal's clipboard (OSC 52; not every terminal takes it)"
+    )
 
 
 @_command("/help", "this list")

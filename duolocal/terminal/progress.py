@@ -50,7 +50,10 @@ class _LateProgress(Progress):
 
     def __init__(self, *columns: ProgressColumn, console: Console) -> None:
         self._visible_from_s = time.monotonic() + _SHOW_AFTER_S
-        super().__init__(*columns, console=console, transient=True, refresh_per_second=8)
+        # Into a file or a pipe there is no bar, not even the empty line that Rich would leave.
+        super().__init__(
+            *columns, console=console, transient=True, refresh_per_second=8, disable=not console.is_terminal
+        )
 
     def get_renderable(self) -> RenderableType:
         if time.monotonic() < self._visible_from_s:
@@ -65,8 +68,11 @@ class Bar:
         self._progress = progress
         self._task = task
 
-    def update(self, done: int, total: int | None, elapsed_s: float | None = None) -> None:
-        self._progress.update(self._task, completed=done, total=total, elapsed_s=elapsed_s)
+    def update(
+        self, done: int, total: int | None, elapsed_s: float | None = None, *, unit: str | None = None
+    ) -> None:
+        fields = {} if unit is None else {"unit": unit}
+        self._progress.update(self._task, completed=done, total=total, elapsed_s=elapsed_s, **fields)
 
     def describe(self, description: str) -> None:
         self._progress.update(self._task, description=description)

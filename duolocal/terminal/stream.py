@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
@@ -14,12 +14,21 @@ from duolocal.terminal.progress import Bar, bar
 
 
 @contextmanager
-def cancel_on_interrupt(session: ChatSession) -> Iterator[None]:
-    """Turn Ctrl-C into `session.cancel()`; the third one in a row gets out whatever hangs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def cancel_on_interrupt(session: ChatSession) -> Iterator[Callable[[], None]]:
+    """Turn Ctrl-C into `session.cancel()`; the third one in a row gets out whatever hangs.
+
+    Yields a function to call at every event: it repeats the cancel, which a session may have missed between
+    two steps of its work.
+    """
     presses = 0
+
+    def insist() -> None:
+        if presses:
+            session.cancel()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield insist
+        return
 
     def cancel(_signal: int, _frame: FrameType | None) -> None:
         nonlocal presses
@@ -30,7 +39,7 @@ def cancel_on_interrupt(session: ChatSession) -> Iterator[None]:
 
     before = signal.signal(signal.SIGINT, cancel)
     try:
-        yield
+        yield insist
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -43,11 +52,12 @@ def show_events(
     `reading` names what is prefilled ("reading README.md"). Text is streamed as Markdown.
     """
     finished: Finished | None = None
-    with cancel_on_interrupt(session), ExitStack() as stack:
+    with cancel_on_interrupt(session) as insist, ExitStack() as stack:
         stage = stack.enter_context(ExitStack())  # the bar, until there is text
         progress: Bar | None = stage.enter_context(bar(console, reading, "tokens"))
         answer: MarkdownStream | None = None
         for event in events:
+            insist()
             if isinstance(event, Prefilled):
                 if progress is not None:
                     progress.update(event.done, event.total, event.elapsed_s)

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from duolocal.engine.memory import MemoryReport
+from duolocal.engine.engine import EngineMemory
 from duolocal.engine.session import ContextItem, Finished
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
@@ -46,23 +46,25 @@ def welcome(facts: Facts, documents: int) -> Text:
         f"{clean_line(facts.model)} ({facts.weight_format}), context {facts.context:,} tokens, "
         f"KV {facts.kv_format}, {facts.heads}"
     )
-    about = "about the document " if documents == 1 else "about the documents " if documents else ""
+    about = "" if not documents else " about the document" if documents == 1 else " about the documents"
     load = "" if documents else "/load FILE adds a document, "
-    second = f"Type a question {about}and press Enter; {load}/help lists the commands, Ctrl-D leaves."
+    second = f"Ask a question{about}; {load}/help shows more, Ctrl-D leaves."
     return Text.assemble((first, "bold"), "\n", second)
 
 
-def status_line(facts: Facts, position: int, memory: MemoryReport, last: Finished | None, columns: int) -> str:
+def status_line(
+    facts: Facts, position: int, memory: EngineMemory, last: Finished | None, columns: int
+) -> str:
     """Build the bottom line; on a narrow terminal the last parts are left out, never cut in the middle."""
     wide = f"{position:,}/{facts.context:,} tokens"
     parts = [wide if columns >= 50 else f"{position:,}/{figures.short_tokens(facts.context)}"]
     if last is not None and last.completion_tokens:
         parts.append(figures.speed(last.completion_tokens, last.decode_s))
     if facts.num_retrieval < facts.num_heads:
-        streaming = figures.size(memory.streaming_bytes)
-        parts.append(f"KV {figures.size(memory.retrieval_bytes)} retrieval + {streaming} streaming")
+        retrieval, streaming = figures.size(retrieval_bytes(memory)), figures.size(streaming_bytes(memory))
+        parts.append(f"KV {retrieval} retrieval + {streaming} streaming")
     else:
-        parts.append(f"KV {figures.size(memory.retrieval_bytes)}")
+        parts.append(f"KV {figures.size(memory.cache.total)}")
     parts += [facts.kv_format, clean_line(facts.model)]
     line = " " + parts[0]
     for part in parts[1:]:
@@ -136,7 +138,7 @@ def documents_view(rows: Sequence[tuple[str, int, str]]) -> RenderableType:
     return table
 
 
-def stats_view(facts: Facts, position: int, memory: MemoryReport, last: Finished | None) -> RenderableType:
+def stats_view(facts: Facts, position: int, memory: EngineMemory, last: Finished | None) -> RenderableType:
     """Show speeds, memory by head class beside the dense 16-bit figure, head plan, KV format, notes."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
@@ -159,15 +161,24 @@ def stats_view(facts: Facts, position: int, memory: MemoryReport, last: Finished
     return Group(table, *notes)
 
 
-def memory_rows(memory: MemoryReport) -> list[tuple[str, str]]:
+def retrieval_bytes(memory: EngineMemory) -> int:
+    """Return the KV bytes of the retrieval heads: their blocks, and the recent tokens not yet in a block."""
+    return memory.cache.retrieval_blocks + memory.cache.retrieval_windows
+
+
+def streaming_bytes(memory: EngineMemory) -> int:
+    """Return the KV bytes of the streaming heads."""
+    return memory.cache.streaming_windows
+
+
+def memory_rows(memory: EngineMemory) -> list[tuple[str, str]]:
     """Write a memory report as (label, text) rows."""
-    kv = memory.retrieval_bytes + memory.streaming_bytes
-    rows = [
-        ("weights", figures.size(memory.weights_bytes)),
-        ("KV retrieval", figures.size(memory.retrieval_bytes)),
-        ("KV streaming", figures.size(memory.streaming_bytes)),
+    kv, dense = memory.cache.total, memory.dense_16bit
+    blocks = figures.size(memory.cache.retrieval_blocks)
+    windows = figures.size(memory.cache.retrieval_windows)
+    return [
+        ("weights", figures.size(memory.weights)),
+        ("KV retrieval", f"{figures.size(retrieval_bytes(memory))} (blocks {blocks}, 16/32-bit windows {windows})"),
+        ("KV streaming", figures.size(streaming_bytes(memory))),
+        ("KV together", f"{figures.size(kv)}; dense 16-bit {figures.size(dense)} ({kv / dense:.0%})"),
     ]
-    dense = memory.dense_16bit_bytes
-    if dense:
-        rows.append(("KV together", f"{figures.size(kv)}; dense 16-bit {figures.size(dense)} ({kv / dense:.0%})"))
-    return rows

@@ -12,7 +12,6 @@ from typing import Any
 from duolocal.errors import TokenizerError
 from duolocal.tokenizer.cuts import find_safety
 from duolocal.tokenizer.library import (
-    GPT2_REGEX,
     LLAMA3_REGEX,
     QWEN2_REGEX,
     TEKKEN_REGEX,
@@ -56,7 +55,6 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 }
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken")  # a word in the vocabulary needs no merges
 _WITH_BOS = _WHOLE_WORDS  # unless the file says otherwise
-assert GPT2_REGEX  # the regex of ByteLevel itself; named in library.py for tokenizer.json files that spell it
 
 
 def _key(metadata: Mapping[str, Any], key: str, name: str) -> Any:
@@ -66,7 +64,9 @@ def _key(metadata: Mapping[str, Any], key: str, name: str) -> Any:
         raise TokenizerError(f"{name}: no {_PREFIX}{key} in the file, so it brings no tokenizer") from None
 
 
-def _specials(tokens: list[str], types: list[int], template: str | None, ends: frozenset[int]) -> dict[str, SpecialToken]:
+def _specials(
+    tokens: list[str], types: list[int], template: str | None, ends: frozenset[int]
+) -> dict[str, SpecialToken]:
     """Return the tokens that template text may hold: control tokens, ends, and what the template spells."""
     found = {}
     for index, (text, kind) in enumerate(zip(tokens, types, strict=True)):
@@ -86,11 +86,9 @@ def read_gguf(metadata: Mapping[str, Any], *, name: str) -> TokenizerParts:
         raise TokenizerError(f"{name}: {len(tokens)} tokens but {len(types)} token types; the file is damaged")
     template = metadata.get("tokenizer.chat_template")
     bos_id = _token_id(metadata, "bos_token_id", len(tokens), name)
-    declared = {
-        _token_id(metadata, f"{key}_token_id", len(tokens), name) for key in ("eos", "eot", "eom")
-    } - {None}
+    declared = {_token_id(metadata, f"{key}_token_id", len(tokens), name) for key in ("eos", "eot", "eom")} - {None}
     named = {i for i, text in enumerate(tokens) if text in END_TOKENS and types[i] != PieceType.NORMAL}
-    ends = frozenset(int(i) for i in declared if i is not None) | named
+    ends = frozenset(i for i in declared if i is not None) | named
     specials = _specials(tokens, types, template, ends | ({bos_id} if bos_id is not None else set()))
     digest = hashlib.sha256(repr((model, metadata.get(_PREFIX + "pre"), tokens, types)).encode())
     backend: Backend
@@ -107,7 +105,10 @@ def read_gguf(metadata: Mapping[str, Any], *, name: str) -> TokenizerParts:
             raise TokenizerError(f"{name}: {len(tokens)} tokens but {len(scores)} scores; the file is damaged")
         strips_space = bool(metadata.get(_PREFIX + "add_space_prefix", True))
         collapse = bool(metadata.get(_PREFIX + "remove_extra_whitespaces", False))
-        kinds = [PieceType.CONTROL if text in specials else kind for text, kind in zip(tokens, types, strict=True)]
+        kinds = [
+            PieceType.CONTROL if text in specials and kind != PieceType.UNKNOWN else kind
+            for text, kind in zip(tokens, types, strict=True)
+        ]
         proto = build_model(tokens, scores, kinds, add_space=strips_space, collapse_spaces=collapse)
         backend = SentencePieceBackend(proto, name=name, prefix="sections" if strips_space else "none")
         table = [sentencepiece_bytes(token) for token in tokens]

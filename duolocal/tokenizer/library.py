@@ -4,7 +4,6 @@ Takes the description in tokenizer.json's own format and rewrites it so that tex
 post-processor and truncation are taken out. Does not read files and knows no chat.
 """
 
-import copy
 import json
 from collections.abc import Collection, Iterator
 from itertools import islice
@@ -91,7 +90,7 @@ def cut_rules(description: dict[str, Any]) -> CutSafety:
     return CutSafety(words=True, lines=lines)
 
 
-def _plain(description: dict[str, Any], special: Collection[str]) -> dict[str, Any]:
+def _plain(description: dict[str, Any], special: frozenset[str]) -> dict[str, Any]:
     """Return the description with every special token taken out, so that no text can produce one."""
     added = [token for token in description.get("added_tokens") or [] if token["content"] not in special]
     model = dict(description["model"])
@@ -104,17 +103,21 @@ def _plain(description: dict[str, Any], special: Collection[str]) -> dict[str, A
     pairs = (tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
     merges = [pair for pair in pairs if pair[0] + pair[1] not in special and not special & set(pair)]
     model.update(type="BPE", vocab=kept, merges=merges, dropout=None)
-    plain = {"version": "1.0", "added_tokens": added, "model": model, "decoder": None, "post_processor": None}
-    for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        plain[key] = copy.deepcopy(description.get(key))
-        assert plain[key] is None or plain[key]["type"] != "Sequence" or inner in plain[key]
-    return plain
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "model": model,
+        "normalizer": description.get("normalizer"),
+        "pre_tokenizer": description.get("pre_tokenizer"),
+        "decoder": None,
+        "post_processor": None,
+    }
 
 
 def _build(description: dict[str, Any], name: str) -> Library:
     try:
         return Library.from_str(json.dumps(description))
-    except Exception as error:  # noqa: BLE001 - the library raises Exception itself, nothing narrower
+    except Exception as error:  # the library raises Exception itself, nothing narrower
         raise TokenizerError(f"{name}: the tokenizer cannot be read ({' '.join(str(error).split())})") from error
 
 

@@ -1,0 +1,385 @@
+"""The command line: `duolocal chat`, `models`, `bench`, `kv`. Parses, dispatches, turns errors into one line.
+
+Loads neither torch nor a model before a command needs them, so that `--help` is quick.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 an answer that is not complete, 130 interrupted.
+"""
+
+import argparse
+import difflib
+import os
+import signal
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from duolocal import __version__
+from duolocal.errors import DuoLocalError, SettingsError
+from duolocal.settings import DTYPES, ChatSettings, parse_tokens
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from duolocal.documents import Document
+    from duolocal.sampling import Sampling
+
+_SAMPLING = {
+    "temperature": ("T", "0 always takes the likeliest token"),
+    "top_k": ("N", "choose among the N likeliest tokens; 0: all"),
+    "top_p": ("P", "choose among the likeliest tokens that hold P of the probability"),
+    "min_p": ("P", "leave out tokens less likely than P times the likeliest"),
+    "repetition_penalty": ("R", "above 1 makes repetition less likely"),
+    "seed": ("N", "make the choice of tokens repeatable"),
+    "max_tokens": ("N", "end an answer after N tokens"),
+}
+_EXIT_CODES = """\
+One answer for a script:
+  duolocal chat --doc report.txt --prompt "What is decided here?"
+  git diff | duolocal chat --prompt "Summarise this change" --json
+Exit codes: 0 answered; 1 failed; 2 wrong usage; 3 the answer is not complete (cut off by --max-tokens or a
+full context); 130 interrupted.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser that reports its errors as ours: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message.removeprefix("argument "))
+
+
+def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]]:
+    """Build the parser; also return the parsers of the commands by name ("bench memory")."""
+    parser = _Parser(
+        prog="duolocal", description="Chat with long documents on your own machine.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"duolocal {__version__}")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", parser_class=_Parser
+    )
+    parsers: dict[str, _Parser] = {}
+
+    chat = commands.add_parser(
+        "chat",
+        prog=program if program.endswith("chat.py") else None,
+        help="chat in the terminal, or answer one question",
+        description="Chat with a model about long documents, or answer one question (--prompt, or stdin).",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_chat_options(chat)
+    parsers["chat"] = chat
+
+    models = commands.add_parser(
+        "models", help="list the models that have a name, or fetch one", allow_abbrev=False
+    )
+    actions = models.add_subparsers(dest="action", metavar="[fetch NAME]", parser_class=_Parser)
+    fetch = actions.add_parser("fetch", help="fetch a model into the cache", allow_abbrev=False)
+    fetch.add_argument("name", help="a name from `duolocal models`, or a hub id org/name")
+    parsers |= {"models": models, "models fetch": fetch}
+
+    bench = commands.add_parser("bench", help="measure on this machine", allow_abbrev=False)
+    what = bench.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
+    memory = what.add_parser(
+        "memory", help="bytes really allocated for the KV cache, by head class", allow_abbrev=False
+    )
+    _add_model_options(memory)
+    parsers |= {"bench": bench, "bench memory": memory}
+    return parser, parsers
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help="a name from `duolocal models`, a hub id org/name, a .gguf file or a model folder "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--context",
+        metavar="SIZE",
+        help="tokens of context: 8192, 32K, 1M (default: what the model was trained for, at most 32K)",
+    )
+    group.add_argument(
+        "--kv",
+        default="auto",
+        metavar="FORMAT",
+        help="KV cache of the retrieval heads: auto (measured for the model), 16, fp8, int8, int4 … "
+        "(default: auto)",
+    )
+    group.add_argument(
+        "--heads",
+        default="auto",
+        metavar="SPLIT",
+        help="retrieval heads: auto, all, a ratio such as 0.5, or a pattern file (default: auto)",
+    )
+    group.add_argument("--sink-size", metavar="N", help="first tokens that streaming heads keep")
+    group.add_argument("--recent-size", metavar="N", help="last tokens that streaming heads keep")
+    group.add_argument(
+        "--chunk-size", metavar="N", help="tokens per prefill step; changes memory, not results"
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: auto)")
+    group.add_argument(
+        "--dtype", default="auto", help=f"compute type: {', '.join(DTYPES)} (default: auto)", metavar="TYPE"
+    )
+    group.add_argument(
+        "--rope", metavar="SCALING", help="override the model's RoPE scaling, for example yarn:4"
+    )
+
+
+def _add_chat_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to talk about")
+    group.add_argument(
+        "--doc",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="documents to load: text, Markdown, code",
+    )
+    group.add_argument("--system", metavar="TEXT", help="a system message")
+    group.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="answer this once and exit; piped stdin is then a document named stdin, and without --prompt the question",
+    )
+    group.add_argument(
+        "--json", action="store_true", help="print the one answer as JSON, with counts and timings"
+    )
+    _add_model_options(parser)
+    sampling = parser.add_argument_group("sampling")
+    for name, (metavar, text) in _SAMPLING.items():
+        sampling.add_argument("--" + name.replace("_", "-"), dest=name, metavar=metavar, help=text)
+    sampling.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end an answer before TEXT; may be given several times",
+    )
+    parser.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does the same)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; the only place where an error becomes a printed line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to stop
+    program = "python chat.py" if Path(sys.argv[0]).name == "chat.py" else "duolocal"
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv), program)
+        sys.stdout.flush()
+        return code
+    except DuoLocalError as error:
+        print(f"duolocal: {_one_line(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader went away: nothing is left to say, not even by the interpreter's own flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+
+
+def _one_line(text: str) -> str:
+    from duolocal.terminal.clean import clean_line
+
+    return clean_line(text)
+
+
+def _run(argv: list[str], program: str) -> int:
+    parser, parsers = build_parser(program)
+    if not argv:
+        parser.print_help()
+        return 0
+    _check_command(argv[0], parsers)
+    options, unknown = parser.parse_known_args(argv)
+    name = " ".join(filter(None, (options.command, getattr(options, "action", None))))
+    if unknown:
+        _refuse(unknown[0], parsers[name])
+    if name == "chat":
+        return _chat(options, "python chat.py" if program == "python chat.py" else "duolocal chat")
+    if name == "bench memory":
+        return _bench_memory(options)
+    return _models(options)
+
+
+def _check_command(word: str, parsers: dict[str, _Parser]) -> None:
+    names = sorted({name.split()[0] for name in parsers})
+    if word.startswith("-") or word in names:
+        return
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(names)}"
+    raise SettingsError(f"unknown command {word!r}: {hint}")
+
+
+def _refuse(word: str, parser: argparse.ArgumentParser) -> NoReturn:
+    option = word.partition("=")[0]
+    if not option.startswith("-"):
+        raise SettingsError(
+            f"unexpected argument {word!r}: a question goes after --prompt, a file after --doc"
+        )
+    known = [text for action in parser._actions for text in action.option_strings]
+    close = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}?" if close else f"`{parser.prog} --help` lists the options"
+    raise SettingsError(f"unknown option {option}: {hint}")
+
+
+def _settings(options: argparse.Namespace) -> ChatSettings:
+    def count(name: str) -> int | None:
+        text = getattr(options, name)
+        option = "--" + name.replace("_", "-")
+        if text is None:
+            return None
+        return 0 if text.strip() == "0" and name == "sink_size" else parse_tokens(text, option)
+
+    return ChatSettings(
+        model=options.model,
+        context=count("context"),
+        kv=options.kv,
+        heads=options.heads,
+        sink_size=count("sink_size"),
+        recent_size=count("recent_size"),
+        chunk_size=count("chunk_size"),
+        device=options.device,
+        dtype=options.dtype,
+        rope=options.rope,
+    )
+
+
+def _sampling(options: argparse.Namespace) -> "Sampling":
+    from dataclasses import replace
+
+    from duolocal.sampling import Sampling
+    from duolocal.terminal.sampling_options import change
+
+    sampling = Sampling()
+    for name in _SAMPLING:
+        text = getattr(options, name)
+        if text is not None:
+            sampling = change(sampling, name, text, shown="--" + name.replace("_", "-"))
+    return replace(sampling, stop=tuple(options.stop)) if options.stop else sampling
+
+
+def _piped_stdin() -> bytes | None:
+    """Read what is piped or redirected into us; None for a terminal, a device or nothing."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    if stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode):  # /dev/null, as under cron
+        return None
+    return sys.stdin.buffer.read() or None
+
+
+def _question(options: argparse.Namespace) -> tuple[str | None, "Document | None"]:
+    """Find the one question to answer (None: a chat) and the document that came through stdin."""
+    from duolocal.documents import decode_document
+
+    piped = _piped_stdin()
+    document = decode_document(piped, Path("stdin")) if piped and piped.strip() else None
+    if options.prompt is not None:
+        if not options.prompt.strip():
+            raise SettingsError("--prompt is empty: give the question as its text")
+        return options.prompt, document
+    if document is not None:
+        return document.text.strip(), None
+    if not sys.stdin or not sys.stdin.isatty():
+        raise SettingsError("there is no question: give --prompt TEXT, pipe one in, or run in a terminal")
+    if options.json:
+        raise SettingsError("--json is for one answer: give --prompt TEXT or pipe the question in")
+    if not sys.stdout.isatty():
+        raise SettingsError("the chat needs a terminal to write to: give --prompt TEXT for one answer")
+    return None, None
+
+
+def _console(*, stderr: bool = False, no_color: bool = False) -> "Console":
+    from rich.console import Console
+
+    # An empty NO_COLOR counts as unset (no-color.org); Rich looks for the variable only when not told.
+    return Console(stderr=stderr, no_color=no_color or bool(os.environ.get("NO_COLOR")), highlight=False)
+
+
+def _progress_console(*, no_color: bool = False) -> "Console":
+    console = _console(stderr=True, no_color=no_color)
+    console.quiet = not console.is_terminal
+    return console
+
+
+def _chat(options: argparse.Namespace, program: str) -> int:
+    # All that can be refused is refused before the model is loaded.
+    settings = _settings(options)
+    from duolocal.documents import load_document
+
+    documents = [load_document(path) for path in options.doc]
+    question, piped = _question(options)
+    if piped is not None:
+        documents.append(piped)
+    progress = _progress_console(no_color=options.no_color)
+    with _import_notice(progress):
+        sampling = _sampling(options)
+        from duolocal.terminal.start import start
+    started = start(settings, system=options.system, progress=progress)
+    if question is not None:
+        from duolocal.terminal.once import answer_once
+
+        return answer_once(
+            started.session,
+            started.facts,
+            question,
+            sampling,
+            documents=documents,
+            as_json=options.json,
+            progress=progress,
+        )
+    from duolocal.terminal.chat import Chat
+
+    chat = Chat(
+        _console(no_color=options.no_color),
+        started.session,
+        started.facts,
+        settings,
+        sampling,
+        program=program,
+        history_file=history_file(),
+    )
+    return chat.run(documents)
+
+
+def _import_notice(progress: "Console") -> Any:
+    # Importing torch takes seconds on a cold disk.
+    from duolocal.terminal.progress import bar
+
+    return bar(progress, "starting", "")
+
+
+def history_file() -> Path:
+    """Return where the chat keeps what was typed: below DUOLOCAL_CACHE, or the user's state folder."""
+    chosen = os.environ.get("DUOLOCAL_CACHE")
+    if chosen:
+        return Path(chosen).expanduser() / "history"
+    import platformdirs
+
+    return platformdirs.user_state_path("duolocal", appauthor=False) / "history"
+
+
+def _models(options: argparse.Namespace) -> int:
+    from duolocal.models.registry import list_models, resolve
+    from duolocal.terminal.models_view import models_view
+    from duolocal.terminal.progress import bar
+
+    if options.action == "fetch":
+        with bar(_progress_console(), f"fetching {_one_line(options.name)}", "bytes") as shown:
+            path = resolve(options.name, on_progress=shown.update)
+        print(path)
+        return 0
+    console = _console()
+    console.print(models_view(list_models(), console.width), soft_wrap=False)
+    return 0
+
+
+def _bench_memory(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    from duolocal.terminal.bench_view import bench_memory
+
+    return bench_memory(settings, _console(), _progress_console())

@@ -1,0 +1,358 @@
+"""The engine: token ids in, token ids out.
+
+Owns one model, one cache and the tokens in it: chunked prefill, the decode loop, cancelling, snapshots. It knows
+nothing of text, templates or terminals; it yields, and its caller consumes.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from duolocal.cache import CacheMemory, DuoCache
+from duolocal.cache import Snapshot as CacheSnapshot
+from duolocal.engine.kv_choice import choose_kv
+from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
+from duolocal.errors import ContextOverflowError, SettingsError
+from duolocal.heads import HeadPlan, plan_heads
+from duolocal.models.config import ModelConfig
+from duolocal.models.loader import ModelSource, open_model
+from duolocal.models.registry import resolve
+from duolocal.models.rope import extended, parse_rope_scaling
+from duolocal.models.transformer import Transformer
+from duolocal.quant.kv import kv_layout
+from duolocal.sampling import Sampler, Sampling
+
+DEFAULT_CHUNK_SIZE = {"cpu": 512, "cuda": 4096}  # tokens
+MIN_CONTEXT = 16  # tokens
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+FinishReason = Literal["stop", "length", "context"]
+
+
+class Cancelled(Exception):
+    """`Engine.cancel` was called; the cache holds whole chunks only and can be used on."""
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes really allocated, and what an ordinary 16-bit cache of the same context would take."""
+
+    weights: int
+    cache: CacheMemory
+    dense_16bit: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A moment to return to with `Engine.restore`; constant size."""
+
+    cache: CacheSnapshot
+    num_tokens: int
+
+
+class Engine:
+    """A loaded model with one context.
+
+    Invariant: `token_ids` are exactly the tokens whose keys and values are in the cache.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        cache: DuoCache,
+        *,
+        source: ModelSource | None = None,
+        kv: str,
+        chunk_size: int,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.transformer = transformer
+        self.cache = cache
+        self.source = source
+        self.kv = kv
+        self.chunk_size = chunk_size
+        self.notes = list(notes)
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._cancel = threading.Event()
+
+    @classmethod
+    def load(
+        cls,
+        model: str | ModelSource,
+        *,
+        context: int | None = None,
+        kv: str = "auto",
+        heads: str | float = "auto",
+        sink_size: int | None = None,
+        recent_size: int | None = None,
+        chunk_size: int | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        rope: str | None = None,
+        on_fetch: Callable[[int, int], None] | None = None,
+        on_layer: Callable[[int, int], None] | None = None,
+        on_measure: Callable[[int, int], None] | None = None,
+    ) -> "Engine":
+        """Load a model by name, hub id or path (or an opened ModelSource) and reserve its whole context.
+
+        context: tokens, None for what the model was trained for; kv: "auto" or a name of `KV_FORMATS`; heads:
+        "auto", "all", a ratio or a pattern file; sink_size, recent_size: tokens; chunk_size: tokens per prefill
+        step; device: "auto", "cpu" or "cuda"; dtype: "auto" or a name of DTYPES; rope: a scaling that overrides the
+        model's. The callbacks get (done, total): bytes fetched, layers loaded, tokens of a KV measurement.
+        Raises DuoLocalError with one line saying what to do, before any work is done in vain.
+        """
+        source = model if isinstance(model, ModelSource) else open_model(resolve(model, on_progress=on_fetch))
+        where = _device(device)
+        compute = _dtype(dtype, where)
+        config = source.config
+        context = config.max_positions if context is None else context
+        chunk_size = DEFAULT_CHUNK_SIZE[where.type] if chunk_size is None else chunk_size
+        if context < MIN_CONTEXT:
+            raise SettingsError(f"context is {context}; it must be {MIN_CONTEXT} tokens or more")
+        if chunk_size < 1:
+            raise SettingsError(f"chunk_size is {chunk_size}; it must be 1 token or more")
+        if config.sliding_window is not None and context > config.sliding_window:
+            raise SettingsError(
+                f"this model attends to {config.sliding_window:,} tokens at most (sliding window); "
+                f"use --context {config.sliding_window} or less"
+            )
+        override = parse_rope_scaling(rope, config) if rope else None
+        config, rope_note = extended(config, context, override=override)
+        plan, heads_note = plan_heads(
+            heads,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            fingerprint=source.fingerprint,
+            sink_size=sink_size,
+            recent_size=recent_size,
+        )
+        sizes = {"context": context, "chunk_size": chunk_size, "device": where, "dtype": compute}
+        available = available_bytes(where)
+        if kv != "auto":
+            kv_layout(kv, head_dim=config.head_dim, dtype=compute)
+            check_memory(config, plan, kv, weight_bytes=source.size_bytes, available=available, **sizes)
+        weights = source.load(device=where, dtype=compute, on_layer=on_layer)
+        kv_note = None
+        if kv == "auto":
+            kv, kv_note = choose_kv(
+                source, weights, device=where, dtype=compute, chunk_size=chunk_size, on_progress=on_measure
+            )
+            check_memory(config, plan, kv, weight_bytes=source.size_bytes, available=available, **sizes)
+        transformer = Transformer(config, weights, context=context, device=where, dtype=compute)
+        notes = [note for note in (rope_note, heads_note, kv_note) if note]
+        return cls.build(transformer, plan, kv=kv, chunk_size=chunk_size, source=source, notes=notes)
+
+    @classmethod
+    def build(
+        cls,
+        transformer: Transformer,
+        plan: HeadPlan,
+        *,
+        kv: str,
+        chunk_size: int,
+        block_size: int | None = None,
+        source: ModelSource | None = None,
+        notes: Sequence[str] = (),
+    ) -> "Engine":
+        """Give a Transformer a cache for its `context` under `plan` and KV format `kv`."""
+        config = transformer.config
+        sizes = {} if block_size is None else {"block_size": block_size}
+        layout = kv_layout(kv, head_dim=config.head_dim, dtype=transformer.dtype, **sizes)
+        cache = DuoCache(
+            plan,
+            layout,
+            num_heads=config.num_heads,
+            context=transformer.context,
+            device=transformer.device,
+            dtype=transformer.dtype,
+        )
+        return cls(transformer, cache, source=source, kv=kv, chunk_size=chunk_size, notes=notes)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.transformer.config
+
+    @property
+    def plan(self) -> HeadPlan:
+        return self.cache.plan
+
+    @property
+    def context(self) -> int:
+        """The most tokens that fit."""
+        return self.cache.context
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+        return self.cache.num_tokens
+
+    def memory(self) -> EngineMemory:
+        """Return the bytes really allocated."""
+        weights = self.transformer.weights
+        matrices = [
+            linear.weight
+            for layer in weights.layers
+            for linear in (
+                layer.q_proj,
+                layer.k_proj,
+                layer.v_proj,
+                layer.o_proj,
+                layer.gate_proj,
+                layer.up_proj,
+                layer.down_proj,
+            )
+        ]
+        matrices.append(weights.embedding)
+        if weights.lm_head is not weights.embedding:
+            matrices.append(weights.lm_head)
+        return EngineMemory(
+            weights=sum(matrix.nbytes for matrix in matrices),
+            cache=self.cache.memory(),
+            dense_16bit=dense_16bit_bytes(self.config, self.context),
+        )
+
+    def prefill(self, token_ids: Sequence[int]) -> Iterator[int]:
+        """Append tokens chunk by chunk, yielding after each how many of them are in the cache.
+
+        Raises ContextOverflowError before any work when they do not fit, and Cancelled, with every finished chunk
+        kept, after `cancel`.
+        """
+        self._check_fits(token_ids)
+        self._cancel.clear()
+        done = 0
+        for chunk in _chunks(token_ids, self.chunk_size):
+            self._forward(chunk)
+            done += len(chunk)
+            yield done
+
+    def generate(
+        self, token_ids: Sequence[int], sampling: Sampling, *, eos_ids: frozenset[int] | None = None
+    ) -> Iterator[int]:
+        """Append tokens (at least one), then yield sampled ids until an end token, `max_tokens` or a full context.
+
+        eos_ids: the model's own when None. An end token is not yielded and not appended, and the last yielded id is
+        appended only when a further one is asked for. `finish_reason` says why it ended. Raises
+        ContextOverflowError before any work, and Cancelled after `cancel`.
+        """
+        if not token_ids:
+            raise ValueError("generate needs at least one token to go on from")
+        eos_ids = frozenset(self.config.eos_ids) if eos_ids is None else eos_ids
+        self._check_fits(token_ids)
+        self._cancel.clear()
+        self.finish_reason = None
+        sampler = Sampler(sampling)
+        count = 0
+        hidden = None
+        for chunk in _chunks(token_ids, self.chunk_size):
+            hidden = self._forward(chunk)
+        while True:
+            assert hidden is not None
+            logits = self.transformer.logits(hidden[-1:])[0]
+            token = sampler(logits, self.token_ids)
+            if token in eos_ids:
+                self.finish_reason = "stop"
+                return
+            count += 1
+            if count == sampling.max_tokens:
+                self.finish_reason = "length"
+            elif self.position == self.context:
+                self.finish_reason = "context"
+            yield token
+            if self.finish_reason is not None:
+                return
+            hidden = self._forward([token])
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Append tokens and return the logits after each: [num_tokens, vocab_size] float32.
+
+        Teacher-forced through the very path that prefill and decode take. Raises ContextOverflowError.
+        """
+        return torch.cat(list(self.iter_logits(token_ids)))
+
+    def iter_logits(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
+        """Append tokens, yielding the logits of each chunk: memory stays bounded by the chunk."""
+        self._check_fits(token_ids)
+        self._cancel.clear()
+        for chunk in _chunks(token_ids, self.chunk_size):
+            yield self.transformer.logits(self._forward(chunk))
+
+    def cancel(self) -> None:
+        """Stop the prefill or generation that is running (safe from a signal handler or another thread)."""
+        self._cancel.set()
+
+    def snapshot(self) -> Snapshot:
+        """Remember this moment; constant size."""
+        return Snapshot(self.cache.snapshot(), self.position)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Return to an earlier moment of this context, prefilling nothing."""
+        self.cache.restore(snapshot.cache)
+        del self.token_ids[snapshot.num_tokens :]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.cache.reset()
+        self.token_ids.clear()
+
+    def _check_fits(self, token_ids: Sequence[int]) -> None:
+        if self.position + len(token_ids) > self.context:
+            raise ContextOverflowError(
+                f"{len(token_ids):,} tokens do not fit: {self.position:,} of {self.context:,} are in use, "
+                f"{self.context - self.position:,} are free; a context of "
+                f"{self.position + len(token_ids):,} or more is needed"
+            )
+
+    @torch.inference_mode()
+    def _forward(self, token_ids: Sequence[int]) -> Tensor:
+        """Append one chunk to the cache, whole or not at all; return hidden states [q_len, hidden_size]."""
+        start = self.position
+        device = self.transformer.device
+        self.cache.begin(len(token_ids))
+        try:
+            hidden = self.transformer.hidden(
+                torch.tensor(token_ids, dtype=torch.int64, device=device),
+                torch.arange(start, start + len(token_ids), device=device),
+                self.cache,
+                before_layer=self._raise_if_cancelled,
+            )
+        except BaseException:
+            self.cache.rollback()
+            raise
+        self.cache.commit()
+        self.token_ids.extend(token_ids)
+        return hidden
+
+    def _raise_if_cancelled(self, _layer: int) -> None:
+        if self._cancel.is_set():
+            raise Cancelled
+
+
+def _chunks(token_ids: Sequence[int], chunk_size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(token_ids), chunk_size):
+        yield token_ids[start : start + chunk_size]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in DEFAULT_CHUNK_SIZE:
+        raise SettingsError(f"device {name!r} is unknown: use auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device cuda: torch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        # 16-bit products are 6 to 10 times slower than float32 on CPUs without AMX (docs/performance.md).
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name not in DTYPES:
+        raise SettingsError(f"dtype {name!r} is unknown: use auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]

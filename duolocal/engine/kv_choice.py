@@ -1,0 +1,216 @@
+"""Choosing the KV format by measurement: what `--kv auto` does.
+
+Small models can break under a 4-bit cache that is harmless to large ones, so there is no default for all. The
+measurement feeds real text through the same weights with each format, all heads retrieval (the hardest case), and
+compares the distributions of the next token with those of the 16-bit cache. A verdict ships for the models listed in
+`kv_measured.json`; for any other model it is measured on first use and kept in the cache folder.
+"""
+
+import importlib.resources
+import json
+import os
+import pydoc_data.topics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from duolocal.cache import DuoCache
+from duolocal.heads import uniform_plan
+from duolocal.models.loader import ModelSource
+from duolocal.models.registry import cache_folder
+from duolocal.models.rope import extended
+from duolocal.models.transformer import Transformer
+from duolocal.models.weights import ModelWeights
+from duolocal.quant.kv import KV_FORMATS, kv_layout
+from duolocal.tokenizer import load_tokenizer
+
+REFERENCE = "16"
+# A format is chosen when it costs less than this against the 16-bit cache.
+MAX_KL = 0.01  # nats per token
+MAX_PERPLEXITY_RISE = 0.01
+CANDIDATES = ("int4", "int8", REFERENCE)  # by rising size; the first that passes is taken
+FIRST_USE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class KVMeasurement:
+    """One format against the 16-bit cache, over the same tokens."""
+
+    kv: str
+    bytes_per_token: float  # per KV head
+    mean_kl: float  # nats, of the 16-bit distribution from this one
+    perplexity: float
+    perplexity_rise: float  # relative to 16-bit
+    top1_agreement: float
+
+
+def choose_kv(
+    source: ModelSource,
+    weights: ModelWeights,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    chunk_size: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[str, str]:
+    """Return the format for these weights and a line saying where it comes from."""
+    known = _shipped().get(source.fingerprint)
+    if known is not None:
+        return known, f"KV format {known}: the smallest that passed this model's measurement (docs/kv-formats.md)"
+    known = _remembered().get(source.fingerprint)
+    if known is not None:
+        return known, f"KV format {known}: the smallest that passed when this model was first used here"
+    text = sample_text()
+    token_ids = load_tokenizer(source).encode(text)[:FIRST_USE_TOKENS]
+    results = list(
+        measure_kv(
+            source,
+            weights,
+            token_ids,
+            formats=[name for name in CANDIDATES if name != REFERENCE],
+            device=device,
+            dtype=dtype,
+            chunk_size=chunk_size,
+            on_progress=on_progress,
+        )
+    )
+    choice = verdict(results)
+    _remember(source.fingerprint, choice, results)
+    figures = ", ".join(f"{r.kv}: KL {r.mean_kl:.4f}, perplexity {r.perplexity_rise:+.1%}" for r in results)
+    return choice, f"KV format {choice}, chosen by measurement on {len(token_ids):,} tokens ({figures})"
+
+
+def verdict(results: Iterable[KVMeasurement]) -> str:
+    """Return the smallest format that passes, the 16-bit one where none does."""
+    by_name = {result.kv: result for result in results}
+    for name in CANDIDATES:
+        result = by_name.get(name)
+        if result and result.mean_kl <= MAX_KL and result.perplexity_rise <= MAX_PERPLEXITY_RISE:
+            return name
+    return REFERENCE
+
+
+def measure_kv(
+    source: ModelSource,
+    weights: ModelWeights,
+    token_ids: list[int],
+    *,
+    formats: Iterable[str] = tuple(name for name in KV_FORMATS if name != REFERENCE),
+    device: torch.device,
+    dtype: torch.dtype,
+    chunk_size: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[KVMeasurement]:
+    """Yield one measurement per format over `token_ids`, all fed side by side so that memory stays bounded.
+
+    Each is measured with all heads retrieval. `on_progress` gets (tokens done, tokens in all).
+    """
+    config, _ = extended(source.config, len(token_ids))
+    transformer = Transformer(config, weights, context=len(token_ids), device=device, dtype=dtype)
+    plan = uniform_plan(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        retrieval=True,
+        sink_size=None,
+        recent_size=None,
+    )
+    names = [REFERENCE, *formats]
+    caches = {}
+    for name in names:
+        layout = kv_layout(name, head_dim=config.head_dim, dtype=dtype)
+        caches[name] = DuoCache(
+            plan, layout, num_heads=config.num_heads, context=len(token_ids), device=device, dtype=dtype
+        )
+    tallies = {name: _Tally() for name in names}
+    ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
+    for start in range(0, len(token_ids) - 1, chunk_size):
+        chunk = slice(start, min(start + chunk_size, len(token_ids) - 1))
+        targets = ids[chunk.start + 1 : chunk.stop + 1]
+        reference: Tensor | None = None
+        for name in names:
+            log_probs = _log_probs(transformer, caches[name], ids, chunk)
+            reference = log_probs if reference is None else reference
+            tallies[name].add(log_probs, reference, targets)
+        if on_progress is not None:
+            on_progress(chunk.stop + 1, len(token_ids))
+    base = tallies[REFERENCE].perplexity
+    for name in names[1:]:
+        tally = tallies[name]
+        yield KVMeasurement(
+            kv=name,
+            bytes_per_token=caches[name].layout.bytes_per_token,
+            mean_kl=tally.kl / tally.count,
+            perplexity=tally.perplexity,
+            perplexity_rise=tally.perplexity / base - 1,
+            top1_agreement=tally.agreed / tally.count,
+        )
+
+
+def sample_text() -> str:
+    """Return about half a megabyte of real English prose and code that every Python carries."""
+    topics: dict[str, str] = pydoc_data.topics.topics
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+@torch.inference_mode()
+def _log_probs(transformer: Transformer, cache: DuoCache, ids: Tensor, chunk: slice) -> Tensor:
+    cache.begin(chunk.stop - chunk.start)
+    positions = torch.arange(chunk.start, chunk.stop, device=ids.device)
+    hidden = transformer.hidden(ids[chunk], positions, cache)
+    cache.commit()
+    return transformer.logits(hidden).log_softmax(-1)  # [chunk, vocab_size]
+
+
+class _Tally:
+    """Sums over predictions."""
+
+    def __init__(self) -> None:
+        self.count = self.agreed = 0
+        self.kl = self.nll = 0.0
+
+    def add(self, log_probs: Tensor, reference: Tensor, targets: Tensor) -> None:
+        self.count += len(targets)
+        self.nll -= log_probs.gather(1, targets[:, None]).double().sum().item()
+        self.agreed += int((log_probs.argmax(-1) == reference.argmax(-1)).sum())
+        self.kl += (reference.exp() * (reference - log_probs)).sum(-1).double().sum().item()
+
+    @property
+    def perplexity(self) -> float:
+        return float(torch.tensor(self.nll / self.count, dtype=torch.float64).exp())
+
+
+def _shipped() -> dict[str, str]:
+    data = json.loads(importlib.resources.files("duolocal.engine").joinpath("kv_measured.json").read_text())
+    return {fingerprint: entry["kv"] for entry in data["models"] for fingerprint in entry["fingerprints"]}
+
+
+def _memory_file() -> Path:
+    return cache_folder() / "kv-formats.json"
+
+
+def _remembered() -> dict[str, str]:
+    try:
+        entries = json.loads(_memory_file().read_text(encoding="utf-8"))
+        return {key: entry["kv"] for key, entry in entries.items() if entry["kv"] in KV_FORMATS}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # absent or damaged: it is measured again
+
+
+def _remember(fingerprint: str, choice: str, results: list[KVMeasurement]) -> None:
+    """Keep a verdict; a cache folder that cannot be written only means measuring again."""
+    path = _memory_file()
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        entries = {}
+    entries[fingerprint] = {"kv": choice, "results": [asdict(result) for result in results]}
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,48 @@
+"""The table of `duolocal models`."""
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from duolocal.models.registry import ModelStatus
+from duolocal.settings import format_tokens
+from duolocal.terminal import figures
+from duolocal.terminal.clean import clean_line
+
+
+_WIDE = 150  # columns; below, source and place go under the table instead of being folded into slivers
+
+
+def models_view(statuses: Sequence[ModelStatus], columns: int) -> RenderableType:
+    """List named models: source, size, trained context, licence, where each is cached."""
+    wide = columns >= _WIDE
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("name", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("context", justify="right", no_wrap=True)
+    table.add_column("licence", overflow="fold")
+    table.add_column("source" if wide else "cached", overflow="fold")
+    if wide:
+        table.add_column("cached in", overflow="fold")
+    details: list[RenderableType] = []
+    for status in statuses:
+        model = status.model
+        place = clean_line(str(status.path)) if status.path else ""
+        row = [
+            Text(status.name, "bold"),
+            Text(figures.size(status.size_bytes)),
+            Text(format_tokens(model.trained_context)),
+            Text(model.license),
+        ]
+        if wide:
+            row += [Text(clean_line(status.source)), Text(place or "not fetched", "" if place else "dim")]
+        else:
+            row.append(Text("yes" if place else "no"))
+            details.append(Text.assemble("\n", (status.name, "bold"), f": {clean_line(model.description)}"))
+            details.append(Text(f"  from {clean_line(status.source)}", style="dim"))
+            if place:
+                details.append(Text(f"  in {place}", style="dim"))
+        table.add_row(*row)
+    return Group(table, *details)

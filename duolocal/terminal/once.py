@@ -1,0 +1,169 @@
+"""One question, one answer, for scripts: the answer on stdout, nothing else there.
+
+Exit codes: 0 answered, 3 the answer is not complete (max_tokens or the context ended it), 130 interrupted.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from duolocal.documents import Document
+from duolocal.engine.session import ChatSession, Event, Finished, Prefilled, Text
+from duolocal.sampling import Sampling
+from duolocal.terminal.clean import clean, clean_line
+from duolocal.terminal.progress import Bar, bar
+from duolocal.terminal.stream import cancel_on_interrupt
+from duolocal.terminal.views import Facts, retrieval_bytes, streaming_bytes
+
+EXIT_CODES = {"stop": 0, "length": 3, "context": 3, "cancelled": 130}
+_WHY_CUT = {
+    "length": "the answer was cut off by max_tokens: raise --max-tokens",
+    "context": "the answer was cut off, the context is full: raise --context or load less",
+}
+
+
+@dataclass
+class _Tally:
+    """What one pass over a session's events amounted to."""
+
+    num_tokens: int = 0  # prefilled
+    elapsed_s: float = 0.0  # of the prefill
+    finished: Finished | None = None
+
+
+def answer_once(
+    session: ChatSession,
+    facts: Facts,
+    question: str,
+    sampling: Sampling,
+    *,
+    documents: Sequence[Document] = (),
+    as_json: bool = False,
+    progress: Console,
+) -> int:
+    """Answer one question over documents on stdout; return the exit code. `progress` is a console on stderr.
+
+    Raises ContextOverflowError before work when something does not fit.
+    """
+    for note in (document.note for document in documents):
+        if note:
+            print(f"duolocal: {clean_line(note)}", file=sys.stderr)
+    reading = _Tally()
+    loaded: list[dict[str, Any]] = []
+    with cancel_on_interrupt(session) as insist:
+        for document in documents:
+            name = clean_line(document.name)
+            before = session.engine.position
+            tally = _consume(session.add_document(document.name, document.text), f"reading {name}", progress, insist)
+            if tally.finished is not None and tally.finished.reason == "cancelled":
+                return EXIT_CODES["cancelled"]
+            reading.num_tokens += tally.num_tokens
+            reading.elapsed_s += tally.elapsed_s
+            loaded.append({"name": document.name, "tokens": session.engine.position - before})
+        writer = None if as_json else _Writer()
+        tally = _consume(session.ask(question, sampling), "reading", progress, insist, writer)
+    finished = tally.finished
+    assert finished is not None, "a session ends every answer with Finished"
+    reading.num_tokens += finished.prompt_tokens
+    reading.elapsed_s += finished.prefill_s
+    if writer is not None:
+        writer.end()
+    else:
+        text = next((m.content for m in reversed(session.messages) if m.role == "assistant"), "")
+        print(json.dumps(_report(session, facts, text, finished, reading, loaded), ensure_ascii=False))
+    sys.stdout.flush()
+    if finished.reason in _WHY_CUT:
+        print(f"duolocal: {_WHY_CUT[finished.reason]}", file=sys.stderr)
+    return EXIT_CODES[finished.reason]
+
+
+class _Writer:
+    """Writes the answer as it comes: raw into a pipe, made harmless on a terminal."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stdout.isatty()
+        self._ends_line = True
+
+    def write(self, text: str) -> None:
+        if text:
+            sys.stdout.write(clean(text) if self._is_terminal else text)
+            sys.stdout.flush()
+            self._ends_line = text.endswith("\n")
+
+    def end(self) -> None:
+        if not self._ends_line:
+            sys.stdout.write("\n")
+
+
+def _consume(
+    events: Iterable[Event],
+    reading: str,
+    progress: Console,
+    insist: Callable[[], None],
+    writer: _Writer | None = None,
+) -> _Tally:
+    tally = _Tally()
+    with ExitStack() as stack:
+        shown: Bar | None = stack.enter_context(bar(progress, reading, "tokens"))
+        for event in events:
+            insist()
+            if isinstance(event, Prefilled):
+                tally.num_tokens, tally.elapsed_s = event.done, event.elapsed_s
+                if shown is not None:
+                    shown.update(event.done, event.total, event.elapsed_s)
+            elif isinstance(event, Text):
+                if writer is not None:
+                    stack.close()  # takes the bar away before the answer appears
+                    shown = None
+                    writer.write(event.text)
+                elif shown is not None:
+                    shown.describe("answering")
+            elif isinstance(event, Finished):
+                tally.finished = event
+    return tally
+
+
+def _report(
+    session: ChatSession,
+    facts: Facts,
+    text: str,
+    finished: Finished,
+    reading: _Tally,
+    documents: list[dict[str, Any]],
+) -> dict[str, Any]:
+    memory = session.engine.memory()
+
+    def rate(count: int, elapsed_s: float) -> float | None:
+        return round(count / elapsed_s, 2) if elapsed_s > 0 else None
+
+    return {
+        "text": text,
+        "finish_reason": finished.reason,
+        "model": facts.model,
+        "tokens": {
+            "prompt": reading.num_tokens,
+            "completion": finished.completion_tokens,
+            "context": session.engine.position,
+            "limit": facts.context,
+        },
+        "timings": {
+            "load_s": round(facts.load_s, 4),
+            "prefill_s": round(reading.elapsed_s, 4),
+            "decode_s": round(finished.decode_s, 4),
+            "prefill_tokens_per_s": rate(reading.num_tokens, reading.elapsed_s),
+            "decode_tokens_per_s": rate(finished.completion_tokens, finished.decode_s),
+        },
+        "kv": {
+            "format": facts.kv_format,
+            "retrieval_bytes": retrieval_bytes(memory),
+            "streaming_bytes": streaming_bytes(memory),
+            "dense_16bit_bytes": memory.dense_16bit,
+        },
+        "documents": documents,
+        "notes": list(facts.notes),
+    }

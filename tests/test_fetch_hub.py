@@ -1,0 +1,353 @@
+"""Models from the hub: the real huggingface-hub against a small hub that runs here on 127.0.0.1."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+import duolocal
+from duolocal.errors import DownloadError, ModelNotFoundError
+from duolocal.models import fetch_hub
+from duolocal.models.fetch_hub import cached_repo, fetch_repo, missing_files
+from duolocal.models.registry import resolve
+
+ROOT = Path(duolocal.__file__).parents[1]
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+_random = random.Random(3)
+WANTED = {
+    "config.json": b'{"model_type": "llama"}',
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"spm",
+    "chat_template.jinja": b"{{ messages }}",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    ).encode(),
+    "model-00001-of-00002.safetensors": _random.randbytes(700_000),
+    "model-00002-of-00002.safetensors": _random.randbytes(300_000),
+}
+UNWANTED = {
+    "pytorch_model.bin": b"pickle",
+    "consolidated.safetensors": b"twice",
+    "original/consolidated.00.pth": b"pickle",
+    "original/params.json": b"{}",
+    "model.Q4_K.gguf": b"GGUF",
+    "README.md": b"# model",
+}
+
+
+@dataclass
+class Hub:
+    """A hub with one repository, and what was asked of it."""
+
+    files: dict[str, bytes]
+    url: str = ""
+    token: str | None = None  # wanted, when set
+    gated: bool = False
+    fault: int | None = None  # HTTP status of every answer, when set
+    break_at: int | None = None  # cut the connection once, after so many bytes of the first shard
+    requests: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    downloaded: list[str] = field(default_factory=list)
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """The endpoints that snapshot_download uses."""
+
+    hub: Hub
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refused(self) -> bool:
+        hub = self.hub
+        if hub.fault is not None:
+            self.answer(hub.fault)
+        elif hub.gated:
+            self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+        elif hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+        else:
+            return False
+        return True
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub = self.hub
+        path = self.path.partition("?")[0]
+        hub.requests.append(f"{self.command} {path}")
+        if self.refused():
+            return
+        if found := re.fullmatch(r"/api/models/org/tiny(?:/(revision|tree)/([^/]+))?", path):
+            commit = COMMITS.get(found[2] or "main", found[2] or "main")
+            if commit not in COMMITS.values():
+                self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
+            elif found[1] == "tree":
+                tree = [
+                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for name, data in hub.files.items()
+                ]
+                self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
+            else:
+                siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
+                body = {"id": "org/tiny", "modelId": "org/tiny", "sha": commit, "siblings": siblings}
+                self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
+        elif found := re.fullmatch(r"/org/tiny/resolve/([^/]+)/(.+)", path):
+            self.file(found[2], COMMITS.get(found[1], found[1]))
+        else:
+            self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+
+    def file(self, name: str, commit: str) -> None:
+        hub, data = self.hub, self.hub.files[name]
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
+        if self.command == "HEAD":
+            self.answer(200, data, **headers)
+            return
+        hub.downloaded.append(name)
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked:
+            hub.ranges.append(f"{name} {asked[1]}")
+            start = int(asked[1])
+            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            self.answer(206, data[start:], **headers)
+        elif hub.break_at is not None and name.startswith("model-00001"):
+            cut, hub.break_at = hub.break_at, None
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[:cut])
+            self.close_connection = True
+        else:
+            self.answer(200, data, **headers)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    state = Hub(WANTED | UNWANTED)
+    handler = type("Handler", (HubHandler,), {"hub": state})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    # The library reads its environment when it is imported.
+    monkeypatch.setattr(constants, "ENDPOINT", state.url)
+    template = state.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_fetches_the_wanted_files_and_nothing_else(hub: Hub) -> None:
+    folder = resolve("org/tiny")
+    assert contents(folder) == WANTED
+    assert sorted(hub.downloaded) == sorted(WANTED)
+
+
+def test_progress_counts_the_bytes_of_all_files_together(hub: Hub) -> None:
+    seen: list[tuple[int, int]] = []
+    fetch_repo("org/tiny", on_progress=lambda done, total: seen.append((done, total)))
+    total = sum(len(data) for data in WANTED.values())
+    assert {size for _, size in seen} == {total}
+    assert seen[-1] == (total, total)
+    assert any(0 < done < total for done, _ in seen)
+
+
+def test_what_is_cached_is_not_fetched_again_and_counts_as_done(hub: Hub) -> None:
+    folder = fetch_repo("org/tiny")
+    lost = folder / "model-00002-of-00002.safetensors"
+    lost.resolve().unlink()
+    lost.unlink()
+    assert cached_repo("org/tiny") is None  # not complete
+    hub.downloaded.clear()
+    seen: list[int] = []
+    assert fetch_repo("org/tiny", on_progress=lambda done, total: seen.append(done)) == folder
+    assert hub.downloaded == [lost.name]
+    assert min(seen) >= sum(len(data) for name, data in WANTED.items() if name != lost.name)
+
+
+def test_a_broken_connection_resumes_where_it_broke(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # 10 MB: more than these files have
+    hub.break_at = 250_000
+    assert contents(fetch_repo("org/tiny")) == WANTED
+    assert len(hub.ranges) == 1
+    name, start = hub.ranges[0].split()
+    assert name == "model-00001-of-00002.safetensors"
+    assert int(start) == 200_000  # two whole chunks had arrived
+
+
+def test_a_revision_is_its_own_snapshot(hub: Hub) -> None:
+    assert fetch_repo("org/tiny", revision="v2").name == COMMITS["v2"]
+    assert fetch_repo("org/tiny").name == COMMITS["main"]
+    assert cached_repo("org/tiny", revision="v2") == cached_repo("org/tiny", revision=COMMITS["v2"])
+    with pytest.raises(ModelNotFoundError) as caught:
+        fetch_repo("org/tiny", revision="v9")
+    assert one_line(caught) == "org/tiny has no revision 'v9' on the hub: give a branch, tag or commit of it"
+
+
+def test_the_token_is_sent_with_every_request(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token = "hf_secret"
+    with pytest.raises(ModelNotFoundError) as caught:
+        fetch_repo("org/tiny")
+    assert one_line(caught) == (
+        "the hub has no model org/tiny that you may see: check the spelling, or set HF_TOKEN if it is private"
+    )
+    assert contents(fetch_repo("org/tiny", token="hf_secret")) == WANTED
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert fetch_repo("org/tiny", revision="v2").name == COMMITS["v2"]
+
+
+def test_a_gated_repository_says_what_to_accept_and_set(hub: Hub) -> None:
+    hub.gated = True
+    with pytest.raises(DownloadError) as caught:
+        fetch_repo("org/tiny")
+    assert one_line(caught) == (
+        f"org/tiny is gated: accept its licence on its page ({hub.url}/org/tiny), then set HF_TOKEN to a read token "
+        "of that account (or run `hf auth login`)"
+    )
+
+
+def test_a_missing_repository_and_a_failing_hub_differ(hub: Hub) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"^the hub has no model org/other that you may see"):
+        fetch_repo("org/other")
+    hub.fault = 403
+    with pytest.raises(DownloadError, match=r"^the hub refused org/tiny \(HTTP 403\): set HF_TOKEN to a valid read"):
+        fetch_repo("org/tiny")
+    hub.fault = 418
+    with pytest.raises(DownloadError, match=r"^the hub answered HTTP 418 for org/tiny: try again later, or run `hf "):
+        fetch_repo("org/tiny")
+
+
+def test_without_a_network_the_cache_serves_or_the_error_says_what_to_do(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fetch_repo("org/tiny")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    assert fetch_repo("org/tiny") == folder
+    with pytest.raises(DownloadError) as caught:
+        fetch_repo("org/tiny", revision="v2")
+    assert re.fullmatch(
+        r"cannot fetch org/tiny at v2 \(.*\): check the network, or run `hf download org/tiny --local-dir FOLDER` on "
+        r"a machine with network, copy FOLDER here and give its path as the model",
+        one_line(caught),
+    )
+
+
+def test_offline_touches_no_network(hub: Hub) -> None:
+    with pytest.raises(DownloadError, match=r"^org/tiny is not cached and offline mode is on; run `hf download"):
+        fetch_repo("org/tiny", offline=True)
+    assert hub.requests == []
+    folder = fetch_repo("org/tiny")
+    hub.requests.clear()
+    assert fetch_repo("org/tiny", offline=True) == folder
+    assert hub.requests == []
+
+
+def test_repositories_without_safetensors_are_refused_before_a_fetch(hub: Hub) -> None:
+    hub.files = {"config.json": b"{}", "a.Q4_0.gguf": b"GGUF"}
+    with pytest.raises(ModelNotFoundError, match=r"^org/tiny holds \.gguf files and no safetensors weights: fetch the"):
+        fetch_repo("org/tiny")
+    hub.files = {"config.json": b"{}", "pytorch_model.bin": b"x"}
+    with pytest.raises(ModelNotFoundError, match=r"^org/tiny has no safetensors weights \(pickled"):
+        fetch_repo("org/tiny")
+    assert hub.downloaded == []
+
+
+def test_a_repository_that_lacks_a_shard_is_named(hub: Hub) -> None:
+    del hub.files["model-00002-of-00002.safetensors"]
+    with pytest.raises(DownloadError, match=r"^org/tiny lacks model-00002-of-00002\.safetensors on the hub"):
+        fetch_repo("org/tiny")
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files = {"config.json": b"{}", "model.safetensors": b"x"}
+    monkeypatch.setattr(fetch_hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    with pytest.raises(DownloadError, match=r"^no space for org/tiny in .*: needs 0\.00 GB, 0\.00 GB are free; make"):
+        fetch_repo("org/tiny")
+    assert hub.downloaded == []
+
+
+def test_leftovers_of_a_killed_fetch_go_unless_someone_writes_them(hub: Hub, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    blobs = tmp_path / "hub" / "models--org--tiny" / "blobs"
+    locks = tmp_path / "hub" / ".locks" / "models--org--tiny"
+    blobs.mkdir(parents=True)
+    locks.mkdir(parents=True)
+    dead, alive, resumable = (blobs / name for name in ("d1.0a.incomplete", "e2.0b.incomplete", "f3.incomplete"))
+    for path in (dead, alive, resumable):
+        path.write_bytes(b"half")
+    with FileLock(locks / "e2.lock"):
+        fetch_repo("org/tiny")
+    assert [path.exists() for path in (dead, alive, resumable)] == [False, True, True]
+
+
+def test_a_folder_says_what_it_lacks(tmp_path: Path) -> None:
+    assert missing_files(tmp_path) == ["config.json", "*.safetensors"]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert missing_files(tmp_path) == []
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.safetensors"}}')
+    assert missing_files(tmp_path) == ["x.safetensors"]
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    assert missing_files(tmp_path) == ["model.safetensors.index.json"]
+
+
+def test_the_environment_variables_of_the_hub_library_hold(hub: Hub, tmp_path: Path) -> None:
+    hub.token = "hf_env"
+    code = "from duolocal.models.registry import resolve; print(resolve('org/tiny', revision='v2'))"
+
+    def run(**changes: str) -> subprocess.CompletedProcess[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+        env |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url} | changes
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+    fetched = run(HF_TOKEN="hf_env")
+    assert fetched.returncode == 0, fetched.stderr
+    folder = Path(fetched.stdout.strip())
+    assert folder.is_relative_to(tmp_path / "home" / "hub")
+    assert contents(folder) == WANTED
+    assert "%|" not in fetched.stderr  # no bars of its own
+
+    hub.requests.clear()
+    offline = run(HF_HUB_OFFLINE="1")
+    assert offline.stdout == fetched.stdout
+    assert hub.requests == []

@@ -1,0 +1,312 @@
+"""The chat's commands over a session without a model."""
+
+import base64
+import signal
+from pathlib import Path
+
+import pytest
+from terminal_fakes import FACTS, FakeSession, make_chat
+
+from duolocal.documents import Document
+from duolocal.engine.session import Finished
+from duolocal.errors import DocumentError, SettingsError
+from duolocal.terminal import commands, views
+
+
+def shown(output) -> str:
+    text = "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+    output.seek(0)
+    output.truncate()
+    return text
+
+
+def test_a_question_is_answered_and_summed_up() -> None:
+    chat, output = make_chat()
+    chat.handle("What colour is it?")
+    assert shown(output) == "It is green.\n3 tokens · 12.0 tokens/s · first after 0.5 s\n"
+    assert chat.session.messages[-1].content == "It is **green**."
+
+
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ("/help", ("help", "")),
+        ("/LOAD a b ", ("load", "a b")),
+        ("/system be\nkind", ("system", "be\nkind")),
+        ("/?", ("?", "")),
+        (" /help", None),
+        ("/etc/passwd what is it", None),
+        ("// a comment", None),
+        ("/", None),
+        ("what /help", None),
+    ],
+)
+def test_what_is_a_command(text: str, command: tuple[str, str] | None) -> None:
+    assert commands.parse(text) == command
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "/contxt",
+            "unknown command /contxt: did you mean /context? (a space before the slash sends it as text)",
+        ),
+        ("/zzzz", "unknown command /zzzz: /help lists them (a space before the slash sends it as text)"),
+        ("/load", "/load needs a path: /load FILE..."),
+        ("/load 'a", "a quote is not closed in \"'a\": close it"),
+        ("/undo", "there is nothing to undo"),
+        ("/undo 2", "/undo takes nothing after it, but there is '2': leave it out"),
+        ("/copy", "there is no answer to copy yet"),
+        ("/save", "/save needs one file name: /save chat.md"),
+        ("/set temprature 1", "unknown setting 'temprature': did you mean temperature?"),
+        ("/set temperature warm", "temperature is 'warm': give a number such as 0.7"),
+        ("/set seed x", "seed is 'x': give a whole number, or none"),
+        ("/set max_tokens 0", "max_tokens is '0': give between 1 and 2,147,483,647 tokens"),
+        (
+            "/set context 64K",
+            "context is fixed while the model is loaded; restart with: "
+            "duolocal chat --model tiny --kv int8 --context 64K",
+        ),
+        ("/set kv 16", "kv is fixed while the model is loaded; restart with: duolocal chat --model tiny --kv 16"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(text: str, message: str) -> None:
+    chat, _ = make_chat()
+    with pytest.raises(SettingsError) as raised:
+        chat.handle(text)
+    assert str(raised.value) == message
+
+
+def test_set_changes_the_next_answer() -> None:
+    chat, output = make_chat()
+    chat.handle("/set temperature 0.2")
+    chat.handle("/set max-tokens=2K")
+    chat.handle("/set stop END '\\n\\n'")
+    assert shown(output) == "temperature = 0.2\nmax_tokens = 2048\nstop = END '\\n\\n'"
+    chat.handle("hello")
+    used = chat.session.samplings[-1]  # type: ignore[attr-defined]
+    assert (used.temperature, used.max_tokens, used.stop) == (0.2, 2048, ("END", "\n\n"))
+    chat.handle("/set max_tokens none")
+    chat.handle("/set stop none")
+    assert (chat.sampling.max_tokens, chat.sampling.stop) == (None, ())
+    shown(output)
+    chat.handle("/set")
+    listed = shown(output)
+    assert "temperature         0.2" in listed
+    assert "fixed until a restart: model, context" in listed
+
+
+def test_load_docs_context_undo(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three four")
+    (tmp_path / "b c.txt").write_bytes("naïve words".encode("cp1252"))
+    chat, output = make_chat(columns=100)
+    chat.handle(f"/load {tmp_path}/a.txt '{tmp_path}/b c.txt'")
+    assert shown(output).splitlines() == [
+        "loaded a.txt: 4 tokens, 996 free",
+        "b c.txt is not UTF-8: read as cp1252; look at its accents before you rely on it",
+        "loaded b c.txt: 2 tokens, 994 free",
+    ]
+    chat.handle(f"/load {tmp_path}/a.txt")
+    assert shown(output) == "a.txt is in the context already"
+    chat.handle("/docs")
+    assert "cp1252" in shown(output)
+    chat.handle("/context")
+    listed = shown(output)
+    assert "document  a.txt" in listed
+    assert listed.splitlines()[-1] == "6 tokens of 1,000 in the context (0.6%), 994 free"
+    chat.handle("/undo")
+    assert shown(output) == "undone: 2 tokens freed, 4 in the context"
+
+
+def test_load_takes_patterns_and_spaces(tmp_path: Path) -> None:
+    for name in ("b.md", "a.md", "c.txt", "d e.txt"):
+        (tmp_path / name).write_text("x")
+    assert commands.expand_paths(f"{tmp_path}/*.md") == [tmp_path / "a.md", tmp_path / "b.md"]
+    assert commands.expand_paths(f"{tmp_path}/d e.txt") == [tmp_path / "d e.txt"]
+    with pytest.raises(SettingsError, match=r"no file matches .*\*\.rst: check the pattern"):
+        commands.expand_paths(f"{tmp_path}/*.rst")
+
+
+def test_one_bad_file_loads_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two")
+    chat, _ = make_chat()
+    with pytest.raises(DocumentError, match="does not exist"):
+        chat.handle(f"/load {tmp_path}/a.txt {tmp_path}/missing.txt")
+    assert chat.session.engine.position == 0
+
+
+def test_a_document_that_does_not_fit_is_refused_and_the_next_is_loaded() -> None:
+    chat, output = make_chat()
+    huge = Document("huge.txt", Path("huge.txt"), "word " * 1001, "utf-8", 5005)
+    small = Document("small.txt", Path("small.txt"), "word", "utf-8", 4)
+    chat.add_documents([huge, small])
+    assert shown(output) == (
+        "1,001 tokens do not fit: 1,000 free\nloaded small.txt: 1 token, 999 free"
+    )
+
+
+def test_names_of_documents_cannot_steer_the_terminal() -> None:
+    chat, output = make_chat()
+    name = "evil\x1b[2J\n[red]x"
+    chat.add_documents([Document(name, Path(name), "word", "utf-8", 4)])
+    chat.handle("/docs")
+    chat.handle("/context")
+    assert "\x1b" not in output.getvalue()
+    assert "evil␛[2J␤[red]x" in output.getvalue()
+
+
+def test_retry_reset_system(tmp_path: Path) -> None:
+    session = FakeSession()
+    chat, output = make_chat(session)
+    chat.handle("/system Be brief.")
+    chat.handle("/system")
+    assert shown(output).endswith("Be brief.")
+    chat.handle("question")
+    session.answer = ["other"]
+    chat.handle("/retry")
+    assert [message.content for message in session.messages] == ["Be brief.", "question", "other"]
+    chat.handle("/reset")
+    assert session.engine.position == 0
+
+
+def test_stats_name_both_head_classes_and_the_dense_figure() -> None:
+    chat, output = make_chat(columns=100)
+    chat.handle("hello")
+    shown(output)
+    chat.handle("/stats")
+    listed = shown(output)
+    for text in (
+        "45 of 90 KV heads retrieval (measured)",
+        "64 sink + 256 recent",
+        "4 MiB (blocks 3 MiB",
+        "6 MiB; dense 16-bit 24 MiB (25%)",
+        "int8",
+        "RoPE scaling: yarn, factor 4",
+        "1 token, 2.0 tokens/s",
+    ):
+        assert text in listed
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (120, " 812/1,000 tokens · 12.0 tokens/s · KV 4 MiB retrieval + 2 MiB streaming · int8 · tiny "),
+        (60, " 812/1,000 tokens · 12.0 tokens/s · int8 · tiny "),
+        (40, " 812/1.0K · 12.0 tokens/s · int8 · tiny "),
+        (20, " 812/1.0K · int8 "),
+    ],
+)
+def test_the_status_line_fits(columns: int, line: str) -> None:
+    memory = FakeSession().engine.memory()
+    built = views.status_line(FACTS, 812, memory, Finished("stop", 5, 3, 0.5, 0.25), columns)
+    assert built == line
+    assert len(built) <= columns
+
+
+def test_welcome_says_what_is_loaded_and_what_to_type() -> None:
+    text = views.welcome(FACTS, 0).plain
+    assert text == (
+        "tiny (Q4_1), context 1,000 tokens, KV int8, 45 of 90 KV heads retrieval\n"
+        "Ask a question; /load FILE adds a document, /help shows more, Ctrl-D leaves."
+    )
+
+
+def test_an_interrupt_stops_the_answer_and_keeps_the_session(tmp_path: Path) -> None:
+    class Interrupted(FakeSession):
+        def ask(self, text, sampling):
+            for event in super().ask(text, sampling):
+                yield event
+                if getattr(event, "text", "") == "It is ":
+                    signal.raise_signal(signal.SIGINT)
+
+    session = Interrupted()
+    chat, output = make_chat(session)
+    before = signal.getsignal(signal.SIGINT)
+    chat.handle("colour?")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "It is\n" in shown(output)
+    assert chat.last is not None
+    assert chat.last.reason == "cancelled"
+    chat.handle(f"/save {tmp_path}/chat.md")
+    assert (tmp_path / "chat.md").read_text() == (
+        "# Chat with tiny\n\n## You\n\ncolour?\n\n## tiny\n\nIt is\n\n*(stopped)*\n"
+    )
+    chat.handle("/undo")
+    assert session.messages == []
+    assert chat.ends == {}
+
+
+def test_a_third_interrupt_gets_out_of_what_hangs() -> None:
+    class Hanging(FakeSession):
+        def cancel(self) -> None:
+            pass
+
+        def ask(self, text, sampling):
+            while True:
+                yield from ()
+                signal.raise_signal(signal.SIGINT)
+
+    chat, _ = make_chat(Hanging())
+    with pytest.raises(KeyboardInterrupt):
+        chat.handle("colour?")
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        ("length", "cut off by max_tokens; /set max_tokens none lifts it"),
+        ("context", "cut off: the context of 1,000 tokens is full; /undo or /reset makes room"),
+        ("cancelled", "stopped by Ctrl-C; what is there stays in the context"),
+    ],
+)
+def test_an_incomplete_answer_is_said_to_be_so(reason: str, line: str) -> None:
+    chat, output = make_chat(FakeSession(reason=reason))
+    chat.handle("go")
+    assert shown(output).splitlines()[-2] == line
+
+
+def test_save_does_not_overwrite_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "chat.md"
+    path.write_text("precious")
+    chat, _ = make_chat()
+    chat.handle("go")
+    with pytest.raises(SettingsError) as raised:
+        chat.handle(f"/save {path}")
+    assert str(raised.value) == f"{path} exists: choose another name, or /save --force {path}"
+    assert path.read_text() == "precious"
+    chat.handle(f"/save --force {path}")
+    assert path.read_text().startswith("# Chat with tiny")
+    with pytest.raises(SettingsError, match="cannot be written: No such file or directory"):
+        chat.handle(f"/save {tmp_path}/nowhere/chat.md")
+
+
+def test_copy_uses_osc_52_and_says_when_it_is_too_long() -> None:
+    session = FakeSession()
+    chat, output = make_chat(session)
+    chat.handle("go")
+    shown(output)
+    chat.handle("/copy")
+    encoded = base64.b64encode(b"It is **green**.").decode()
+    assert output.getvalue().startswith(f"\x1b]52;c;{encoded}\x07")
+    session.answer = ["x" * 60_000]
+    chat.handle("more")
+    with pytest.raises(SettingsError, match="the text has 60,000 bytes and terminals take 56,244: use /save FILE"):
+        chat.handle("/copy")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_help_lists_every_command_and_fits(columns: int) -> None:
+    chat, output = make_chat(columns=columns)
+    chat.handle("/help")
+    lines = shown(output).splitlines()
+    for name in commands.COMMANDS:
+        assert any(line.startswith(f"/{name}") for line in lines)
+    assert max(map(len, lines)) <= columns
+
+
+@pytest.mark.parametrize("word", ["/quit", "/exit", "/q"])
+def test_quit(word: str) -> None:
+    chat, _ = make_chat()
+    chat.handle(word)
+    assert chat.leaving
