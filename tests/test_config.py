@@ -364,7 +364,8 @@ GGUF: dict[str, Any] = {
 
 def read_gguf(changes: dict[str, Any], **more: Any) -> ModelConfig:
     values = {key: value for key, value in (GGUF | changes).items() if value is not None}
-    return config_from_gguf(values, "a.gguf", **({"vocab_size": 1000, "tensor_names": ["output.weight"]} | more))
+    options: dict[str, Any] = {"vocab_size": 1000, "tensor_names": ["output.weight"]} | more
+    return config_from_gguf(values, "a.gguf", **options)
 
 
 def test_gguf_in_full():
@@ -458,15 +459,16 @@ def test_rope_factors_must_fit_the_head():
 def test_every_size_is_checked(field):
     good = read_gguf({})
     for value in (0, -1, 1 << 40):
+        changes: dict[str, Any] = {field: value}
         with pytest.raises(ConfigError, match=field):
-            check_config(dataclasses.replace(good, **{field: value}), "a.gguf")
+            check_config(dataclasses.replace(good, **changes), "a.gguf")
 
 
 def test_values_in_messages_stay_short_and_on_one_line():
     deep: list[Any] = []
     for _ in range(50):
         deep = [deep]
-    for value in ("x\n" * 10**6, list(range(10**6)), {i: "y" * 100 for i in range(10**4)}, 10**4000, deep):
+    for value in ("x\n" * 10**6, list(range(10**6)), dict.fromkeys(range(10**4), "y" * 100), 10**4000, deep):
         assert len(shown(value)) <= 120
         assert "\n" not in shown(value)
     assert label("a.b") == "a.b"

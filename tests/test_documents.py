@@ -41,9 +41,7 @@ def test_encodings_are_found(tmp_path: Path, data: bytes, encoding: str) -> None
 def test_latin_1_is_the_last_resort() -> None:
     document = decode_document(b"caf\xe9 \x81 la cr\xe8me", Path("a.txt"))
     assert document.encoding == "latin-1"
-    assert document.note == (
-        "a.txt is not UTF-8: read as latin-1; look at its accents before you rely on it"
-    )
+    assert document.note == ("a.txt is not UTF-8: read as latin-1; look at its accents before you rely on it")
 
 
 def test_a_stray_byte_does_not_spoil_utf_8() -> None:
@@ -90,9 +88,7 @@ def test_missing_file_suggests_a_neighbour(tmp_path: Path) -> None:
     (tmp_path / "report.txt").write_text("x")
     with pytest.raises(DocumentError) as raised:
         load_document(tmp_path / "reprot.txt")
-    assert str(raised.value) == (
-        f"{tmp_path / 'reprot.txt'} does not exist: did you mean {tmp_path / 'report.txt'}?"
-    )
+    assert str(raised.value) == (f"{tmp_path / 'reprot.txt'} does not exist: did you mean {tmp_path / 'report.txt'}?")
     with pytest.raises(DocumentError, match=r"does not exist: there is no folder .*nowhere$"):
         load_document(tmp_path / "nowhere" / "a.txt")
 

@@ -114,7 +114,10 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
         (lambda t: t.update({K_PROJ: t[K_PROJ][:-1].clone()}), [K_PROJ, "[31, 64]", "[32, 64]", "model.safetensors"]),
         (lambda t: t.update({K_PROJ: t[K_PROJ].to(torch.int8)}), [K_PROJ, "I8", "F32 or F16 or BF16"]),
         (lambda t: t.update({K_PROJ: t[K_PROJ].to(torch.float8_e4m3fn)}), [K_PROJ, "F8_E4M3"]),
-        (lambda t: t.update({"model.layers.2.mlp.x.weight": torch.ones(2)}), ["model.layers.2.mlp.x.weight", "no llama"]),
+        (
+            lambda t: t.update({"model.layers.2.mlp.x.weight": torch.ones(2)}),
+            ["model.layers.2.mlp.x.weight", "no llama"],
+        ),
         (lambda t: t.update({"evil\nname": torch.ones(2)}), ["evil", "no llama"]),
         (
             lambda t: t.update({K_PROJ.replace("weight", "qweight"): t.pop(K_PROJ).int()}),

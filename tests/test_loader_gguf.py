@@ -142,7 +142,7 @@ def test_split_files_are_refused_with_the_reason(tiny_file: Path):
         (4, struct.pack(">I", 3), "big endian"),
         (8, struct.pack("<Q", 2**63), "tensors, more than"),
         (16, struct.pack("<Q", 2**63), "keys, more than"),
-        (16, struct.pack("<Q", 10_000), "damaged"),
+        (16, struct.pack("<Q", 10_000), "a key has a string of"),
         (24, struct.pack("<Q", 2**63), "string of 9223372036854775808 bytes"),
     ],
 )
@@ -150,8 +150,7 @@ def test_damaged_headers_are_refused(tiny_file: Path, start: int, value: bytes, 
     content = bytearray(tiny_file.read_bytes())
     content[start : start + len(value)] = value
     tiny_file.write_bytes(content)
-    message = refusal(tiny_file)
-    assert said in message or (said == "damaged" and "truncated" in message)
+    assert said in refusal(tiny_file)
 
 
 def test_truncation_anywhere_is_refused(tiny_file: Path):

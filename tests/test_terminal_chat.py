@@ -5,12 +5,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from terminal_fakes import FACTS, FakeSession, make_chat
 
 from duolocal.documents import Document
 from duolocal.engine.session import Finished
 from duolocal.errors import DocumentError, SettingsError
 from duolocal.terminal import commands, views
+from tests.terminal_fakes import FACTS, FakeSession, Reason, make_chat
 
 
 def shown(output) -> str:
@@ -54,8 +54,8 @@ def test_what_is_a_command(text: str, command: tuple[str, str] | None) -> None:
         ),
         ("/zzzz", "unknown command /zzzz: /help lists them (a space before the slash sends it as text)"),
         ("/load", "/load needs a path: /load FILE..."),
-        ("/load 'a", "a quote is not closed in \"'a\": close it"),
-        ("/undo", "there is nothing to undo"),
+        ("/load 'a", 'a quote is not closed in "\'a": close it'),
+        ("/undo", "there is nothing (more) to undo: /reset forgets the conversation, /reset all everything"),
         ("/undo 2", "/undo takes nothing after it, but there is '2': leave it out"),
         ("/copy", "there is no answer to copy yet"),
         ("/save", "/save needs one file name: /save chat.md"),
@@ -68,7 +68,10 @@ def test_what_is_a_command(text: str, command: tuple[str, str] | None) -> None:
             "context is fixed while the model is loaded; restart with: "
             "duolocal chat --model tiny --kv int8 --context 64K",
         ),
-        ("/set kv 16", "kv is fixed while the model is loaded; restart with: duolocal chat --model tiny --kv 16"),
+        (
+            "/set kv 16",
+            "kv is fixed while the model is loaded; restart with: duolocal chat --model tiny --kv 16",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line(text: str, message: str) -> None:
@@ -79,13 +82,14 @@ def test_what_cannot_be_done_is_one_line(text: str, message: str) -> None:
 
 
 def test_set_changes_the_next_answer() -> None:
-    chat, output = make_chat()
+    session = FakeSession()
+    chat, output = make_chat(session)
     chat.handle("/set temperature 0.2")
     chat.handle("/set max-tokens=2K")
     chat.handle("/set stop END '\\n\\n'")
     assert shown(output) == "temperature = 0.2\nmax_tokens = 2048\nstop = END '\\n\\n'"
     chat.handle("hello")
-    used = chat.session.samplings[-1]  # type: ignore[attr-defined]
+    used = session.samplings[-1]
     assert (used.temperature, used.max_tokens, used.stop) == (0.2, 2048, ("END", "\n\n"))
     chat.handle("/set max_tokens none")
     chat.handle("/set stop none")
@@ -103,9 +107,10 @@ def test_load_docs_context_undo(tmp_path: Path) -> None:
     chat, output = make_chat(columns=100)
     chat.handle(f"/load {tmp_path}/a.txt '{tmp_path}/b c.txt'")
     assert shown(output).splitlines() == [
-        "loaded a.txt: 4 tokens, 996 free",
         "b c.txt is not UTF-8: read as cp1252; look at its accents before you rely on it",
-        "loaded b c.txt: 2 tokens, 994 free",
+        "loaded a.txt: 4 tokens",
+        "loaded b c.txt: 2 tokens",
+        "994 tokens are free",
     ]
     chat.handle(f"/load {tmp_path}/a.txt")
     assert shown(output) == "a.txt is in the context already"
@@ -136,14 +141,32 @@ def test_one_bad_file_loads_nothing(tmp_path: Path) -> None:
     assert chat.session.engine.position == 0
 
 
-def test_a_document_that_does_not_fit_is_refused_and_the_next_is_loaded() -> None:
+def test_documents_that_do_not_fit_are_refused_together() -> None:
     chat, output = make_chat()
     huge = Document("huge.txt", Path("huge.txt"), "word " * 1001, "utf-8", 5005)
     small = Document("small.txt", Path("small.txt"), "word", "utf-8", 4)
-    chat.add_documents([huge, small])
-    assert shown(output) == (
-        "1,001 tokens do not fit: 1,000 free\nloaded small.txt: 1 token, 999 free"
-    )
+    chat.add_documents([small, huge])
+    assert shown(output) == "1,002 tokens of documents do not fit"
+    assert chat.session.engine.position == 0
+
+
+def test_documents_of_the_same_name_are_told_apart() -> None:
+    chat, _ = make_chat()
+    for text in ("one", "two", "three"):
+        chat.add_documents([Document("a.md", Path(f"{text}/a.md"), text, "utf-8", 3)])
+    chat.add_documents([Document("a.md", Path("three/a.md"), "changed", "utf-8", 3)])
+    assert chat.session.documents == ["a.md", "two/a.md", "three/a.md", "three/a.md (2)"]
+
+
+def test_a_stopped_load_says_what_is_missing() -> None:
+    class Stopped(FakeSession):
+        def _append(self, kind, name, text):
+            self.cancel()
+            return super()._append(kind, name, text)
+
+    chat, output = make_chat(Stopped())
+    chat.add_documents([Document(name, Path(name), "word", "utf-8", 4) for name in ("a", "b")])
+    assert shown(output) == "loaded a: 1 token\nstopped: b is not in the context\n999 tokens are free"
 
 
 def test_names_of_documents_cannot_steer_the_terminal() -> None:
@@ -156,18 +179,48 @@ def test_names_of_documents_cannot_steer_the_terminal() -> None:
     assert "evil␛[2J␤[red]x" in output.getvalue()
 
 
-def test_retry_reset_system(tmp_path: Path) -> None:
+def test_retry_reset_system() -> None:
     session = FakeSession()
     chat, output = make_chat(session)
+    chat.handle("/system")
+    assert shown(output) == "no system message; /system TEXT sets one"
     chat.handle("/system Be brief.")
     chat.handle("/system")
     assert shown(output).endswith("Be brief.")
+    chat.add_documents([Document("a", Path("a"), "word", "utf-8", 4)])
     chat.handle("question")
     session.answer = ["other"]
     chat.handle("/retry")
     assert [message.content for message in session.messages] == ["Be brief.", "question", "other"]
+    assert list(chat.questions.values()) == ["question"]
+    shown(output)
     chat.handle("/reset")
-    assert session.engine.position == 0
+    assert shown(output) == "the conversation is forgotten; 1 document stays"
+    assert (session.documents, chat.questions) == (["a"], {})
+    chat.handle("/reset all")
+    assert shown(output) == "the context is empty"
+    chat.handle("/system none")
+    assert session.system is None
+
+
+def test_the_transcript_holds_what_was_typed_not_the_documents(tmp_path: Path) -> None:
+    class Wrapping(FakeSession):
+        def ask(self, text, sampling):
+            yield from super().ask(f"<document>long</document>\n\n{text}", sampling)
+
+    chat, _ = make_chat(Wrapping())
+    chat.handle("first\n\nsecond paragraph")
+    chat.handle(f"/save {tmp_path}/chat.md")
+    text = (tmp_path / "chat.md").read_text()
+    assert "## You\n\nfirst\n\nsecond paragraph\n\n## tiny" in text
+    assert "document" not in text
+
+
+def test_stopping_before_the_answer_takes_the_question_back() -> None:
+    chat, output = make_chat(FakeSession(cancel_after=0))
+    chat.handle("why?")
+    assert shown(output).strip() == "stopped before the answer began; the question is not in the context"
+    assert (chat.questions, chat.ends, chat.last_answer) == ({}, {}, None)
 
 
 def test_stats_name_both_head_classes_and_the_dense_figure() -> None:
@@ -226,8 +279,8 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_session(tmp_path: Path) -> 
     chat.handle("colour?")
     assert signal.getsignal(signal.SIGINT) is before
     assert "It is\n" in shown(output)
-    assert chat.last is not None
-    assert chat.last.reason == "cancelled"
+    assert chat.last_answer is not None
+    assert chat.last_answer.reason == "cancelled"
     chat.handle(f"/save {tmp_path}/chat.md")
     assert (tmp_path / "chat.md").read_text() == (
         "# Chat with tiny\n\n## You\n\ncolour?\n\n## tiny\n\nIt is\n\n*(stopped)*\n"
@@ -260,10 +313,10 @@ def test_a_third_interrupt_gets_out_of_what_hangs() -> None:
         ("cancelled", "stopped by Ctrl-C; what is there stays in the context"),
     ],
 )
-def test_an_incomplete_answer_is_said_to_be_so(reason: str, line: str) -> None:
+def test_an_incomplete_answer_is_said_to_be_so(reason: Reason, line: str) -> None:
     chat, output = make_chat(FakeSession(reason=reason))
     chat.handle("go")
-    assert shown(output).splitlines()[-2] == line
+    assert shown(output).splitlines()[-1] == line
 
 
 def test_save_does_not_overwrite_unasked(tmp_path: Path) -> None:

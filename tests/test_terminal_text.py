@@ -117,13 +117,16 @@ def test_a_fence_stays_open_until_it_is_closed() -> None:
 
 @pytest.mark.parametrize("columns", [30, 80])
 @pytest.mark.parametrize("height", [6, 40])
-def test_streaming_ends_with_each_block_once(
-    columns: int, height: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streaming_ends_with_each_block_once(columns: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(markdown, "_FRAME_S", 0.0)
     output = StringIO()
     console = Console(
-        file=output, width=columns, height=height, force_terminal=True, color_system=None, legacy_windows=False
+        file=output,
+        width=columns,
+        height=height,
+        force_terminal=True,
+        color_system=None,
+        legacy_windows=False,
     )
     with MarkdownStream(console) as stream:
         for start in range(0, len(ANSWER), 7):
@@ -163,7 +166,15 @@ def test_drawing_is_limited_in_rate() -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0"), (999, "999"), (1000, "1.0K"), (8192, "8.2K"), (131072, "131K"), (999_600, "1.0M"), (1_048_576, "1.0M")],
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.0K"),
+        (8192, "8.2K"),
+        (131072, "131K"),
+        (999_600, "1.0M"),
+        (1_048_576, "1.0M"),
+    ],
 )
 def test_short_tokens(count: int, text: str) -> None:
     assert figures.short_tokens(count) == text

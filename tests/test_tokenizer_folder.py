@@ -22,7 +22,9 @@ from tests.tokenizer_files import (
     LICENCE,
     MISTRAL,
     MULTI_BYTE,
+    TEKKEN_SPLIT,
     Files,
+    byte_level,
     chatml,
     llama2,
     llama3,
@@ -38,7 +40,24 @@ KINDS: dict[str, Callable[[], Files]] = {
     "always": lambda: llama2(MISTRAL, scheme="always"),
 }
 TEXTS = ["", " ", "x", "Hello  world 123", LICENCE, MULTI_BYTE, "\n lead", "trail ", CORPUS[50_000:60_000]]
-FRAGMENTS = ["a", "word", " ", "  ", "\n", "\r\n", "1", "234", "é", "e\u0301", "日本", "🙂", ".", "'s", "▁", "\0"]
+FRAGMENTS = [
+    "a",
+    "word",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "1",
+    "234",
+    "é",
+    "e\u0301",
+    "日本",
+    "🙂",
+    ".",
+    "'s",
+    "▁",
+    "\0",
+]
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -112,6 +131,14 @@ def test_end_ids(tmp_path: Path) -> None:
     assert tokenizer.eos_ids == {3, 4, 7, 9}, "eot_id, end_of_text, generation_config's, config.json's"
 
 
+def test_a_token_that_only_the_config_calls_special(tmp_path: Path) -> None:
+    files = llama2()
+    files["tokenizer.json"]["added_tokens"] = []
+    tokenizer = Tokenizer(read_folder(write(tmp_path, files)))
+    assert tokenizer.encode("<s>a</s>", special=True)[::2] == [1, 2]
+    assert not {1, 2} & set(tokenizer.encode("<s>a</s>"))
+
+
 def test_an_added_token_that_is_not_special_is_read_from_text_as_in_transformers(tmp_path: Path) -> None:
     files = chatml(template="{{ bos_token }}")  # the template does not spell it
     tokenizer = Tokenizer(read_folder(write(tmp_path, files)))
@@ -169,7 +196,7 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
 def test_an_unknown_splitting_is_never_cut(tmp_path: Path) -> None:
     files = llama3()
     split = files["tokenizer.json"]["pre_tokenizer"]["pretokenizers"][0]
-    split["pattern"] = {"Regex": r"(?s).{1,7}"}
+    split["pattern"] = {"Regex": r"[\s\S]{1,7}"}
     folder = write(tmp_path, files)
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     text = CORPUS[:80_000]
@@ -201,9 +228,7 @@ def oracle(proto: bytes) -> sentencepiece.SentencePieceProcessor:
 def as_gguf(oracle: sentencepiece.SentencePieceProcessor, **more: Any) -> dict[str, Any]:
     """Return a sentencepiece model's pieces as a GGUF's key/values."""
     size = range(oracle.GetPieceSize())
-    kinds = [
-        2 if oracle.IsUnknown(i) else 3 if oracle.IsControl(i) else 6 if oracle.IsByte(i) else 1 for i in size
-    ]
+    kinds = [2 if oracle.IsUnknown(i) else 3 if oracle.IsControl(i) else 6 if oracle.IsByte(i) else 1 for i in size]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [oracle.IdToPiece(i) for i in size],
@@ -230,9 +255,7 @@ def spm(
 
 
 @given(text=st.lists(st.sampled_from([*FRAGMENTS[:-2], "<s>", "</s>", "<0x41>"]), max_size=20).map("".join))
-def test_ids_are_sentencepiece_s(
-    spm: Tokenizer, oracle: sentencepiece.SentencePieceProcessor, text: str
-) -> None:
+def test_ids_are_sentencepiece_s(spm: Tokenizer, oracle: sentencepiece.SentencePieceProcessor, text: str) -> None:
     ids = spm.encode(text)
     assert ids == oracle.EncodeAsIds(text)
     assert not {1, 2} & set(ids)
@@ -317,8 +340,19 @@ def test_a_damaged_gguf_vocabulary(
 # byte-level pre-tokenizers of GGUF against the tokenizer.json they come from
 
 
-@pytest.mark.parametrize(("pre", "files"), [("llama-bpe", llama3()), ("qwen2", chatml())], ids=["llama3", "qwen2"])
-@given(text=st.lists(st.sampled_from([*FRAGMENTS, "12345", "don'T", "\n\n ", "x.\ny"]), max_size=20).map("".join))
+def tekken() -> Files:
+    return {"tokenizer.json": byte_level(TEKKEN_SPLIT, ["<s>", "</s>"], whole_words=True)}
+
+
+PRE = {"llama-bpe": llama3(), "qwen2": chatml(), "tekken": tekken()}
+
+
+@pytest.mark.parametrize(("pre", "files"), PRE.items(), ids=PRE)
+@given(
+    text=st.lists(st.sampled_from([*FRAGMENTS, "12345", "don'T", "\n\n ", "x.\n/y", "HTMLPage"]), max_size=20).map(
+        "".join
+    )
+)
 def test_gguf_splits_as_the_original(pre: str, files: Files, text: str) -> None:
     theirs, ours = _both(pre, json.dumps(files))
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)

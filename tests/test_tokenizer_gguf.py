@@ -6,6 +6,7 @@ transformers' conversion of this file omits the digit split and is no oracle (se
 import unicodedata
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class NaiveByteLevel:
     def _word(self, word: str) -> list[int]:
         parts = [self.character[b] for b in word.encode()]
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:], strict=False))
+            pairs = list(pairwise(parts))
             rank, at = min((self.ranks.get(pair, 10**9), i) for i, pair in enumerate(pairs))
             if rank == 10**9:
                 break
@@ -105,7 +106,9 @@ def test_any_text_comes_back(tokenizer: Tokenizer, naive: NaiveByteLevel, text: 
 @pytest.mark.real
 @given(
     words=st.lists(
-        st.sampled_from(["1", "23", " ", "  ", "\n", "\r\n", "\t", "a", "Zq", "é", "½", "'s", "'", ".", "日", "\u3000"]),
+        st.sampled_from(
+            ["1", "23", " ", "  ", "\n", "\r\n", "\t", "a", "Zq", "é", "½", "'s", "'", ".", "日", "\u3000"]
+        ),
         max_size=25,
     )
 )

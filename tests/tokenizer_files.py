@@ -9,8 +9,6 @@ from typing import Any
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from duolocal.tokenizer.library import LLAMA3_REGEX, QWEN2_REGEX
-
 CORPUS = "\n".join(pydoc_data.topics.topics.values())
 MULTI_BYTE = "naïve façade — “quotes” Ελληνικά עברית 日本語テキスト 🙂👩‍👩‍👧‍👦🇩🇪 e\u0301 n\u0303 한국어 \u0000\t½²³ ①②"
 LICENCE = "Copyright (c) 2026\n\n\tPermission is hereby granted, 1234567 times;\r\n   no   warranty!!!\n\n\n  (a)\n"
@@ -71,9 +69,30 @@ THINKS = (
     "{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-LLAMA3_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+LLAMA3_TOKENS = [
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+]
 CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SP_TOKENS = ["<unk>", "<s>", "</s>"]
+
+# As the models' own tokenizer.json files spell them.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 Files = dict[str, dict[str, Any]]
 
@@ -137,7 +156,7 @@ def sentencepiece_like(*, scheme: str) -> dict[str, Any]:
 
 def llama3() -> Files:
     """Return the files of a Llama-3-like tokenizer."""
-    description = byte_level(LLAMA3_REGEX, LLAMA3_TOKENS, whole_words=True)
+    description = byte_level(LLAMA3_SPLIT, LLAMA3_TOKENS, whole_words=True)
     bos = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
     description["post_processor"] = {
         "type": "TemplateProcessing",
@@ -153,7 +172,7 @@ def llama3() -> Files:
 
 def chatml(template: str = QWEN25) -> Files:
     """Return the files of a Qwen-2.5-like tokenizer, with one added token that is not special."""
-    description = byte_level(QWEN2_REGEX, CHATML_TOKENS, nfc=True)
+    description = byte_level(QWEN2_SPLIT, CHATML_TOKENS, nfc=True)
     size = len(description["model"]["vocab"])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     description["added_tokens"].append({"id": size, "content": "<tool_call>", **flags})

@@ -53,9 +53,9 @@ Event = Prefilled | Text | Finished
 
 @dataclass(frozen=True)
 class ContextItem:
-    """Something that is in context, with the tokens it takes, its share of the template's included."""
+    """Something that is in context, with its tokens and those of the template (and system prompt) before it."""
 
-    kind: Literal["system", "document", "user", "assistant"]
+    kind: Literal["document", "user", "assistant"]
     name: str
     num_tokens: int
 
@@ -219,7 +219,7 @@ class ChatSession:
             content = wrapped if state.open_content is None else f"{state.open_content}\n\n{wrapped}"
             messages, token_ids = self._encode_user(content, closed=False, state=state)
             fed = messages[-1].content
-            items = (*state.items, ContextItem("document", name, len(token_ids)))
+            items = (*state.items, ContextItem("document", name, len(token_ids) - len(state.unfed)))
             before, state = state, replace(state, messages=messages, items=items, open_content=fed, unfed=())
             planned.append(_PlannedDocument(name, text, token_ids, before=before, after=state))
         return planned
@@ -305,26 +305,29 @@ class ChatSession:
             if produced or reason == "stop":
                 fed = engine.position - fed_before
                 self._remember("exchange", before, snapshot)
-                self._state = self._answered(messages, [*token_ids, *produced][fed:], parts, len(token_ids), produced)
+                self._state = self._answered(messages, token_ids, produced, fed=fed, answer="".join(parts))
             else:
                 self._return_to(snapshot, before)
         now = time.perf_counter()
         yield Finished(reason, len(token_ids), len(produced), decoding_since - started, now - decoding_since)
 
     def _answered(
-        self,
-        messages: tuple[Message, ...],
-        unfed: list[int],
-        parts: list[str],
-        num_prompt: int,
-        produced: list[int],
+        self, messages: tuple[Message, ...], token_ids: list[int], produced: list[int], *, fed: int, answer: str
     ) -> _State:
-        prompt = ContextItem("user", messages[-1].content.rsplit("\n\n", 1)[-1], num_prompt)
-        answer = "".join(parts)
+        """Return the state after an answer, `fed` ids of question and answer being in the cache."""
+        state = self._state
+        question = messages[-1].content
+        if state.open_content is not None:
+            question = question.removeprefix(f"{state.open_content}\n\n")
         return _State(
             messages=(*messages, Message("assistant", answer)),
-            items=(*self._state.items, prompt, ContextItem("assistant", answer, len(produced))),
-            unfed=tuple(unfed),
+            items=(
+                *state.items,
+                # The ids left over from the answer before are counted there.
+                ContextItem("user", question, len(token_ids) - len(state.unfed)),
+                ContextItem("assistant", answer, len(produced)),
+            ),
+            unfed=tuple([*token_ids, *produced][fed:]),
         )
 
     # --- tokens ----------------------------------------------------------------------------------------------------

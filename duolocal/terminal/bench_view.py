@@ -1,16 +1,23 @@
 """The tables of `duolocal bench`: measured elsewhere, printed here; the last line is one JSON object."""
 
 import json
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from duolocal.bench import memory_report
+from duolocal.engine.engine import Engine
+from duolocal.engine.kv_choice import measure_kv, sample_text
+from duolocal.errors import SettingsError
+from duolocal.models.loader import open_model
+from duolocal.models.registry import resolve
 from duolocal.settings import ChatSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
+from duolocal.tokenizer import load_tokenizer
 
 
 def bench_memory(settings: ChatSettings, console: Console, progress: Console) -> int:
@@ -21,14 +28,90 @@ def bench_memory(settings: ChatSettings, console: Console, progress: Console) ->
             context=settings.context,
             kv=settings.kv,
             heads=settings.heads,
+            sink_size=settings.sink_size,
+            recent_size=settings.recent_size,
+            device=settings.device,
         )
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right")
     for name, value in report.items():
-        label = name.removesuffix("_bytes").replace("_", " ")
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {version}" for key, version in value.items())
         is_size = name.endswith("_bytes") and isinstance(value, int)
-        table.add_row(label, Text(figures.size(value) if is_size else clean_line(str(value))))
+        label = name.removesuffix("_bytes").replace("_", " ").replace("16bit", "16-bit")
+        table.add_row(label, Text(_size(value) if is_size else _number(value)))
     console.print(table)
     print(json.dumps(report))
     return 0
+
+
+def measure_kv_formats(
+    settings: ChatSettings, text: str | None, num_tokens: int, console: Console, progress: Console
+) -> int:
+    """Print what each KV format costs a model against the 16-bit cache, over the first tokens of a text.
+
+    `text` None takes the prose that comes with Python. Raises SettingsError when the text is too short.
+    """
+    name = clean_line(settings.model)
+    with bar(progress, f"loading {name}", "layers") as shown:
+        source = open_model(resolve(settings.model))
+        engine = Engine.load(
+            source,
+            context=num_tokens,
+            kv="16",
+            heads="all",
+            chunk_size=settings.chunk_size,
+            device=settings.device,
+            dtype=settings.dtype,
+            on_layer=shown.update,
+        )
+        token_ids = load_tokenizer(source).encode(text if text is not None else sample_text())[:num_tokens]
+        if len(token_ids) < num_tokens:
+            raise SettingsError(
+                f"the text has {len(token_ids):,} tokens, --tokens is {num_tokens:,}: give a longer text, or fewer"
+            )
+    with bar(progress, "measuring", "tokens") as shown:
+        results = list(
+            measure_kv(
+                source,
+                engine.transformer.weights,
+                token_ids,
+                device=engine.transformer.device,
+                dtype=engine.transformer.dtype,
+                chunk_size=engine.chunk_size,
+                on_progress=shown.update,
+            )
+        )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("KV format")
+    for heading in ("bytes/token", "mean KL", "perplexity", "rise", "top-1"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            result.kv,
+            f"{result.bytes_per_token:.1f}",
+            f"{result.mean_kl:.5f}",
+            f"{result.perplexity:.3f}",
+            f"{result.perplexity_rise:+.2%}",
+            f"{result.top1_agreement:.2%}",
+        )
+    console.print(table)
+    console.print(
+        f"against the 16-bit cache, all heads retrieval, {num_tokens:,} tokens; bytes per KV head",
+        style="dim",
+    )
+    report = {"measurement": "kv", "model": settings.model, "tokens": num_tokens}
+    print(json.dumps({**report, "formats": [asdict(result) for result in results]}))
+    return 0
+
+
+def _size(num_bytes: object) -> str:
+    assert isinstance(num_bytes, int)
+    return f"{num_bytes:,} bytes ({figures.size(num_bytes)})"
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else clean_line(str(value))

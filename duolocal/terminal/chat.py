@@ -34,8 +34,11 @@ class Chat:
     program: str = "duolocal chat"
     history_file: Path | None = None
     files: dict[str, Document] = field(default_factory=dict)  # by name, also of documents undone since
-    ends: dict[int, str] = field(default_factory=dict)  # message index -> how its answer ended
-    last: Finished | None = None
+    # By message index: a user's message also holds the documents, and an answer does not say how it ended.
+    questions: dict[int, str] = field(default_factory=dict)
+    ends: dict[int, str] = field(default_factory=dict)
+    last_answer: Finished | None = None
+    last_load: Finished | None = None
     leaving: bool = False
 
     def run(self, documents: Sequence[Document] = ()) -> int:
@@ -76,20 +79,26 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """Ask the model and stream its answer."""
-        self._answer(self.session.ask(text, self.sampling))
+        self._answer(self.session.ask(text, self.sampling), text)
 
     def retry(self) -> None:
         """Answer the last question once more."""
-        self._answer(self.session.retry(self.sampling))
+        question = self.questions.get(len(self.session.messages) - 2, "")
+        self._answer(self.session.retry(self.sampling), question)
 
-    def _answer(self, events: Iterable[Event]) -> None:
+    def _answer(self, events: Iterable[Event], question: str) -> None:
         finished = self.consume(events, reading="reading")
+        self.forget_undone()
         if finished is None:
             return
-        self.last = finished
-        self.forget_ends()
+        if not finished.completion_tokens and finished.reason == "cancelled":
+            self.note("stopped before the answer began; the question is not in the context\n")
+            return
+        self.last_answer = finished
+        index = len(self.session.messages) - 1
+        self.questions[index - 1] = question
         if finished.reason != "stop":
-            self.ends[len(self.session.messages) - 1] = finished.reason
+            self.ends[index] = finished.reason
         self.show(views.answer_line(finished, context=self.facts.context))
         self.show("")  # a blank line between turns
 
@@ -98,51 +107,61 @@ class Chat:
         return show_events(self.console, self.session, events, reading=reading)
 
     def add_documents(self, documents: Sequence[Document]) -> None:
-        """Put documents into the context, one by one; complain about one that does not fit and go on."""
-        for document in documents:
-            try:
-                self._add_document(document)
-            except DuoLocalError as error:
-                self.complain(str(error))
-
-    def _add_document(self, document: Document) -> None:
-        loaded = {item.name: item for item in self.session.context_items() if item.kind == "document"}
-        name = document.name
-        if name in loaded:
-            known = self.files.get(name)
-            if known is not None and known.path == document.path and known.text == document.text:
-                self.note(f"{clean_line(name)} is in the context already")
-                return
-            name = str(document.path) if str(document.path) not in loaded else f"{document.path} (again)"
-        if document.note:
-            self.note(document.note)
-        finished = self.consume(
-            self.session.add_document(name, document.text), reading=f"reading {clean_line(name)}"
-        )
-        if finished is not None and finished.reason == "cancelled":
-            self.note(f"stopped: {clean_line(name)} is not in the context")
+        """Read documents into the context, all or, when they do not fit, none; complain when it does not work."""
+        named = self._name(documents)
+        if not named:
             return
-        self.files[name] = document
-        num_tokens = next(
-            (
-                item.num_tokens
-                for item in self.session.context_items()
-                if (item.kind, item.name) == ("document", name)
-            ),
-            0,
-        )
+        for document in named.values():
+            if document.note:
+                self.note(document.note)
+        names = ", ".join(map(clean_line, named)) if len(named) < 4 else f"{len(named)} documents"
+        texts = [(name, document.text) for name, document in named.items()]
+        try:
+            finished = self.consume(self.session.add_documents(texts), reading=f"reading {names}")
+        except DuoLocalError as error:
+            self.complain(str(error))
+            return
+        self.files |= named
+        self.last_load = finished
+        sizes = {item.name: item.num_tokens for item in self.session.context_items() if item.kind == "document"}
         free = self.facts.context - self.session.engine.position
-        self.note(f"loaded {clean_line(name)}: {figures.tokens(num_tokens)}, {free:,} free")
+        for name in named:
+            if name in sizes:
+                self.note(f"loaded {clean_line(name)}: {figures.tokens(sizes[name])}")
+            else:
+                self.note(f"stopped: {clean_line(name)} is not in the context")
+        self.note(f"{free:,} tokens are free")
 
-    def forget_ends(self) -> None:
-        """Drop what was known of answers that are no longer there."""
+    def _name(self, documents: Sequence[Document]) -> dict[str, Document]:
+        """Give every document a name of its own; what is in the context already is left out."""
+        named: dict[str, Document] = {}
+        loaded = set(self.session.documents)
+        for document in documents:
+            name = document.name
+            known = self.files.get(name) if name in loaded else named.get(name)
+            if known is not None and (known.path, known.text) == (document.path, document.text):
+                self.note(f"{clean_line(name)} is in the context already")
+                continue
+            if name in loaded or name in named:
+                name = str(document.path)
+            count = 2
+            while name in loaded or name in named:
+                name = f"{document.path} ({count})"
+                count += 1
+            named[name] = document
+        return named
+
+    def forget_undone(self) -> None:
+        """Drop what was known of messages that are no longer there."""
         count = len(self.session.messages)
-        self.ends = {index: reason for index, reason in self.ends.items() if index < count - 1}
+        for known in (self.questions, self.ends):
+            for index in [index for index in known if index >= count]:
+                del known[index]
 
     def status(self, columns: int) -> str:
         """Build the bottom line of the prompt."""
         engine = self.session.engine
-        return views.status_line(self.facts, engine.position, engine.memory(), self.last, columns)
+        return views.status_line(self.facts, engine.position, engine.memory(), self.last_answer, columns)
 
     def show(self, what: RenderableType) -> None:
         """Print something of ours."""

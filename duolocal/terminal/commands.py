@@ -50,9 +50,7 @@ class Command:
 COMMANDS: dict[str, Command] = {}
 
 
-def _command(
-    usage: str, help: str
-) -> Callable[[Callable[["Chat", str], None]], Callable[["Chat", str], None]]:
+def _command(usage: str, help: str) -> Callable[[Callable[["Chat", str], None]], Callable[["Chat", str], None]]:
     def register(run: Callable[["Chat", str], None]) -> Callable[["Chat", str], None]:
         COMMANDS[usage.split()[0].removeprefix("/")] = Command(usage, help, run)
         return run
@@ -154,7 +152,7 @@ def _context(chat: "Chat", rest: str) -> None:
 def _stats(chat: "Chat", rest: str) -> None:
     _no_words("stats", rest)
     engine = chat.session.engine
-    chat.show(views.stats_view(chat.facts, engine.position, engine.memory(), chat.last))
+    chat.show(views.stats_view(chat.facts, engine.position, engine.memory(), chat.last_answer, chat.last_load))
 
 
 @_command("/set [NAME VALUE]", "show or change the sampling settings, at once")
@@ -183,8 +181,7 @@ def _restart_words(chat: "Chat", name: str, value: str) -> list[str]:
         words[words.index(option) + 1] = value
     else:
         words += [option, value]
-    documents = [item.name for item in chat.session.context_items() if item.kind == "document"]
-    paths = [str(chat.files[name].path) for name in documents if name in chat.files]
+    paths = [str(chat.files[name].path) for name in chat.session.documents if name in chat.files]
     return [*chat.program.split(), *words, *(["--doc", *paths] if paths else [])]
 
 
@@ -193,8 +190,8 @@ def _undo(chat: "Chat", rest: str) -> None:
     _no_words("undo", rest)
     before = chat.session.engine.position
     if not chat.session.undo():
-        raise SettingsError("there is nothing to undo")
-    chat.forget_ends()
+        raise SettingsError("there is nothing (more) to undo: /reset forgets the conversation, /reset all everything")
+    chat.forget_undone()
     now = chat.session.engine.position
     chat.note(f"undone: {figures.tokens(before - now)} freed, {now:,} in the context")
 
@@ -209,28 +206,35 @@ def _retry(chat: "Chat", rest: str) -> None:
 def _reset(chat: "Chat", rest: str) -> None:
     if rest not in ("", "all"):
         raise SettingsError(f"/reset {rest} is not known: give /reset or /reset all")
-    chat.session.reset()
-    chat.ends.clear()
-    chat.note("the context is empty")
-
-
-@_command("/system [TEXT]", "show or change the system message")
-def _system(chat: "Chat", rest: str) -> None:
     if rest:
-        chat.consume(chat.session.set_system(rest), reading="reading again")
-        chat.note("system message changed")
+        chat.session.reset()
+    else:
+        chat.session.forget_conversation()
+    chat.forget_undone()
+    documents = chat.session.documents
+    kept = f"{len(documents)} documents stay" if len(documents) != 1 else "1 document stays"
+    chat.note(f"the conversation is forgotten; {kept}" if documents else "the context is empty")
+
+
+@_command("/system [TEXT]", "show or change the system message (none removes it)")
+def _system(chat: "Chat", rest: str) -> None:
+    if not rest:
+        chat.note(chat.session.system or "no system message; /system TEXT sets one")
         return
-    for message in chat.session.messages:
-        if message.role == "system":
-            chat.note(message.content)
-            return
-    chat.note("no system message; /system TEXT sets one")
+    text = None if rest.lower() == "none" else rest
+    chat.consume(chat.session.set_system(text), reading="reading the documents again")
+    chat.questions.clear()
+    chat.ends.clear()
+    chat.note("system message " + ("changed" if text else "removed") + "; the conversation begins anew")
 
 
 def _transcript(chat: "Chat") -> str:
-    documents = [item.name for item in chat.session.context_items() if item.kind == "document"]
     return transcript.as_markdown(
-        chat.session.messages, model=chat.facts.model, documents=documents, ends=chat.ends
+        chat.session.messages,
+        model=chat.facts.model,
+        documents=chat.session.documents,
+        questions=chat.questions,
+        ends=chat.ends,
     )
 
 
@@ -258,9 +262,7 @@ def _copy(chat: "Chat", rest: str) -> None:
     sequence = transcript.clipboard_sequence(text)
     chat.console.file.write(sequence)
     chat.console.file.flush()
-    chat.note(
-        f"{len(text):,} characters sent to the terminal's clipboard (OSC 52; not every terminal takes it)"
-    )
+    chat.note(f"{len(text):,} characters sent to the terminal's clipboard (OSC 52; not every terminal takes it)")
 
 
 @_command("/help", "this list")

@@ -43,9 +43,7 @@ class _PlainCode(CodeBlock):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         code = str(self.text).rstrip()
-        yield Syntax(
-            code, self.lexer_name, theme="ansi_dark", background_color="default", word_wrap=True, tab_size=4
-        )
+        yield Syntax(code, self.lexer_name, theme="ansi_dark", background_color="default", word_wrap=True, tab_size=4)
 
 
 class SafeMarkdown(Markdown):
@@ -121,9 +119,7 @@ class MarkdownStream:
         self._open = ""
         self._printed_any = False
         self._drawn_s = 0.0
-        self._live = Live(
-            "", console=console, auto_refresh=False, transient=True, vertical_overflow="visible"
-        )
+        self._live = Live("", console=console, auto_refresh=False, transient=True, vertical_overflow="visible")
 
     def __enter__(self) -> "MarkdownStream":
         self._live.start()

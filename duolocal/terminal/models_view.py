@@ -11,7 +11,6 @@ from duolocal.settings import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 
-
 _WIDE = 150  # columns; below, source and place go under the table instead of being folded into slivers
 
 

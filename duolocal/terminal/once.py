@@ -29,10 +29,9 @@ _WHY_CUT = {
 
 @dataclass
 class _Tally:
-    """What one pass over a session's events amounted to."""
+    """What a session said over one piece of work."""
 
-    num_tokens: int = 0  # prefilled
-    elapsed_s: float = 0.0  # of the prefill
+    text: str = ""
     finished: Finished | None = None
 
 
@@ -53,29 +52,24 @@ def answer_once(
     for note in (document.note for document in documents):
         if note:
             print(f"duolocal: {clean_line(note)}", file=sys.stderr)
-    reading = _Tally()
-    loaded: list[dict[str, Any]] = []
+    num_read, read_s = 0, 0.0
     with cancel_on_interrupt(session) as insist:
-        for document in documents:
-            name = clean_line(document.name)
-            before = session.engine.position
-            tally = _consume(session.add_document(document.name, document.text), f"reading {name}", progress, insist)
-            if tally.finished is not None and tally.finished.reason == "cancelled":
+        if documents:
+            named = [(document.name, document.text) for document in documents]
+            tally = _consume(session.add_documents(named), "reading documents", progress, insist)
+            assert tally.finished is not None, "a session ends every reading with Finished"
+            if tally.finished.reason == "cancelled":
                 return EXIT_CODES["cancelled"]
-            reading.num_tokens += tally.num_tokens
-            reading.elapsed_s += tally.elapsed_s
-            loaded.append({"name": document.name, "tokens": session.engine.position - before})
+            num_read, read_s = tally.finished.prompt_tokens, tally.finished.prefill_s
         writer = None if as_json else _Writer()
         tally = _consume(session.ask(question, sampling), "reading", progress, insist, writer)
     finished = tally.finished
     assert finished is not None, "a session ends every answer with Finished"
-    reading.num_tokens += finished.prompt_tokens
-    reading.elapsed_s += finished.prefill_s
     if writer is not None:
         writer.end()
     else:
-        text = next((m.content for m in reversed(session.messages) if m.role == "assistant"), "")
-        print(json.dumps(_report(session, facts, text, finished, reading, loaded), ensure_ascii=False))
+        report = _report(session, facts, tally, num_read + finished.prompt_tokens, read_s + finished.prefill_s)
+        print(json.dumps(report, ensure_ascii=False))
     sys.stdout.flush()
     if finished.reason in _WHY_CUT:
         print(f"duolocal: {_WHY_CUT[finished.reason]}", file=sys.stderr)
@@ -113,10 +107,10 @@ def _consume(
         for event in events:
             insist()
             if isinstance(event, Prefilled):
-                tally.num_tokens, tally.elapsed_s = event.done, event.elapsed_s
                 if shown is not None:
                     shown.update(event.done, event.total, event.elapsed_s)
             elif isinstance(event, Text):
+                tally.text += event.text
                 if writer is not None:
                     stack.close()  # takes the bar away before the answer appears
                     shown = None
@@ -128,34 +122,30 @@ def _consume(
     return tally
 
 
-def _report(
-    session: ChatSession,
-    facts: Facts,
-    text: str,
-    finished: Finished,
-    reading: _Tally,
-    documents: list[dict[str, Any]],
-) -> dict[str, Any]:
+def _report(session: ChatSession, facts: Facts, answer: _Tally, num_prompt: int, prefill_s: float) -> dict[str, Any]:
+    finished = answer.finished
+    assert finished is not None
+    documents = [item for item in session.context_items() if item.kind == "document"]
     memory = session.engine.memory()
 
     def rate(count: int, elapsed_s: float) -> float | None:
         return round(count / elapsed_s, 2) if elapsed_s > 0 else None
 
     return {
-        "text": text,
+        "text": answer.text,
         "finish_reason": finished.reason,
         "model": facts.model,
         "tokens": {
-            "prompt": reading.num_tokens,
+            "prompt": num_prompt,
             "completion": finished.completion_tokens,
             "context": session.engine.position,
             "limit": facts.context,
         },
         "timings": {
             "load_s": round(facts.load_s, 4),
-            "prefill_s": round(reading.elapsed_s, 4),
+            "prefill_s": round(prefill_s, 4),
             "decode_s": round(finished.decode_s, 4),
-            "prefill_tokens_per_s": rate(reading.num_tokens, reading.elapsed_s),
+            "prefill_tokens_per_s": rate(num_prompt, prefill_s),
             "decode_tokens_per_s": rate(finished.completion_tokens, finished.decode_s),
         },
         "kv": {
@@ -164,6 +154,6 @@ def _report(
             "streaming_bytes": streaming_bytes(memory),
             "dense_16bit_bytes": memory.dense_16bit,
         },
-        "documents": documents,
+        "documents": [{"name": item.name, "tokens": item.num_tokens} for item in documents],
         "notes": list(facts.notes),
     }

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
@@ -68,10 +69,8 @@ class Bar:
         self._progress = progress
         self._task = task
 
-    def update(
-        self, done: int, total: int | None, elapsed_s: float | None = None, *, unit: str | None = None
-    ) -> None:
-        fields = {} if unit is None else {"unit": unit}
+    def update(self, done: int, total: int | None, elapsed_s: float | None = None, *, unit: str | None = None) -> None:
+        fields: dict[str, Any] = {} if unit is None else {"unit": unit}
         self._progress.update(self._task, completed=done, total=total, elapsed_s=elapsed_s, **fields)
 
     def describe(self, description: str) -> None:

@@ -82,7 +82,7 @@ class InputLine:
             complete_while_typing=Condition(self._is_command),
             key_bindings=self._keys(),
             bottom_toolbar=self._toolbar,
-            prompt_continuation=lambda width, *_: "." * (width - 1) + " ",
+            prompt_continuation=_continuation,
             reserve_space_for_menu=4,
             color_depth=ColorDepth.DEPTH_1_BIT if no_color else None,
             input=input,
@@ -134,6 +134,11 @@ class InputLine:
             self._armed = True
 
         return keys
+
+
+def _continuation(width: int, _line: int, wrap_count: int) -> str:
+    # Dots for a line that the user began, nothing for one that only wraps.
+    return " " * width if wrap_count else "." * (width - 1) + " "
 
 
 def _history(path: Path | None) -> History:

@@ -43,17 +43,18 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
 _NONE_ALLOWED = {"seed": None, "max_tokens": None, "stop": ()}
 
 
-def change(
-    sampling: Sampling, name: str, text: str, *, also: Sequence[str] = (), shown: str | None = None
-) -> Sampling:
+def change(sampling: Sampling, name: str, text: str, *, also: Sequence[str] = (), shown: str | None = None) -> Sampling:
     """Return `sampling` with one setting changed; SettingsError for an unknown name or a value that is wrong.
 
     `also` are further names to suggest for a misspelt one; `shown` is how the user called the setting.
     """
     _check_name(name, also)
+    value: Any
     if text.strip().lower() == "none" and name in _NONE_ALLOWED:
-        return replace(sampling, **{name: _NONE_ALLOWED[name]})
-    return replace(sampling, **{name: _PARSERS[name](shown or name, text)})
+        value = _NONE_ALLOWED[name]
+    else:
+        value = _PARSERS[name](shown or name, text)
+    return replace(sampling, **{name: value})
 
 
 def show_value(sampling: Sampling, name: str) -> str:

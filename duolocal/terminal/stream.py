@@ -1,6 +1,7 @@
 """Consumes what a session yields: the prefill bar, the streamed answer, and Ctrl-C that stops only the work."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,11 @@ from rich.console import Console
 from duolocal.engine.session import ChatSession, Event, Finished, Prefilled, Text
 from duolocal.terminal.markdown import MarkdownStream
 from duolocal.terminal.progress import Bar, bar
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -44,15 +50,29 @@ def cancel_on_interrupt(session: ChatSession) -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def show_events(
-    console: Console, session: ChatSession, events: Iterable[Event], *, reading: str
-) -> Finished | None:
+@contextmanager
+def _no_echo() -> Iterator[None]:
+    """Keep the terminal from echoing keys (and ^C) into what is being drawn; typed text waits for the prompt."""
+    if termios is None or sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = termios.tcgetattr(sys.stdin)
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def show_events(console: Console, session: ChatSession, events: Iterable[Event], *, reading: str) -> Finished | None:
     """Show events until they end; return the last one's Finished, if there was one.
 
     `reading` names what is prefilled ("reading README.md"). Text is streamed as Markdown.
     """
     finished: Finished | None = None
-    with cancel_on_interrupt(session) as insist, ExitStack() as stack:
+    with cancel_on_interrupt(session) as insist, _no_echo(), ExitStack() as stack:
         stage = stack.enter_context(ExitStack())  # the bar, until there is text
         progress: Bar | None = stage.enter_context(bar(console, reading, "tokens"))
         answer: MarkdownStream | None = None

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from duolocal.errors import SettingsError
+from duolocal.terminal.clean import clean_line
 from duolocal.tokenizer import Message
 
 # xterm and what follows it take about 75,000 bytes in one OSC 52 sequence, in Base64.
@@ -17,16 +18,27 @@ _MARKS = {
 
 
 def as_markdown(
-    messages: Sequence[Message], *, model: str, documents: Sequence[str], ends: Mapping[int, str]
+    messages: Sequence[Message],
+    *,
+    model: str,
+    documents: Sequence[str],
+    questions: Mapping[int, str],
+    ends: Mapping[int, str],
 ) -> str:
-    """Write messages as Markdown; `ends` says for which message the answer ended early, and how."""
+    """Write messages as Markdown.
+
+    By message index, `questions` gives what the user typed (the message holds the documents as well) and `ends`
+    says which answers ended early, and how. A user's message without a question holds documents alone.
+    """
     parts = [f"# Chat with {model}"]
     if documents:
-        parts.append("Documents: " + ", ".join(f"`{name}`" for name in documents))
-    titles = {"system": "System", "user": "You", "assistant": model}
+        parts.append("Documents: " + ", ".join(f"`{clean_line(name)}`" for name in documents))
     for index, message in enumerate(messages):
-        parts.append(f"## {titles.get(message.role, message.role)}")
-        parts.append(message.content.strip())
+        if message.role == "user":
+            if index in questions:
+                parts += ["## You", questions[index].strip()]
+            continue
+        parts += ["## System" if message.role == "system" else f"## {model}", message.content.strip()]
         if index in ends and ends[index] in _MARKS:
             parts.append(_MARKS[ends[index]])
     return "\n\n".join(parts) + "\n"

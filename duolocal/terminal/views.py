@@ -13,7 +13,7 @@ from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 
 _BAR_COLUMNS = 20
-_KIND_STYLES = {"system": "magenta", "document": "cyan", "user": "green", "assistant": "yellow"}
+_KIND_STYLES = {"document": "cyan", "user": "green", "assistant": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def welcome(facts: Facts, documents: int) -> Text:
     return Text.assemble((first, "bold"), "\n", second)
 
 
-def status_line(
-    facts: Facts, position: int, memory: EngineMemory, last: Finished | None, columns: int
-) -> str:
+def status_line(facts: Facts, position: int, memory: EngineMemory, last: Finished | None, columns: int) -> str:
     """Build the bottom line; on a narrow terminal the last parts are left out, never cut in the middle."""
     wide = f"{position:,}/{facts.context:,} tokens"
     parts = [wide if columns >= 50 else f"{position:,}/{figures.short_tokens(facts.context)}"]
@@ -111,9 +109,7 @@ def context_view(items: Sequence[ContextItem], position: int, context: int, colu
         table.add_row(*cells)
     free = context - position
     percent = 100 * position / context
-    total = Text(
-        f"{figures.tokens(position)} of {context:,} in the context ({percent:.1f}%), {free:,} free", "bold"
-    )
+    total = Text(f"{figures.tokens(position)} of {context:,} in the context ({percent:.1f}%), {free:,} free", "bold")
     return Group(table, total) if items else total
 
 
@@ -138,16 +134,20 @@ def documents_view(rows: Sequence[tuple[str, int, str]]) -> RenderableType:
     return table
 
 
-def stats_view(facts: Facts, position: int, memory: EngineMemory, last: Finished | None) -> RenderableType:
+def stats_view(
+    facts: Facts, position: int, memory: EngineMemory, last: Finished | None, load: Finished | None
+) -> RenderableType:
     """Show speeds, memory by head class beside the dense 16-bit figure, head plan, KV format, notes."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("model", f"{clean_line(facts.model)}, weights {facts.weight_format}")
     table.add_row("loaded in", figures.duration(facts.load_s))
+    for name, read in (("documents", load), ("question", last)):
+        if read is not None and read.prompt_tokens:
+            speed = figures.speed(read.prompt_tokens, read.prefill_s)
+            table.add_row(f"last {name}", f"{figures.tokens(read.prompt_tokens)}, {speed}")
     if last is not None:
-        read = figures.speed(last.prompt_tokens, last.prefill_s)
-        table.add_row("last prefill", f"{figures.tokens(last.prompt_tokens)}, {read}")
         wrote = figures.speed(last.completion_tokens, last.decode_s)
         table.add_row("last answer", f"{figures.tokens(last.completion_tokens)}, {wrote}")
     table.add_row("context", f"{position:,} of {facts.context:,} tokens")
@@ -178,7 +178,10 @@ def memory_rows(memory: EngineMemory) -> list[tuple[str, str]]:
     windows = figures.size(memory.cache.retrieval_windows)
     return [
         ("weights", figures.size(memory.weights)),
-        ("KV retrieval", f"{figures.size(retrieval_bytes(memory))} (blocks {blocks}, 16/32-bit windows {windows})"),
+        (
+            "KV retrieval",
+            f"{figures.size(retrieval_bytes(memory))} (blocks {blocks}, 16/32-bit windows {windows})",
+        ),
         ("KV streaming", figures.size(streaming_bytes(memory))),
         ("KV together", f"{figures.size(kv)}; dense 16-bit {figures.size(dense)} ({kv / dense:.0%})"),
     ]

@@ -41,11 +41,11 @@ def find_safety(token_bytes: Iterable[bytes], *, lines: bool) -> CutSafety:
     Without a token across the place there is no merge across it either. `lines` is False for a pre-tokenizer
     that may take a line break and what follows it into one word.
     """
-    words = True
-    for data in token_bytes:
-        words = words and not _WORD_CROSSED.search(data)
-        lines = lines and not _LINE_CROSSED.search(data)
-    return CutSafety(words=words, lines=lines)
+    everything = b"\r".join(token_bytes)  # no pattern matches across a "\r"
+    return CutSafety(
+        words=_WORD_CROSSED.search(everything) is None,
+        lines=lines and _LINE_CROSSED.search(everything) is None,
+    )
 
 
 def cut(text: str, safety: CutSafety, *, part_size: int = PART_SIZE) -> Iterator[str]:

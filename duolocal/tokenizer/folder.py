@@ -77,9 +77,17 @@ def read_folder(folder: Path, *, eos_ids: Iterable[int] = ()) -> TokenizerParts:
     raise TokenizerError(f"{folder.name}: no tokenizer.json and no tokenizer.model in the folder; put one there")
 
 
-def _added_tokens(description: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Return the tokens beside the vocabulary, by id; the tokenizer's own description goes before the configs."""
-    by_id: dict[int, dict[str, Any]] = {}
+def _added_tokens(
+    description: Mapping[str, Any], config: Mapping[str, Any], folder: Path, *, vocab: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Return the tokens beside the vocabulary, by id; the tokenizer's own description goes before the configs.
+
+    A token of the vocabulary that the config names (bos_token, ...) counts as one, as in transformers.
+    """
+    named = {_text(config.get(key)) for key in _NAMED}
+    by_id: dict[int, dict[str, Any]] = {
+        vocab[text]: {"content": text, "special": True} for text in named if text is not None and text in vocab
+    }
     for text, index in _read_json(folder / "added_tokens.json").items():
         by_id[int(index)] = {"content": text, "special": False}
     for index, token in (config.get("added_tokens_decoder") or {}).items():
@@ -127,7 +135,7 @@ def _from_json(path: Path, config: Mapping[str, Any], template: str | None) -> T
         raise TokenizerError(f"{name}: model type is {model.get('type')!r}; duolocal reads 'BPE'")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise TokenizerError(f"{name}: subword marks (continuing_subword_prefix, end_of_word_suffix) are not read")
-    added = _added_tokens(description, config, path.parent)
+    added = _added_tokens(description, config, path.parent, vocab=model["vocab"])
     specials = _specials(added, config, template)
     byte_level, strips_space = _bytes_rule(description.get("decoder"), name)
     to_bytes = byte_level_bytes if byte_level else sentencepiece_bytes
@@ -201,7 +209,7 @@ def _from_sentencepiece(path: Path, config: Mapping[str, Any], template: str | N
     adds_space = config.get("add_prefix_space", True) is not False
     pieces = read_pieces(proto, name=name)
     size = len(pieces)
-    added = _added_tokens({}, config, path.parent)
+    added = _added_tokens({}, config, path.parent, vocab={text: i for i, (text, _) in enumerate(pieces)})
     known = {token["id"] for token in added}
     for index, (text, kind) in enumerate(pieces):
         if kind in (PieceType.CONTROL, PieceType.USER_DEFINED) and index not in known:

@@ -100,8 +100,7 @@ def _plain(description: dict[str, Any], special: frozenset[str]) -> dict[str, An
     unknown = model.get("unk_token")
     if unknown in model["vocab"]:
         kept[unknown] = model["vocab"][unknown]
-    pairs = (tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
-    merges = [pair for pair in pairs if pair[0] + pair[1] not in special and not special & set(pair)]
+    merges = [merge for merge in model["merges"] if not special & _spellings(merge)]
     model.update(type="BPE", vocab=kept, merges=merges, dropout=None)
     return {
         "version": "1.0",
@@ -112,6 +111,12 @@ def _plain(description: dict[str, Any], special: frozenset[str]) -> dict[str, An
         "decoder": None,
         "post_processor": None,
     }
+
+
+def _spellings(merge: str | list[str]) -> set[str]:
+    """Return the two tokens that a merge ("a b" or ["a", "b"]) joins, and what it makes."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return {left, right, left + right}
 
 
 def _build(description: dict[str, Any], name: str) -> Library:

@@ -3,11 +3,12 @@
 Owns the environment that Hugging Face templates expect (transformers' `apply_chat_template`): trimmed blocks,
 `raise_exception`, `strftime_now`, `tojson`, loop controls and the `generation` tag. Knows no tokens.
 A template comes with a download, so it is treated as hostile: no attribute reaches Python, the output is bounded,
-`range` has a budget, and multiplication cannot build a huge value. Not bounded: the time of nested loops over
-other values, and the memory of filters that pad or repeat.
+`range` has a budget, and the operators `*`, `**` and `%` cannot build a huge value. Not bounded: the time of
+nested loops over other values, and the memory of filters that pad or repeat.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -22,6 +23,8 @@ from duolocal.errors import TokenizerError
 
 _RANGE_BUDGET = 1_000_000  # numbers that all calls of range may count in one rendering
 _OUTPUT_BASE = 1_000_000  # characters a template may write beside the contents
+_PRODUCT = 1_000_000  # largest factor, and length of a repeated string
+_WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4})")  # a width that is computed or has four digits
 _CONTENT_COPIES = 4  # times a template may write every content
 
 
@@ -43,10 +46,21 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**", "%"])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        numbers = all(isinstance(side, int | float) and abs(side) < 1e9 for side in (left, right))
-        if not numbers or operator == "**":
-            raise _TemplateStop(f"it uses {operator!r} on values other than small numbers")
+        if not _small(operator, left, right):
+            raise _TemplateStop(f"it uses {operator!r} to build a huge value")
         return super().call_binop(context, operator, left, right)
+
+
+def _small(operator: str, left: Any, right: Any) -> bool:
+    """Say whether a product, power, remainder or %-format is sure to be small."""
+    numbers = [side for side in (left, right) if isinstance(side, int | float)]
+    if any(abs(number) > _PRODUCT for number in numbers):
+        return False
+    if operator == "%" and isinstance(left, str):
+        return _WIDE_FORMAT.search(left) is None
+    if operator == "*" and len(numbers) == 1:
+        return len(right if numbers[0] is left else left) * abs(numbers[0]) <= _PRODUCT
+    return len(numbers) == 2 and operator != "**"
 
 
 def _raise_exception(message: object) -> NoReturn:

@@ -1,0 +1,230 @@
+"""The engine on seeded tiny models: cuts, undo and cancelling change nothing; what does not fit is refused first."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duolocal.engine.engine import Cancelled, Engine
+from duolocal.errors import ContextOverflowError, DuoLocalError
+from duolocal.heads import HeadPlan
+from duolocal.models.transformer import Transformer
+from duolocal.sampling import Sampling
+from tests.oracle import OracleCache
+from tests.tiny import random_model, tiny_config
+
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0, max_tokens=12)
+PLAN = HeadPlan(((True, False), (False, True)), sink_size=4, recent_size=24, source="test")
+ALL = HeadPlan(((True, True),) * 2, sink_size=4, recent_size=24, source="test")
+
+
+def make_engine(
+    *, plan: HeadPlan = PLAN, kv: str = "int4", chunk_size: int = 64, context: int = 640, block_size: int = 64
+) -> Engine:
+    config, weights = random_model(replace(tiny_config("llama"), max_positions=4096), dtype=torch.float64)
+    transformer = Transformer(config, weights, context=context, device=CPU, dtype=torch.float64)
+    return Engine.build(transformer, plan, kv=kv, chunk_size=chunk_size, block_size=block_size)
+
+
+def ids(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 320, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    # The model runs in float64 and logits are rounded to float32 at the end: half a unit in their last place, 1e-6.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("plan", [PLAN, ALL], ids=["split", "all"])
+def test_logits_equal_the_dense_oracle(plan: HeadPlan) -> None:
+    """With the exact format the whole engine computes what the oracle's dense cache and explicit mask do."""
+    engine = make_engine(plan=plan, kv="32", chunk_size=50)
+    tokens = ids(400)
+    config = engine.config
+    oracle = OracleCache(config, plan.retrieval, sink_size=plan.sink_size, recent_size=plan.recent_size)
+    hidden = engine.transformer.hidden(torch.tensor(tokens), torch.arange(400), oracle)
+    close(engine.logits(tokens), engine.transformer.logits(hidden))
+
+
+@given(
+    cuts=st.lists(st.integers(1, 150), min_size=1, max_size=6),
+    chunk_size=st.sampled_from([1, 7, 64, 300]),
+    block_size=st.sampled_from([16, 64, 128]),
+    kv=st.sampled_from(["int4", "int8", "fp8", "16"]),
+)
+def test_how_tokens_are_fed_changes_nothing(cuts: list[int], chunk_size: int, block_size: int, kv: str) -> None:
+    total = min(sum(cuts), 500)
+    tokens = ids(total)
+    expected = make_engine(kv=kv, chunk_size=500).logits(tokens)
+    engine = make_engine(kv=kv, chunk_size=chunk_size, block_size=block_size)
+    parts = []
+    for cut in cuts:
+        if engine.position < total:
+            parts.append(engine.logits(tokens[engine.position : min(total, engine.position + cut)]))
+    close(torch.cat(parts), expected)
+    assert engine.token_ids == tokens
+
+
+def test_generation_is_teacher_forcing_of_its_own_ids() -> None:
+    engine = make_engine()
+    prompt = ids(200)
+    produced = list(engine.generate(prompt, GREEDY))
+    assert len(produced) == 12
+    assert engine.finish_reason == "length"
+    assert engine.token_ids == [*prompt, *produced[:-1]]
+    logits = make_engine().logits([*prompt, *produced[:-1]])
+    assert logits[len(prompt) - 1 :].argmax(-1).tolist() == produced
+
+
+def test_generation_ends_at_an_end_token_and_does_not_feed_it() -> None:
+    prompt = ids(100)
+    first = list(make_engine().generate(prompt, GREEDY))
+    end = first[5]
+    engine = make_engine()
+    produced = list(engine.generate(prompt, GREEDY, eos_ids=frozenset({end})))
+    assert produced == first[: first.index(end)]
+    assert engine.finish_reason == "stop"
+    assert engine.token_ids == [*prompt, *produced]
+
+
+def test_generation_ends_when_the_context_is_full() -> None:
+    engine = make_engine(context=64)
+    produced = list(engine.generate(ids(60), Sampling(temperature=0)))
+    # Sixty tokens, four more fed, and the id that follows the last: nothing is dropped, nothing is overwritten.
+    assert len(produced) == 5
+    assert engine.finish_reason == "context"
+    assert engine.position == 64
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_any_work() -> None:
+    engine = make_engine(context=128)
+    list(engine.prefill(ids(100)))
+    message = "^40 tokens do not fit: 100 of 128 are in use, 28 are free; a context of 140 or more is needed$"
+    for call in (engine.prefill, engine.iter_logits, lambda tokens: engine.generate(tokens, GREEDY)):
+        with pytest.raises(ContextOverflowError, match=message):
+            list(call(ids(40)))
+    assert engine.position == 100
+
+
+@given(before=st.integers(0, 200), detour=st.integers(1, 300))
+def test_restore_leaves_no_trace(before: int, detour: int) -> None:
+    engine = make_engine(chunk_size=40)
+    list(engine.prefill(ids(before)))
+    snapshot = engine.snapshot()
+    list(engine.prefill(ids(detour, seed=5)))
+    engine.restore(snapshot)
+    tail = ids(100, seed=6)
+    fresh = make_engine()
+    list(fresh.prefill(ids(before)))
+    close(engine.logits(tail), fresh.logits(tail))
+    assert engine.token_ids == [*ids(before), *tail]
+
+
+@given(before=st.integers(0, 200), layer=st.integers(0, 1), chunk=st.integers(0, 3))
+def test_cancelling_in_any_layer_of_any_chunk_keeps_whole_chunks(before: int, layer: int, chunk: int) -> None:
+    engine = make_engine(chunk_size=64)
+    list(engine.prefill(ids(before)))
+    calls = 0
+
+    def cancel_at(current: int) -> None:
+        nonlocal calls
+        if current == layer and calls // 2 == chunk:
+            engine.cancel()
+        calls += 1
+        check(current)
+
+    check = engine._raise_if_cancelled
+    engine._raise_if_cancelled = cancel_at  # type: ignore[method-assign]
+    with pytest.raises(Cancelled):
+        list(engine.prefill(ids(256, seed=3)))
+    engine._raise_if_cancelled = check  # type: ignore[method-assign]
+    assert engine.token_ids == [*ids(before), *ids(256, seed=3)[: 64 * chunk]]
+    fresh = make_engine()
+    list(fresh.prefill(engine.token_ids))
+    close(engine.logits(ids(50)), fresh.logits(ids(50)))
+
+
+def test_cancel_from_another_thread_stops_generation() -> None:
+    engine = make_engine()
+    generation = engine.generate(ids(10), Sampling(temperature=0))
+    first = next(generation)
+    thread = threading.Thread(target=engine.cancel)
+    thread.start()
+    thread.join()
+    with pytest.raises(Cancelled):
+        next(generation)
+    assert engine.token_ids == ids(10)
+    assert list(make_engine().generate([*ids(10), first], GREEDY)) == list(engine.generate([first], GREEDY))
+
+
+def test_transient_memory_does_not_grow_with_the_context() -> None:
+    """The largest tensor that attention makes over 8,000 tokens of history is bounded by span and tile."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, Tensor) and not tensor._is_view():
+                    self.numel = max(self.numel, tensor.numel())
+            return result
+
+    sizes = []
+    for history in (4096, 8192):
+        engine = make_engine(context=history + 64)
+        engine.cache.begin(history)  # a history of zeros costs no time
+        engine.cache.commit()
+        engine.cache.pool.records.zero_()
+        engine.token_ids.extend([0] * history)
+        with Largest() as largest:
+            list(engine.prefill(ids(64)))
+        sizes.append(largest.numel)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context": 4}, "context is 4; it must be 16 tokens or more"),
+        ({"chunk_size": 0}, "chunk_size is 0; it must be 1 token or more"),
+        ({"kv": "int3"}, "unknown KV format 'int3': choose auto or one of 32, 16, fp8, int8, int4"),
+        ({"device": "tpu"}, "device 'tpu' is unknown: use auto, cpu or cuda"),
+        ({"dtype": "int8"}, "dtype 'int8' is unknown: use auto or one of float32, bfloat16, float16, float64"),
+        ({"heads": "1.5"}, "--heads 1.5: a ratio must lie between 0 and 1"),
+        ({"heads": "nowhere.json"}, "head pattern nowhere.json: No such file or directory"),
+        ({"sink_size": -1, "heads": "all"}, "sink_size is -1; it must be 0 or more"),
+        ({"recent_size": 0, "heads": "all"}, "recent_size is 0; it must be 1 or more"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(tmp_path, settings: dict[str, object], message: str) -> None:  # type: ignore[no-untyped-def]
+    from tests.tiny import save_checkpoint
+
+    save_checkpoint(tmp_path, "llama")
+    with pytest.raises(DuoLocalError) as caught:
+        Engine.load(str(tmp_path), **{"kv": "16", **settings})  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+def test_a_context_that_does_not_fit_names_numbers_and_what_fits(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    from duolocal.engine import engine as engine_module
+    from tests.tiny import save_checkpoint
+
+    save_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr(engine_module, "available_bytes", lambda device: 2**30)
+    with pytest.raises(DuoLocalError) as caught:
+        Engine.load(str(tmp_path), context=2**23, kv="16", heads="all")
+    text = str(caught.value)
+    assert text.startswith("context 8,388,608 needs 2.1 GiB on cpu (weights 0.0, KV blocks 2.0, windows 0.0, ")
+    assert "and 1.0 GiB are free; this fits: --kv int4 or --context 3" in text
+    suggested = int(text.split("--context ")[1].split("K")[0]) * 1024
+    engine = Engine.load(str(tmp_path), context=suggested, kv="16", heads="all")
+    assert engine.memory().cache.total < 2**30
