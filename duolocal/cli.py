@@ -91,6 +91,16 @@ def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]
     )
     _add_measure_options(measure)
     parsers |= {"kv": kv, "kv measure": measure}
+
+    evaluate = commands.add_parser("eval", help="check that a model still finds things", allow_abbrev=False)
+    what = evaluate.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
+    passkey = what.add_parser(
+        "passkey",
+        help="a number hidden in real text, under these settings and beside the dense model",
+        allow_abbrev=False,
+    )
+    _add_passkey_options(passkey)
+    parsers |= {"eval": evaluate, "eval passkey": passkey}
     return parser, parsers
 
 
@@ -101,14 +111,25 @@ def _add_measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_passkey_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", default="3.5K", metavar="N", help="length of the text (default: 3.5K)")
+    parser.add_argument(
+        "--depths", default="10", metavar="N", help="places, from the beginning to the end (default: 10)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the passkeys and the text (default: 0)")
+    parser.add_argument("--no-dense", action="store_true", help="leave out the dense 16-bit model beside it")
+    _add_model_options(parser, context=False)
+
+
+def _add_model_options(parser: argparse.ArgumentParser, *, context: bool = True) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=DEFAULT_MODEL, help=_MODEL_HELP)
-    group.add_argument(
-        "--context",
-        metavar="SIZE",
-        help="tokens of context: 8192, 32K, 1M (default: what the model was trained for, at most 32K)",
-    )
+    if context:
+        group.add_argument(
+            "--context",
+            metavar="SIZE",
+            help="tokens of context: 8192, 32K, 1M (default: what the model was trained for, at most 32K)",
+        )
     group.add_argument(
         "--kv",
         default="auto",
@@ -209,6 +230,8 @@ def _run(argv: list[str], program: str) -> int:
         return _bench_memory(options)
     if name == "kv measure":
         return _kv_measure(options)
+    if name == "eval passkey":
+        return _eval_passkey(options)
     return _models(options)
 
 
@@ -398,3 +421,19 @@ def _kv_measure(options: argparse.Namespace) -> int:
     from duolocal.terminal.bench_view import measure_kv_formats
 
     return measure_kv_formats(settings, text, num_tokens, _console(), _progress_console())
+
+
+def _eval_passkey(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    num_tokens, depths = parse_tokens(options.tokens, "--tokens"), parse_tokens(options.depths, "--depths")
+    from duolocal.terminal.eval_view import eval_passkey
+
+    return eval_passkey(
+        settings,
+        num_tokens=num_tokens,
+        depths=depths,
+        seed=options.seed,
+        dense=not options.no_dense,
+        console=_console(),
+        progress=_progress_console(),
+    )

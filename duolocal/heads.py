@@ -138,8 +138,16 @@ def plan_heads(
     shipped = shipped_pattern(fingerprint) if fingerprint else None
     ratio = None if heads == "auto" else _as_ratio(heads)
     if ratio in (0.0, 1.0):
-        shape = {"num_layers": num_layers, "num_kv_heads": num_kv_heads}
-        return uniform_plan(**shape, retrieval=ratio == 1.0, **sizes), None
+        return (
+            uniform_plan(
+                num_layers=num_layers,
+                num_kv_heads=num_kv_heads,
+                retrieval=ratio == 1.0,
+                sink_size=sink_size,
+                recent_size=recent_size,
+            ),
+            None,
+        )
     if heads != "auto" and ratio is None:
         pattern = load_pattern(str(heads))
     elif shipped is not None:

@@ -19,9 +19,7 @@ from torch import Tensor
 from duolocal.errors import ConfigError, SettingsError
 from duolocal.models.config import ModelConfig, RopeKind, RopeScaling
 
-DEFAULT_EXTENSION: RopeKind = (
-    "dynamic"  # what `extended` applies to a model that brings no scaling of its own
-)
+DEFAULT_EXTENSION: RopeKind = "dynamic"  # what `extended` applies to a model that brings no scaling of its own
 OVERRIDES = "none, linear:FACTOR, dynamic, dynamic:FACTOR or yarn:FACTOR"
 
 
@@ -51,9 +49,7 @@ def rope_frequencies(config: ModelConfig, context: int) -> tuple[Tensor, float]:
     elif scaling.kind == "llama3":
         inv_freq = _llama3(config)
     else:
-        raise ConfigError(
-            f"RoPE scaling kind is {scaling.kind!r}: wanted one of {', '.join(get_args(RopeKind))}"
-        )
+        raise ConfigError(f"RoPE scaling kind is {scaling.kind!r}: wanted one of {', '.join(get_args(RopeKind))}")
     factors = config.rope_freq_factors
     if factors:
         if len(factors) != dim // 2:
@@ -68,9 +64,7 @@ class RotaryAngles:
     There is no table over the context: at a million tokens it would be larger than a layer's streaming cache.
     """
 
-    def __init__(
-        self, config: ModelConfig, context: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: ModelConfig, context: int, *, device: torch.device, dtype: torch.dtype) -> None:
         inv_freq, self.attention_scale = rope_frequencies(config, context)
         self.inv_freq = inv_freq.to(device)  # [head_dim/2] float64, also where the compute dtype is 16 bits
         self.dtype = dtype
@@ -105,9 +99,7 @@ def parse_rope_scaling(text: str, config: ModelConfig) -> RopeScaling:
         try:
             factor = float(number)
         except ValueError:
-            raise SettingsError(
-                f"RoPE scaling {text!r} has no factor: use {OVERRIDES}, e.g. {kind}:4"
-            ) from None
+            raise SettingsError(f"RoPE scaling {text!r} has no factor: use {OVERRIDES}, e.g. {kind}:4") from None
         if not (math.isfinite(factor) and factor >= 1):
             raise SettingsError(f"RoPE scaling factor is {factor:g}: wanted 1 or more, e.g. {kind}:4")
     trained = config.rope_scaling.original_max_positions or config.max_positions

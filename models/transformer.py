@@ -99,9 +99,7 @@ class Transformer:
         does not grow with n.
         """
         if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size:
-            raise ValueError(
-                f"logits: hidden {tuple(hidden.shape)}: wanted [n, hidden_size {self.config.hidden_size}]"
-            )
+            raise ValueError(f"logits: hidden {tuple(hidden.shape)}: wanted [n, hidden_size {self.config.hidden_size}]")
         head, num_rows = self.weights.lm_head, hidden.shape[0]
         logits = torch.empty(num_rows, head.out_features, dtype=torch.float32, device=hidden.device)
         for start in range(0, head.out_features, VOCAB_TILE):

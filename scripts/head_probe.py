@@ -301,9 +301,7 @@ def judge_text(weights: dict[str, Tensor], token_ids: Tensor, dense: Tensor, min
     return TextJudgement(kl / last, math.exp(loss / last), math.exp(dense_loss / last))
 
 
-def held_out_episodes(
-    encode: Encode, held_out: dict[str, str], size: int, *, form: int, seed: int
-) -> list[Episode]:
+def held_out_episodes(encode: Encode, held_out: dict[str, str], size: int, *, form: int, seed: int) -> list[Episode]:
     """Return ten passkeys at ten depths, in turn in each held-out text."""
     rng = random.Random(1000 * seed + size + form)
     ids = [encode(text) for text in held_out.values()]

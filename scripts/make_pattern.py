@@ -19,7 +19,6 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +72,7 @@ def attention_scores(
     earlier[torch.arange(len(late)), late - half] = 1
     earlier[torch.arange(len(late)), late - half + 1] = 1
     size = 1400
-    episode = passkey_episode(
-        encode, window(rng, encode(text), size), size, depth=0.3, key=random_key(rng), form=1
-    )
+    episode = passkey_episode(encode, window(rng, encode(text), size), size, depth=0.3, key=random_key(rng), form=1)
     n, digits = len(episode.token_ids), episode.num_digits
     answer = torch.arange(n - digits - 1, n - 1)
     on_needle = torch.zeros(digits, n)
@@ -131,6 +128,8 @@ class Learning:
     digit_weight: float = 0.2
     rate: float = 0.2
     stride: int = 3  # every how many text positions the KL is taken
+    averaged: int = 6  # how many of the last steps' scores are averaged
+    trust: float = 0.25  # how far the result goes from the start towards that average
 
 
 def learn(
@@ -141,7 +140,6 @@ def learn(
     how: Learning,
     *,
     start: Tensor,
-    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Return scores [num_layers, num_kv_heads], higher for a head that misses the whole context more."""
     rng = random.Random(how.seed)
@@ -150,6 +148,7 @@ def learn(
     num_gates = shape.num_layers * shape.num_kv_heads
     keep = round(how.ratio * num_gates)
     scores = start.flatten().clone()
+    visited: list[Tensor] = []
     for step in range(how.steps):
         began = time.time()
         size = rng.randrange(how.num_tokens * 3 // 4, how.num_tokens + 1)
@@ -166,9 +165,7 @@ def learn(
         at_text = torch.arange(how.sink + how.recent + step % how.stride, n - digits - 1, how.stride)
         at = torch.cat((at_text, torch.arange(n - digits - 1, n - 1)))  # the predictions judged
         with torch.no_grad():
-            hidden = hidden_states(
-                shape, weights, episode.token_ids, lambda _, q, k, v: full_attention(q, k, v)
-            )
+            hidden = hidden_states(shape, weights, episode.token_ids, lambda _, q, k, v: full_attention(q, k, v))
             dense = log_probs(weights, hidden[at])
         gumbel = -torch.log(-torch.log(torch.rand(num_gates, generator=noise)))
         # The noise shrinks: first all heads are tried, later the cut between the best and the rest.
@@ -186,14 +183,16 @@ def learn(
         # clip keeps one lost needle from deciding everything.
         grad = gates.grad - gates.grad.mean()
         scores -= how.rate * (grad / grad.pow(2).mean().sqrt()).clamp(-3, 3)
-        if on_step is not None:
-            on_step(step, scores)
-        print(
+        visited.append(scores.clone())
+        print(  # noqa: T201
             f"step {step:3d}  {n} tokens  text KL {text_kl.item():.4f}  digit KL {digit_kl.item():.3f}  "
             f"{time.time() - began:.1f} s",
             flush=True,
         )
-    return scores.view(shape.num_layers, -1)
+    # These are few tokens of one kind of text. All the way, the plan is better on such texts and worse where
+    # a text repeats itself at length (licences); a quarter keeps most of the gain and little of the loss.
+    average = torch.stack(visited[-how.averaged :]).mean(0).view_as(start)
+    return start + how.trust * (average - start)
 
 
 def evaluate(
@@ -224,15 +223,14 @@ def evaluate(
                 mine = hidden_states(shape, weights, ids, attend)
             dense.setdefault(name, mine)
             judged = judge_text(weights, ids, dense[name], mine)
-            print(
-                f"{method}  {name}: KL {judged.kl:.4f}, perplexity {judged.perplexity:.2f} "
-                f"({judged.change:+.2%})",
+            print(  # noqa: T201
+                f"{method}  {name}: KL {judged.kl:.4f}, perplexity {judged.perplexity:.2f} ({judged.change:+.2%})",
                 flush=True,
             )
         for size in sizes:
             episodes = held_out_episodes(encode, held_out, size, form=0, seed=EVALUATION_SEED)
             hits, mean, worst = judge_passkeys(shape, weights, attend, episodes)
-            print(
+            print(  # noqa: T201
                 f"{method}  passkeys at {size}: {hits} of 10, NLL per digit {mean:.3f}, worst {worst:.3f}",
                 flush=True,
             )
@@ -247,7 +245,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--sink", type=int, default=64)
     parser.add_argument("--recent", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=26)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 3500])
@@ -260,9 +258,7 @@ def main() -> None:
         evaluate(shape, weights, encode, pattern, ratio=args.ratio, sizes=args.sizes)
         return
     text, _ = texts()
-    start = standardised_sum(
-        attention_scores(shape, weights, encode, text, sink=args.sink, recent=args.recent, seed=7)
-    )
+    start = standardised_sum(attention_scores(shape, weights, encode, text, sink=args.sink, recent=args.recent, seed=7))
     how = Learning(
         sink=args.sink,
         recent=args.recent,
@@ -295,7 +291,8 @@ def write_pattern(path: Path, scores: Tensor, *, name: str, how: Learning, shape
 
 METHOD = (
     "hard gates, straight-through gradient of KL to the dense model on text and passkey digits, started from "
-    "induction + copy + mass; {how.steps} steps of up to {how.num_tokens} tokens, seed {how.seed}"
+    "induction + copy + mass; {how.steps} steps of up to {how.num_tokens} tokens, seed {how.seed}, "
+    "a quarter of the way"
 )
 
 

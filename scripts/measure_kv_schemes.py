@@ -17,13 +17,14 @@ from torch import Tensor
 
 from duolocal.cache import cache as cache_module
 from duolocal.cache.cache import DuoCache
-from duolocal.engine.kv_choice import _log_probs, _Tally, sample_text
+from duolocal.engine.kv_choice import _log_probs, _Tally
 from duolocal.heads import uniform_plan
 from duolocal.kernels.blocks import BlockLayout, Plane, decode_blocks, encode_blocks, hadamard
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
 from duolocal.models.transformer import Transformer
 from duolocal.quant.kv import kv_layout
+from duolocal.sample_text import sample_text
 from duolocal.tokenizer import load_tokenizer
 
 

@@ -19,9 +19,7 @@ def naive_visibility(i: int, j: int, *, retrieval: bool, sink_size: int, recent_
     return j <= i and (j < sink_size or i - j < recent_size)
 
 
-def visibility_mask(
-    positions: Tensor, kv_len: int, *, retrieval: bool, sink_size: int, recent_size: int
-) -> Tensor:
+def visibility_mask(positions: Tensor, kv_len: int, *, retrieval: bool, sink_size: int, recent_size: int) -> Tensor:
     """Return the same rule as a boolean mask [q_len, kv_len] for queries at `positions` [q_len]."""
     i = positions.to("cpu", torch.int64)[:, None]
     j = torch.arange(kv_len)[None, :]
@@ -85,9 +83,7 @@ class OracleCache:
         self.sink_size = sink_size
         self.recent_size = recent_size
         empty = torch.empty(0, config.num_kv_heads, config.head_dim, dtype=torch.float64)
-        self.k = [
-            empty for _ in range(config.num_layers)
-        ]  # [kv_len, num_kv_heads, head_dim] float64 per layer
+        self.k = [empty for _ in range(config.num_layers)]  # [kv_len, num_kv_heads, head_dim] float64 per layer
         self.v = [empty for _ in range(config.num_layers)]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:

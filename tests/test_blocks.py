@@ -1,6 +1,7 @@
 """The bytes of a KV block, judged by a codec written out number by number."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_an_unknown_format_names_the_known_ones() -> None:
 
 def test_layout_spans_cover_the_record_without_overlap() -> None:
     layout = BlockLayout(Plane("int", 8), Plane("int", 4, groups=2), block_size=16, head_dim=64)
-    spans = sorted((s.start, s.stop) for which in ("key", "value") for s in layout.spans(which))  # type: ignore[arg-type]
+    spans = sorted((s.start, s.stop) for which in ("key", "value") for s in layout.spans(which))
     assert spans[0][0] == 0
-    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(spans))
     assert layout.record_bytes - spans[-1][1] < 16

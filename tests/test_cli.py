@@ -14,6 +14,7 @@ from duolocal import __version__, cli
 from duolocal.documents import Document
 from duolocal.models.registry import DEFAULT_MODEL
 from duolocal.sampling import Sampling
+from duolocal.terminal import bench_view
 from duolocal.terminal.once import answer_once
 from tests.terminal_fakes import FACTS, FakeSession, Reason
 
@@ -175,6 +176,44 @@ def test_sampling_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert cli._sampling(options) == Sampling(temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
     assert cli.main(["chat", "--prompt", "a", "--top-p", "high"]) == 2
     assert capsys.readouterr().err == "duolocal: --top-p is 'high': give a number between 0 and 1\n"
+
+
+def test_fetch_prints_the_path_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(b"GGUF")
+    assert cli.main(["models", "fetch", str(path)]) == 0
+    assert capsys.readouterr() == (f"{path}\n", "")
+
+
+def test_bench_memory_prints_a_table_and_json_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, object] = {}
+
+    def memory_report(model: str, **options: object) -> dict[str, object]:
+        asked.update(options, model=model)
+        return {"model": model, "kv_bytes": 3 * 2**20, "share": 0.25, "versions": {"torch": "2.13"}}
+
+    monkeypatch.setattr(bench_view, "memory_report", memory_report)
+    monkeypatch.setattr(bench_view, "resolve", lambda model, on_progress: Path(model))
+    assert cli.main(["bench", "memory", "--model", "tiny", "--context", "32K", "--kv", "int8", "--sink-size", "0"]) == 0
+    assert asked == {
+        "model": "tiny",
+        "context": 32768,
+        "kv": "int8",
+        "heads": "auto",
+        "sink_size": 0,
+        "recent_size": None,
+        "device": "auto",
+    }
+    lines = capsys.readouterr().out.splitlines()
+    assert "3,145,728 bytes (3 MiB)" in lines[1]
+    assert json.loads(lines[-1]) == memory_report("tiny")
+
+
+def test_a_kv_measurement_too_short_to_show_anything_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kv", "measure", "--tokens", "256"]) == 2
+    assert capsys.readouterr().err == "duolocal: --tokens is 256: give 1,024 or more to see a difference\n"
 
 
 def test_history_goes_to_the_chosen_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import threading
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from duolocal.engine import engine as engine_module
 from duolocal.engine.engine import Cancelled, Engine
 from duolocal.errors import ContextOverflowError, DuoLocalError
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
 from duolocal.sampling import Sampling
 from tests.oracle import OracleCache
-from tests.tiny import random_model, tiny_config
+from tests.tiny import random_model, save_checkpoint, tiny_config
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0, max_tokens=12)
@@ -139,7 +142,7 @@ def test_cancelling_in_any_layer_of_any_chunk_keeps_whole_chunks(before: int, la
         check(current)
 
     check = engine._raise_if_cancelled
-    engine._raise_if_cancelled = cancel_at  # type: ignore[method-assign]
+    engine._raise_if_cancelled = cancel_at  # type: ignore[method-assign, assignment]
     with pytest.raises(Cancelled):
         list(engine.prefill(ids(256, seed=3)))
     engine._raise_if_cancelled = check  # type: ignore[method-assign]
@@ -171,7 +174,7 @@ def test_transient_memory_does_not_grow_with_the_context() -> None:
             super().__init__()
             self.numel = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             for tensor in result if isinstance(result, tuple | list) else [result]:
                 if isinstance(tensor, Tensor) and not tensor._is_view():
@@ -205,19 +208,16 @@ def test_transient_memory_does_not_grow_with_the_context() -> None:
         ({"recent_size": 0, "heads": "all"}, "recent_size is 0; it must be 1 or more"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(tmp_path, settings: dict[str, object], message: str) -> None:  # type: ignore[no-untyped-def]
-    from tests.tiny import save_checkpoint
-
+def test_settings_that_cannot_be_used_are_named(tmp_path: Path, settings: dict[str, object], message: str) -> None:
     save_checkpoint(tmp_path, "llama")
     with pytest.raises(DuoLocalError) as caught:
         Engine.load(str(tmp_path), **{"kv": "16", **settings})  # type: ignore[arg-type]
     assert str(caught.value) == message
 
 
-def test_a_context_that_does_not_fit_names_numbers_and_what_fits(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    from duolocal.engine import engine as engine_module
-    from tests.tiny import save_checkpoint
-
+def test_a_context_that_does_not_fit_names_numbers_and_what_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_checkpoint(tmp_path, "llama")
     monkeypatch.setattr(engine_module, "available_bytes", lambda device: 2**30)
     with pytest.raises(DuoLocalError) as caught:

@@ -37,9 +37,7 @@ def assert_near(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     dtype=DTYPES,
     seed=SEEDS,
 )
-def test_rms_norm_matches_the_definition(
-    rows: int, size: int, scale: float, dtype: torch.dtype, seed: int
-) -> None:
+def test_rms_norm_matches_the_definition(rows: int, size: int, scale: float, dtype: torch.dtype, seed: int) -> None:
     x, weight = normal(seed, rows, size, dtype=dtype) * scale, normal(seed + 1, size, dtype=dtype)
     wanted = torch.empty(rows, size, dtype=torch.float64)
     for row in range(rows):

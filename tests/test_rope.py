@@ -96,9 +96,7 @@ SCALINGS: dict[str, tuple[dict[str, Any], RopeScaling]] = {
             "low_freq_factor": 1.5,
             "high_freq_factor": 6.0,
         },
-        RopeScaling(
-            kind="llama3", factor=32.0, original_max_positions=4096, low_freq_factor=1.5, high_freq_factor=6.0
-        ),
+        RopeScaling(kind="llama3", factor=32.0, original_max_positions=4096, low_freq_factor=1.5, high_freq_factor=6.0),
     ),
 }
 
@@ -128,9 +126,7 @@ def test_frequencies_are_those_of_transformers(name: str, head_dim: int, theta: 
 
 def test_unscaled_frequencies_are_the_powers_of_theta() -> None:
     inv_freq, scale = rope_frequencies(tiny_config(head_dim=8, rope_theta=10_000.0), 100)
-    torch.testing.assert_close(
-        inv_freq, torch.tensor([1, 0.1, 0.01, 0.001], dtype=torch.float64), rtol=1e-15, atol=0
-    )
+    torch.testing.assert_close(inv_freq, torch.tensor([1, 0.1, 0.01, 0.001], dtype=torch.float64), rtol=1e-15, atol=0)
     assert scale == 1.0
 
 

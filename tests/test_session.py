@@ -261,6 +261,8 @@ def test_another_system_prompt_reads_the_documents_again(tmp_path: Path) -> None
     fresh = make_session(tmp_path, system="Be brief.")
     finish(fresh.add_document("mill.txt", DOCUMENT))
     assert in_context(session) == in_context(fresh)
+    finish(session.set_system(None))
+    assert [message.role for message in session.messages] == ["user"]
 
 
 def test_a_system_prompt_that_leaves_no_room_changes_nothing(tmp_path: Path) -> None:

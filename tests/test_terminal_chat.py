@@ -246,8 +246,8 @@ def test_stats_name_both_head_classes_and_the_dense_figure() -> None:
     [
         (120, " 812/1,000 tokens · 12.0 tokens/s · KV 4 MiB retrieval + 2 MiB streaming · int8 · tiny "),
         (60, " 812/1,000 tokens · 12.0 tokens/s · int8 · tiny "),
-        (40, " 812/1.0K · 12.0 tokens/s · int8 · tiny "),
-        (20, " 812/1.0K · int8 "),
+        (40, " 812/1000 · 12.0 tokens/s · int8 · tiny "),
+        (20, " 812/1000 · int8 "),
     ],
 )
 def test_the_status_line_fits(columns: int, line: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from duolocal.terminal import figures, markdown
+from duolocal.terminal import figures, markdown, progress
 from duolocal.terminal.clean import clean, clean_line
 from duolocal.terminal.markdown import MarkdownStream, SafeMarkdown, split_finished
 
@@ -164,22 +164,6 @@ def test_drawing_is_limited_in_rate() -> None:
     assert frames <= 40 * (2 + 15 * (time.monotonic() - began_s))
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.0K"),
-        (8192, "8.2K"),
-        (131072, "131K"),
-        (999_600, "1.0M"),
-        (1_048_576, "1.0M"),
-    ],
-)
-def test_short_tokens(count: int, text: str) -> None:
-    assert figures.short_tokens(count) == text
-
-
 def test_figures() -> None:
     assert figures.size(512) == "512 B"
     assert figures.size(98_362_432) == "93.8 MiB"
@@ -194,3 +178,33 @@ def test_figures() -> None:
     ]
     assert figures.tokens(1) == "1 token"
     assert figures.tokens(8192) == "8,192 tokens"
+
+
+@pytest.mark.parametrize("columns", [30, 40, 80])
+def test_a_bar_is_one_line_whatever_the_width(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_SHOW_AFTER_S", 0.0)
+    output = StringIO()
+    console = Console(file=output, width=columns, height=24, force_terminal=True, color_system=None)
+    with progress.bar(console, "reading a-rather-long-file-name.txt", "tokens") as bar:
+        bar.update(512, 131072, 1.0)
+        time.sleep(0.3)  # a frame or two
+    raw = output.getvalue()
+    assert "4:15 min left" in raw
+    assert max(len(line) for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", raw).split("\n")) <= columns
+    assert [line for line in screen(raw, columns) if line] == []
+
+
+def test_what_is_done_at_once_shows_no_bar() -> None:
+    output = StringIO()
+    console = Console(file=output, width=80, height=24, force_terminal=True, color_system=None)
+    with progress.bar(console, "reading", "tokens") as bar:
+        bar.update(5, 5, 0.1)
+    assert "reading" not in output.getvalue()
+    assert [line for line in screen(output.getvalue(), 80) if line] == []
+
+
+def test_a_pipe_gets_no_bar() -> None:
+    output = StringIO()
+    with progress.bar(Console(file=output, width=80), "reading", "tokens") as bar:
+        bar.update(5, 5, 0.1)
+    assert output.getvalue() == ""

@@ -97,9 +97,7 @@ def test_float32_matches_transformers_as_it_is(architecture: Architecture, tie: 
 
 @pytest.mark.parametrize("rope", ROPE_VARIANTS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_saved_checkpoint_matches_transformers(
-    architecture: Architecture, rope: str, tmp_path: Path
-) -> None:
+def test_a_saved_checkpoint_matches_transformers(architecture: Architecture, rope: str, tmp_path: Path) -> None:
     token_ids = tokens(NUM_TOKENS)
     tie = rope == "linear"  # tied embeddings are stored once
     with torch.no_grad():
@@ -207,9 +205,7 @@ class CountingWeight:
 
 @pytest.mark.parametrize("make", [CountingWeight, DenseWeight])
 @pytest.mark.parametrize("num_rows", [0, 1, 11])
-def test_logits_in_tiles(
-    make: Callable[[Tensor], Any], num_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_in_tiles(make: Callable[[Tensor], Any], num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformer_module, "VOCAB_TILE", 96)  # 320 = 3 * 96 + 32
     monkeypatch.setattr(transformer_module, "ROW_TILE", 4)
     config, weights = random_model(dtype=torch.float64)
@@ -252,9 +248,7 @@ def test_the_oracle_is_the_rule_of_the_design(
     q = torch.randn(q_len, 2, 4, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, kv_len, 1, 4, generator=generator, dtype=torch.float64)
     wanted = torch.empty_like(q)
-    mask = visibility_mask(
-        positions, kv_len, retrieval=retrieval, sink_size=sink_size, recent_size=recent_size
-    )
+    mask = visibility_mask(positions, kv_len, retrieval=retrieval, sink_size=sink_size, recent_size=recent_size)
     for row, i in enumerate(positions.tolist()):
         seen = [
             j
@@ -266,9 +260,7 @@ def test_the_oracle_is_the_rule_of_the_design(
         for head in range(2):
             weights = torch.stack([(q[row, head] @ k[j, 0] / 2.0).exp() for j in seen])
             wanted[row, head] = sum(w * v[j, 0] for w, j in zip(weights / weights.sum(), seen, strict=True))
-    got = oracle_attention(
-        q, k, v, positions, retrieval=[retrieval], sink_size=sink_size, recent_size=recent_size
-    )
+    got = oracle_attention(q, k, v, positions, retrieval=[retrieval], sink_size=sink_size, recent_size=recent_size)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
 
 

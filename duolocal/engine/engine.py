@@ -7,6 +7,7 @@ nothing of text, templates or terminals; it yields, and its caller consumes.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.registry import resolve
 from duolocal.models.rope import extended, parse_rope_scaling
 from duolocal.models.transformer import Transformer
-from duolocal.quant.kv import kv_layout
+from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, KV_FORMATS, kv_layout
 from duolocal.sampling import Sampler, Sampling
 
 DEFAULT_CHUNK_SIZE = {"cpu": 512, "cuda": 4096}  # tokens
@@ -131,18 +132,26 @@ class Engine:
             sink_size=sink_size,
             recent_size=recent_size,
         )
-        sizes = {"context": context, "chunk_size": chunk_size, "device": where, "dtype": compute}
-        available = available_bytes(where)
-        if kv != "auto":
-            kv_layout(kv, head_dim=config.head_dim, dtype=compute)
-            check_memory(config, plan, kv, weight_bytes=source.size_bytes, available=available, **sizes)
+        check_fits = partial(
+            check_memory,
+            config,
+            plan,
+            weight_bytes=source.size_bytes,
+            context=context,
+            chunk_size=chunk_size,
+            device=where,
+            dtype=compute,
+            available=available_bytes(where),
+        )
+        # The smallest format stands for "auto" until the weights that it is measured with are loaded.
+        check_fits(kv=KV_FORMATS[-1] if kv == "auto" else kv)
         weights = source.load(device=where, dtype=compute, on_layer=on_layer)
         kv_note = None
         if kv == "auto":
             kv, kv_note = choose_kv(
                 source, weights, device=where, dtype=compute, chunk_size=chunk_size, on_progress=on_measure
             )
-            check_memory(config, plan, kv, weight_bytes=source.size_bytes, available=available, **sizes)
+            check_fits(kv=kv)
         transformer = Transformer(config, weights, context=context, device=where, dtype=compute)
         notes = [note for note in (rope_note, heads_note, kv_note) if note]
         return cls.build(transformer, plan, kv=kv, chunk_size=chunk_size, source=source, notes=notes)
@@ -155,14 +164,13 @@ class Engine:
         *,
         kv: str,
         chunk_size: int,
-        block_size: int | None = None,
+        block_size: int = DEFAULT_BLOCK_SIZE,
         source: ModelSource | None = None,
         notes: Sequence[str] = (),
     ) -> "Engine":
         """Give a Transformer a cache for its `context` under `plan` and KV format `kv`."""
         config = transformer.config
-        sizes = {} if block_size is None else {"block_size": block_size}
-        layout = kv_layout(kv, head_dim=config.head_dim, dtype=transformer.dtype, **sizes)
+        layout = kv_layout(kv, head_dim=config.head_dim, dtype=transformer.dtype, block_size=block_size)
         cache = DuoCache(
             plan,
             layout,
@@ -349,7 +357,7 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        # 16-bit products are 6 to 10 times slower than float32 on CPUs without AMX (docs/performance.md).
+        # 16-bit products are 6 to 10 times slower than float32 on CPUs without AMX.
         if device.type == "cpu":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

@@ -9,7 +9,6 @@ compares the distributions of the next token with those of the 16-bit cache. A v
 import importlib.resources
 import json
 import os
-import pydoc_data.topics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,9 +24,11 @@ from duolocal.models.rope import extended
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import ModelWeights
 from duolocal.quant.kv import KV_FORMATS, kv_layout
+from duolocal.sample_text import sample_text
 from duolocal.tokenizer import load_tokenizer
 
 REFERENCE = "16"
+ALL_FORMATS = tuple(name for name in KV_FORMATS if name != REFERENCE)
 # A format is chosen when it costs less than this against the 16-bit cache.
 MAX_KL = 0.01  # nats per token
 MAX_PERPLEXITY_RISE = 0.01
@@ -63,8 +64,7 @@ def choose_kv(
     known = _remembered().get(source.fingerprint)
     if known is not None:
         return known, f"KV format {known}: the smallest that passed when this model was first used here"
-    text = sample_text()
-    token_ids = load_tokenizer(source).encode(text)[:FIRST_USE_TOKENS]
+    token_ids = load_tokenizer(source).encode(sample_text())[:FIRST_USE_TOKENS]
     results = list(
         measure_kv(
             source,
@@ -98,7 +98,7 @@ def measure_kv(
     weights: ModelWeights,
     token_ids: list[int],
     *,
-    formats: Iterable[str] = tuple(name for name in KV_FORMATS if name != REFERENCE),
+    formats: Iterable[str] = ALL_FORMATS,
     device: torch.device,
     dtype: torch.dtype,
     chunk_size: int,
@@ -147,12 +147,6 @@ def measure_kv(
             perplexity_rise=tally.perplexity / base - 1,
             top1_agreement=tally.agreed / tally.count,
         )
-
-
-def sample_text() -> str:
-    """Return about half a megabyte of real English prose and code that every Python carries."""
-    topics: dict[str, str] = pydoc_data.topics.topics
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 @torch.inference_mode()

@@ -83,8 +83,8 @@ def available_bytes(device: torch.device) -> int:
 def check_memory(
     config: ModelConfig,
     plan: HeadPlan,
-    kv: str,
     *,
+    kv: str,
     weight_bytes: int,
     context: int,
     chunk_size: int,

@@ -5,6 +5,7 @@ its end, or returns to a snapshot: what is in the cache is never rewritten. Gene
 generated; they are not rendered and tokenized again.
 """
 
+import html
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -92,7 +93,7 @@ class ChatSession:
         self.engine = engine
         self.tokenizer = tokenizer
         self.system = system or None
-        self._state = self._empty_state()
+        self._state = _empty_state(self.system)
         self._steps: list[_Step] = []
         self._texts: list[tuple[str, str]] = []  # documents as (name, text), in order
         self._cancelled = False
@@ -176,7 +177,7 @@ class ChatSession:
     def reset(self) -> None:
         """Forget the conversation and all documents."""
         self.engine.reset()
-        self._state = self._empty_state()
+        self._state = _empty_state(self.system)
         self._steps.clear()
         self._texts.clear()
 
@@ -196,7 +197,8 @@ class ChatSession:
         Raises ContextOverflowError, with nothing changed, where they no longer fit.
         """
         texts, before, state = list(self._texts), self.system, self._state
-        self.system, self._state = text or None, self._empty_state(text)
+        self.system = text or None
+        self._state = _empty_state(self.system)
         try:
             self._check_documents_fit(self._plan_documents(texts), used=0)
         except ContextOverflowError:
@@ -205,17 +207,13 @@ class ChatSession:
         self.reset()
         return self.add_documents(texts) if texts else iter(())
 
-    def _empty_state(self, system: str | None = None) -> _State:
-        system = system or self.system
-        return _State(messages=(Message("system", system),) if system else ())
-
     # --- documents -------------------------------------------------------------------------------------------------
 
     def _plan_documents(self, documents: Sequence[tuple[str, str]]) -> list["_PlannedDocument"]:
         planned = []
         state = self._state
         for name, text in documents:
-            wrapped = f'<document name="{name}">\n{text}\n</document>'
+            wrapped = f'<document name="{html.escape(name)}">\n{text}\n</document>'
             content = wrapped if state.open_content is None else f"{state.open_content}\n\n{wrapped}"
             messages, token_ids = self._encode_user(content, closed=False, state=state)
             fed = messages[-1].content
@@ -401,3 +399,7 @@ class _PlannedDocument:
     token_ids: list[int]
     before: _State
     after: _State
+
+
+def _empty_state(system: str | None) -> _State:
+    return _State(messages=(Message("system", system),) if system else ())

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -9,19 +10,28 @@ from rich.text import Text
 
 from duolocal.bench import memory_report
 from duolocal.engine.engine import Engine
-from duolocal.engine.kv_choice import measure_kv, sample_text
+from duolocal.engine.kv_choice import measure_kv
 from duolocal.errors import SettingsError
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
+from duolocal.sample_text import sample_text
 from duolocal.settings import ChatSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
 from duolocal.tokenizer import load_tokenizer
 
+MIN_MEASURED_TOKENS = 1024
+
+
+def _fetch(settings: ChatSettings, progress: Console) -> Path:
+    with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
+        return resolve(settings.model, on_progress=shown.update)
+
 
 def bench_memory(settings: ChatSettings, console: Console, progress: Console) -> int:
     """Print the bytes that the KV cache of these settings really takes; return the exit code."""
+    _fetch(settings, progress)
     with bar(progress, f"loading {clean_line(settings.model)}", ""):
         report = memory_report(
             settings.model,
@@ -53,9 +63,12 @@ def measure_kv_formats(
 
     `text` None takes the prose that comes with Python. Raises SettingsError when the text is too short.
     """
-    name = clean_line(settings.model)
-    with bar(progress, f"loading {name}", "layers") as shown:
-        source = open_model(resolve(settings.model))
+    if num_tokens < MIN_MEASURED_TOKENS:
+        # The recent tokens are exact in every format, so a short text would show no difference at all.
+        raise SettingsError(f"--tokens is {num_tokens:,}: give {MIN_MEASURED_TOKENS:,} or more to see a difference")
+    path = _fetch(settings, progress)
+    with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
+        source = open_model(path)
         engine = Engine.load(
             source,
             context=num_tokens,

@@ -44,8 +44,8 @@ class Chat:
     def run(self, documents: Sequence[Document] = ()) -> int:
         """Talk until the user leaves; return the exit code."""
         self.show(views.welcome(self.facts, len(documents)))
-        for note in self.facts.notes:
-            self.note(note)
+        for note in views.notes_view(self.facts):
+            self.show(note)
         self.add_documents(documents)
         line = InputLine(
             history_file=self.history_file,

@@ -6,17 +6,6 @@ def tokens(count: int) -> str:
     return f"{count:,} token" + ("" if count == 1 else "s")
 
 
-def short_tokens(count: int) -> str:
-    """Write a token count in few columns: 812, 8.0K, 131K, 1.05M (x 1000, as a reader expects)."""
-    if count < 1000:
-        return str(count)
-    for limit, factor, letter in ((999_500, 1e3, "K"), (float("inf"), 1e6, "M")):
-        if count < limit:
-            value = count / factor
-            return f"{value:.1f}{letter}" if value < 99.95 else f"{value:.0f}{letter}"
-    raise AssertionError(count)
-
-
 def size(num_bytes: int) -> str:
     """Write a number of bytes in binary units: `512 B`, `1.4 MiB`."""
     value = float(num_bytes)

@@ -1,59 +1,88 @@
-"""Progress of everything that can take longer than a second: downloads, loading, prefill."""
+"""Progress of everything that can take longer than a second: downloads, loading, prefill.
+
+One line whatever the width: Rich's own columns shrink all together, down to letters, on a narrow terminal.
+"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import Progress, ProgressColumn, Task, TaskID
+from rich.table import Column
 from rich.text import Text
 
 from duolocal.terminal import figures
 
 _SHOW_AFTER_S = 0.3  # what is done sooner needs no bar
-_NARROW = 60  # columns
+_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+_MIN_DESCRIPTION = 16  # columns
+_MIN_BAR, _MAX_BAR = 8, 40  # columns
 
 
-class _Amount(ProgressColumn):
+class _Line(ProgressColumn):
+    """Spinner, description, bar and figures; what does not fit is left out, the time left stays longest."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._columns = columns
+
     def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text("")
-        done, total = int(task.completed), int(task.total)
-        unit = task.fields["unit"]
-        if unit == "bytes":
-            return Text(f"{figures.size(done)} of {figures.size(total)}")
-        return Text(f"{done:,}/{total:,}" + (f" {unit}" if unit else ""))
+        description = f"{_SPINNER[int(time.monotonic() * 10) % len(_SPINNER)]} {task.description}"
+        parts = _figures(task)
+        least = min(cell_len(description), _MIN_DESCRIPTION)
+        while len(parts) > 1 and least + sum(cell_len(part) + 2 for part in parts) > self._columns:
+            parts.pop()
+        # The most important figure was first; on the screen it stands last, at the edge.
+        tail = "".join(f"  {part}" for part in reversed(parts))
+        room = self._columns - cell_len(tail)
+        if cell_len(description) > room:
+            return Text(set_cell_size(description[: max(0, room - 1)], max(0, room - 1)) + "…" + tail)
+        line = Text(description)
+        width = min(_MAX_BAR, room - cell_len(description) - 1)
+        if task.total and width >= _MIN_BAR:
+            filled = int(width * min(1.0, task.completed / task.total))
+            line.append(" ").append("━" * filled, "cyan").append("━" * (width - filled), "bright_black")
+        return line.append(tail)
 
 
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        elapsed_s = task.fields["elapsed_s"] or task.elapsed or 0.0
-        done = int(task.completed)
-        if not done or not elapsed_s or task.fields["unit"] not in ("tokens", "bytes"):
-            return Text("")
-        if task.fields["unit"] == "bytes":
-            return Text(f"{figures.size(int(done / elapsed_s))}/s")
-        return Text(figures.speed(done, elapsed_s))
-
-
-class _Remaining(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        elapsed_s = task.fields["elapsed_s"] or task.elapsed or 0.0
-        if task.total is None or not task.completed or not elapsed_s:
-            return Text(figures.duration(task.elapsed or 0.0))
-        left_s = elapsed_s * (task.total - task.completed) / task.completed
-        return Text(f"{figures.duration(left_s)} left")
+def _figures(task: Task) -> list[str]:
+    """Write what is known of a task, the most important first."""
+    elapsed_s = task.fields["elapsed_s"] or task.elapsed or 0.0
+    done, total, unit = int(task.completed), task.total, task.fields["unit"]
+    if not total:
+        return [figures.duration(task.elapsed or 0.0)]
+    parts = []
+    if done and elapsed_s:
+        parts.append(f"{figures.duration(elapsed_s * (total - done) / done)} left")
+    else:
+        parts.append(figures.duration(task.elapsed or 0.0))
+    parts.append(f"{100 * done / total:.0f}%")
+    if done and elapsed_s and unit == "tokens":
+        parts.append(figures.speed(done, elapsed_s))
+    if done and elapsed_s and unit == "bytes":
+        parts.append(f"{figures.size(int(done / elapsed_s))}/s")
+    if unit == "bytes":
+        parts.append(f"{figures.size(done)} of {figures.size(int(total))}")
+    else:
+        parts.append(f"{done:,}/{int(total):,} {unit}".rstrip())
+    return parts
 
 
 class _LateProgress(Progress):
     """A progress display that stays invisible for its first moment."""
 
-    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
+    def __init__(self, *, console: Console) -> None:
         self._visible_from_s = time.monotonic() + _SHOW_AFTER_S
         # Into a file or a pipe there is no bar, not even the empty line that Rich would leave.
         super().__init__(
-            *columns, console=console, transient=True, refresh_per_second=8, disable=not console.is_terminal
+            _Line(console.width),
+            console=console,
+            transient=True,
+            refresh_per_second=8,
+            disable=not console.is_terminal,
         )
 
     def get_renderable(self) -> RenderableType:
@@ -80,11 +109,6 @@ class Bar:
 @contextmanager
 def bar(console: Console, description: str, unit: str) -> Iterator[Bar]:
     """Show a transient progress bar on `console`; `unit` is "tokens", "bytes", "layers" or ""."""
-    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
-    if console.width >= _NARROW:
-        columns += [BarColumn(bar_width=None), _Amount(), _Speed(), _Remaining()]
-    else:
-        columns += [_Amount(), _Remaining()]
-    with _LateProgress(*columns, console=console) as progress:
+    with _LateProgress(console=console) as progress:
         task = progress.add_task(description, total=None, unit=unit, elapsed_s=None)
         yield Bar(progress, task)

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from duolocal.engine.engine import EngineMemory
 from duolocal.engine.session import ContextItem, Finished
+from duolocal.settings import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 
@@ -55,7 +56,7 @@ def welcome(facts: Facts, documents: int) -> Text:
 def status_line(facts: Facts, position: int, memory: EngineMemory, last: Finished | None, columns: int) -> str:
     """Build the bottom line; on a narrow terminal the last parts are left out, never cut in the middle."""
     wide = f"{position:,}/{facts.context:,} tokens"
-    parts = [wide if columns >= 50 else f"{position:,}/{figures.short_tokens(facts.context)}"]
+    parts = [wide if columns >= 50 else f"{position:,}/{format_tokens(facts.context)}"]
     if last is not None and last.completion_tokens:
         parts.append(figures.speed(last.completion_tokens, last.decode_s))
     if facts.num_retrieval < facts.num_heads:
@@ -96,7 +97,7 @@ def context_view(items: Sequence[ContextItem], position: int, context: int, colu
     table.add_column("tokens", justify="right", no_wrap=True)
     wide = columns >= 60
     if wide:
-        table.add_column(f"share of {figures.short_tokens(context)}", no_wrap=True)
+        table.add_column(f"share of {format_tokens(context)}", no_wrap=True)
     for item in items:
         style = _KIND_STYLES.get(item.kind, "dim")
         cells: list[RenderableType] = [
@@ -152,13 +153,19 @@ def stats_view(
         table.add_row("last answer", f"{figures.tokens(last.completion_tokens)}, {wrote}")
     table.add_row("context", f"{position:,} of {facts.context:,} tokens")
     table.add_row("KV format", facts.kv_format)
-    table.add_row("heads", f"{facts.heads} ({clean_line(facts.plan_source)})")
-    if facts.num_retrieval < facts.num_heads:
+    if facts.num_retrieval == facts.num_heads:
+        table.add_row("heads", facts.heads)
+    else:
+        table.add_row("heads", f"{facts.heads} ({clean_line(facts.plan_source)})")
         table.add_row("", f"the others see {facts.sink_size} sink + {facts.recent_size} recent tokens")
     for name, text in memory_rows(memory):
         table.add_row(name, text)
-    notes = [Text(clean_line(note), style="dim") for note in facts.notes]
-    return Group(table, *notes)
+    return Group(table, *notes_view(facts))
+
+
+def notes_view(facts: Facts) -> list[Text]:
+    """Write what the engine wants to be known, one note per entry."""
+    return [Text(f"* {clean_line(note)}", style="dim") for note in facts.notes]
 
 
 def retrieval_bytes(memory: EngineMemory) -> int:

@@ -1,0 +1,95 @@
+"""--kv auto: measured on first use, remembered, and never a format that failed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from duolocal.engine import kv_choice
+from duolocal.engine.engine import Engine
+from duolocal.engine.kv_choice import KVMeasurement, measure_kv, verdict
+from duolocal.models.loader import open_model
+from duolocal.quant.kv import KV_FORMATS
+from tests.tiny import save_checkpoint
+from tests.tokenizer_files import chatml, write
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kv_choice, "FIRST_USE_TOKENS", 600)
+    folder = tmp_path / "model"
+    save_checkpoint(folder, "llama", vocab_size=1024)
+    write(folder, chatml())
+    return folder
+
+
+def measured(kv: str, *, kl: float, rise: float) -> KVMeasurement:
+    return KVMeasurement(kv, 1.0, kl, 10.0, rise, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("int4", "int8", "expected"),
+    [
+        ((0.001, 0.001), (0.0, 0.0), "int4"),
+        ((0.02, 0.001), (0.001, 0.0), "int8"),
+        ((0.001, 0.02), (0.001, 0.0), "int8"),
+        ((0.5, 2.5), (0.02, 0.0), "16"),
+        ((float("nan"), 0.0), (float("nan"), 0.0), "16"),
+    ],
+)
+def test_the_smallest_that_passes(int4: tuple[float, float], int8: tuple[float, float], expected: str) -> None:
+    results = [measured("int4", kl=int4[0], rise=int4[1]), measured("int8", kl=int8[0], rise=int8[1])]
+    assert verdict(results) == expected
+
+
+def test_measured_on_first_use_and_remembered(model: Path, tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    engine = Engine.load(str(model), context=256, on_measure=lambda *at: progress.append(at))
+    assert progress[-1] == (600, 600)
+    remembered = json.loads((tmp_path / "cache" / "models" / "kv-formats.json").read_text())
+    assert engine.source is not None
+    entry = remembered[engine.source.fingerprint]
+    assert entry["kv"] == engine.kv
+    assert {result["kv"] for result in entry["results"]} == {"int4", "int8"}
+    assert any("chosen by measurement on 600 tokens" in note for note in engine.notes)
+    progress.clear()
+    again = Engine.load(str(model), context=256, on_measure=lambda *at: progress.append(at))
+    assert again.kv == engine.kv
+    assert progress == []
+    assert any("when this model was first used here" in note for note in again.notes)
+
+
+def test_a_damaged_memory_is_measured_again(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "models"
+    folder.mkdir(parents=True)
+    (folder / "kv-formats.json").write_text('{"x": ')
+    progress: list[int] = []
+    Engine.load(str(model), context=256, on_measure=lambda done, total: progress.append(done))
+    assert progress
+
+
+def test_the_shipped_verdict_needs_no_measurement(smollm2_path: Path) -> None:
+    def unexpected(done: int, total: int) -> None:
+        raise AssertionError("measured although a verdict ships")
+
+    engine = Engine.load(str(smollm2_path), context=1024, on_measure=unexpected)
+    assert engine.kv in KV_FORMATS
+
+
+def test_coarser_formats_measure_worse(model: Path) -> None:
+    """Side by side on one model, the order is 32 (nothing lost but rounding to 16), int8, fp8 or int4."""
+    source = open_model(model)
+    token_ids = torch.randint(0, 1000, (700,), generator=torch.Generator().manual_seed(0)).tolist()
+    results = {
+        result.kv: result
+        for result in measure_kv(
+            source, source.load(), token_ids, device=torch.device("cpu"), dtype=torch.float32, chunk_size=256
+        )
+    }
+    assert set(results) == set(KV_FORMATS) - {"16"}
+    assert results["32"].mean_kl < results["int8"].mean_kl < results["int4"].mean_kl
+    assert results["32"].mean_kl < 1e-5
+    assert replace(results["32"], kv="16").top1_agreement > 0.99
