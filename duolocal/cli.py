@@ -134,7 +134,7 @@ def _add_model_options(parser: argparse.ArgumentParser, *, context: bool = True)
         "--kv",
         default="auto",
         metavar="FORMAT",
-        help="KV cache of the retrieval heads: auto (measured for the model), 16, fp8, int8, int4 … (default: auto)",
+        help="KV cache of the retrieval heads: auto (measured for the model), 32, 16, int8, fp8, k8v4, int4",
     )
     group.add_argument(
         "--heads",
@@ -426,10 +426,14 @@ def _kv_measure(options: argparse.Namespace) -> int:
 def _eval_passkey(options: argparse.Namespace) -> int:
     settings = _settings(options)
     num_tokens, depths = parse_tokens(options.tokens, "--tokens"), parse_tokens(options.depths, "--depths")
+    from duolocal.documents import load_document
+
+    text = load_document(options.text).text if options.text else None
     from duolocal.terminal.eval_view import eval_passkey
 
     return eval_passkey(
         settings,
+        text,
         num_tokens=num_tokens,
         depths=depths,
         seed=options.seed,

@@ -11,10 +11,10 @@ import torch
 
 from duolocal.engine.engine import Engine
 from duolocal.errors import SettingsError
-from duolocal.sample_text import sample_text
 from duolocal.sampling import Sampling
 from duolocal.tokenizer import ChatPiece, Message, Tokenizer
 
+INTRODUCTION = "There is a pass key hidden in the text below. Find it and remember it."
 QUESTION = "What is the pass key?"
 ANSWER_BEGUN = "The pass key is"  # measures retrieval, not whether a small model follows instructions
 NUM_DIGITS = 5
@@ -45,26 +45,29 @@ class Needle:
     passkey_ids: list[int]
 
 
-def passkey_prompts(tokenizer: Tokenizer, *, num_tokens: int, depths: Sequence[float], seed: int = 0) -> list[Needle]:
-    """Return one prompt per depth of about `num_tokens` tokens, each with other digits and other text around them.
+def passkey_prompts(
+    tokenizer: Tokenizer, text: str, *, num_tokens: int, depths: Sequence[float], seed: int = 0
+) -> list[Needle]:
+    """Return one prompt per depth of about `num_tokens` tokens, each with other digits in another part of `text`.
 
     Raises SettingsError where the length leaves no room for text.
     """
     generator = random.Random(seed)
-    haystack = tokenizer.encode(sample_text())
+    haystack = tokenizer.encode(text)
     needles = []
     for depth in depths:
         passkey = str(generator.randrange(10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS))
         needle = f"\n\nThe pass key is {passkey}. Remember it. {passkey} is the pass key.\n\n"
-        frame = _prompt(tokenizer, needle)
+        frame, _ = _prompt(tokenizer, needle, passkey)
         room = num_tokens - len(frame)
         if room < 16:
             raise SettingsError(f"{num_tokens} tokens leave no room for text around the passkey: use more")
+        if room >= len(haystack):
+            raise SettingsError(f"the text has {len(haystack):,} tokens, too few for {num_tokens:,}: give a longer one")
         start = generator.randrange(len(haystack) - room)
         cut = start + round(depth * room)
         before, after = tokenizer.decode(haystack[start:cut]), tokenizer.decode(haystack[cut : start + room])
-        token_ids = _prompt(tokenizer, f"{before}{needle}{after}")
-        passkey_ids = tokenizer.encode(f" {passkey}", continues=True)
+        token_ids, passkey_ids = _prompt(tokenizer, f"{before}{needle}{after}", passkey)
         needles.append(Needle(token_ids, depth, passkey, passkey_ids))
     return needles
 
@@ -89,6 +92,18 @@ def passkey(engine: Engine, tokenizer: Tokenizer, needles: Sequence[Needle]) -> 
     engine.reset()
 
 
-def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    pieces = tokenizer.chat_pieces([Message("user", f"{text}\n\n{QUESTION}")], add_generation_prompt=True)
-    return tokenizer.encode_pieces([*pieces, ChatPiece(ANSWER_BEGUN)])
+def _prompt(tokenizer: Tokenizer, text: str, passkey: str) -> tuple[list[int], list[int]]:
+    """Return the ids up to where the passkey has to follow, and the ids of the passkey there.
+
+    In some vocabularies the space before a number is a token of its own. It belongs to the answer that is begun: a
+    model asked for a bare space says a word instead, and what it can retrieve is not seen.
+    """
+    question = Message("user", f"{INTRODUCTION}\n\n{text}\n\n{QUESTION}")
+    pieces = tokenizer.chat_pieces([question], add_generation_prompt=True)
+    token_ids = tokenizer.encode_pieces([*pieces, ChatPiece(f"{ANSWER_BEGUN} {passkey}")])
+    cut = next(
+        cut
+        for cut in range(len(token_ids) - 1, 0, -1)
+        if tokenizer.decode(token_ids[cut:], continues=True).strip() == passkey
+    )
+    return token_ids[:cut], token_ids[cut:]

@@ -6,7 +6,7 @@ KV head in a JSON file; a plan is a pattern cut at a ratio.
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -131,29 +131,25 @@ def plan_heads(
     `heads`: "auto" (the model's shipped pattern, else all retrieval), "all" (every head retrieval), a ratio 0..1
     as number or text ("0.5", "ratio=0.5"), or the path of a pattern file. Raises SettingsError.
     """
-    sizes = {"sink_size": sink_size, "recent_size": recent_size}
-    everything = uniform_plan(num_layers=num_layers, num_kv_heads=num_kv_heads, retrieval=True, **sizes)
+    uniform = partial(
+        uniform_plan,
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        sink_size=sink_size,
+        recent_size=recent_size,
+    )
     if heads == "all":
-        return everything, None
+        return uniform(retrieval=True), None
     shipped = shipped_pattern(fingerprint) if fingerprint else None
     ratio = None if heads == "auto" else _as_ratio(heads)
     if ratio in (0.0, 1.0):
-        return (
-            uniform_plan(
-                num_layers=num_layers,
-                num_kv_heads=num_kv_heads,
-                retrieval=ratio == 1.0,
-                sink_size=sink_size,
-                recent_size=recent_size,
-            ),
-            None,
-        )
+        return uniform(retrieval=ratio == 1.0), None
     if heads != "auto" and ratio is None:
         pattern = load_pattern(str(heads))
     elif shipped is not None:
         pattern = shipped
     elif heads == "auto":
-        return everything, (
+        return uniform(retrieval=True), (
             "no head pattern is known for this model: every KV head keeps the whole context "
             "(give --heads a pattern file to save memory)"
         )
@@ -168,7 +164,9 @@ def plan_heads(
             f"{pattern.source} is for {layers} layers × {widths} KV heads, "
             f"but the model has {num_layers} × {num_kv_heads}"
         )
-    return pattern.cut(pattern.default_ratio if ratio is None else ratio, **sizes), None
+    return pattern.cut(
+        pattern.default_ratio if ratio is None else ratio, sink_size=sink_size, recent_size=recent_size
+    ), None
 
 
 def _as_ratio(heads: str | float) -> float | None:

@@ -9,7 +9,7 @@ import torch
 from duolocal.errors import SettingsError
 from duolocal.kernels.blocks import BlockLayout, Plane
 
-KV_FORMATS = ("32", "16", "fp8", "int8", "int4")  # by falling size
+KV_FORMATS = ("32", "16", "int8", "fp8", "k8v4", "int4")  # by falling size
 DEFAULT_BLOCK_SIZE = 64  # tokens
 
 
@@ -25,7 +25,8 @@ def kv_layout(name: str, *, head_dim: int, dtype: torch.dtype, block_size: int =
         "16": (Plane("float", 16, half),) * 2,
         "fp8": (Plane("fp8", 8),) * 2,
         "int8": (Plane("int", 8),) * 2,
-        "int4": (Plane("int", 4, rotate=True), Plane("int", 4, rotate=True)),
+        "k8v4": (Plane("int", 8), Plane("int", 4, rotate=True)),  # keys in 8 bits, values in 4
+        "int4": (Plane("int", 4, rotate=True),) * 2,
     }
     if name not in planes:
         raise SettingsError(f"unknown KV format {name!r}: choose auto or one of {', '.join(KV_FORMATS)}")

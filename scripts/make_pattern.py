@@ -48,6 +48,8 @@ from head_probe import (
 )
 from torch import Tensor
 
+from duolocal.models.loader import open_model
+
 EVALUATION_SEED = 42
 
 
@@ -203,6 +205,7 @@ def evaluate(
     *,
     ratio: float,
     sizes: list[int],
+    said_twice: bool,
 ) -> None:
     """Print how the pattern, random heads and the dense model do on held-out texts and passkeys."""
     _, held_out = texts()
@@ -228,7 +231,7 @@ def evaluate(
                 flush=True,
             )
         for size in sizes:
-            episodes = held_out_episodes(encode, held_out, size, form=0, seed=EVALUATION_SEED)
+            episodes = held_out_episodes(encode, held_out, size, form=0 if said_twice else 1, seed=EVALUATION_SEED)
             hits, mean, worst = judge_passkeys(shape, weights, attend, episodes)
             print(  # noqa: T201
                 f"{method}  passkeys at {size}: {hits} of 10, NLL per digit {mean:.3f}, worst {worst:.3f}",
@@ -249,13 +252,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 3500])
+    parser.add_argument("--twice", action="store_true", help="say the passkey twice (default: once)")
     args = parser.parse_args()
     if (args.evaluate is None) == (args.out is None):
         parser.error("give either --out (to learn) or --evaluate")
     shape, weights, encode = load(args.model)
     if args.evaluate is not None:
         pattern = json.loads(args.evaluate.read_text("utf-8"))
-        evaluate(shape, weights, encode, pattern, ratio=args.ratio, sizes=args.sizes)
+        evaluate(shape, weights, encode, pattern, ratio=args.ratio, sizes=args.sizes, said_twice=args.twice)
         return
     text, _ = texts()
     start = standardised_sum(attention_scores(shape, weights, encode, text, sink=args.sink, recent=args.recent, seed=7))
@@ -268,15 +272,17 @@ def main() -> None:
         seed=args.seed,
     )
     scores = learn(shape, weights, encode, text, how, start=start)
-    write_pattern(args.out, scores, name=args.name, how=how, shape=shape)
+    fingerprint = open_model(args.model).fingerprint
+    write_pattern(args.out, scores, name=args.name, fingerprint=fingerprint, how=how, shape=shape)
 
 
-def write_pattern(path: Path, scores: Tensor, *, name: str, how: Learning, shape: Shape) -> None:
+def write_pattern(path: Path, scores: Tensor, *, name: str, fingerprint: str, how: Learning, shape: Shape) -> None:
     rows = [[round(float(s), 4) for s in row] for row in scores]
     pattern = {
         "format": "duolocal-head-pattern",
         "version": 1,
         "model": name,
+        "fingerprints": [fingerprint],
         "num_layers": shape.num_layers,
         "num_kv_heads": shape.num_kv_heads,
         "sink_size": how.sink,

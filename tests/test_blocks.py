@@ -45,7 +45,7 @@ def test_hadamard_equals_its_matrix_and_is_its_own_inverse(head_dim: int) -> Non
     torch.testing.assert_close(hadamard(hadamard(x)), x, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "k8v4", "int4"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_integer_formats_equal_the_naive_codec(name: str, head_dim: int) -> None:
     layout = kv_layout(name, head_dim=head_dim, dtype=torch.float64, block_size=16)
@@ -105,7 +105,7 @@ def test_a_block_is_a_function_of_its_own_tokens(
     for which, plane, x in (("key", layout.key, k), ("value", layout.value, v)):
         decoded = decode_blocks(together, layout, which, dtype=torch.float32)  # type: ignore[arg-type]
         wanted = hadamard(x) if plane.rotate else x
-        step = {"32": 0, "16": 2**-10, "fp8": 2**-4, "int8": 2 / 255, "int4": 2 / 15}[name]
+        step = {32: 0, 16: 2**-10, 8: 2**-4 if plane.kind == "fp8" else 2 / 255, 4: 2 / 15}[plane.bits]
         allowed = wanted.abs().amax(-1, keepdim=True) * step * 1.01 + 1e-6  # a float16 scale ends at 6e-8
         assert ((decoded - wanted).abs() <= allowed).all()
 
@@ -117,7 +117,9 @@ def test_bytes_per_token_are_those_of_the_design() -> None:
 
 
 def test_an_unknown_format_names_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match="unknown KV format 'int3': choose auto or one of 32, 16, fp8, int8, int4"):
+    with pytest.raises(
+        SettingsError, match="unknown KV format 'int3': choose auto or one of 32, 16, int8, fp8, k8v4, int4"
+    ):
         kv_layout("int3", head_dim=64, dtype=torch.float32)
 
 

@@ -58,7 +58,7 @@ def test_logits_equal_the_dense_oracle(plan: HeadPlan) -> None:
     cuts=st.lists(st.integers(1, 150), min_size=1, max_size=6),
     chunk_size=st.sampled_from([1, 7, 64, 300]),
     block_size=st.sampled_from([16, 64, 128]),
-    kv=st.sampled_from(["int4", "int8", "fp8", "16"]),
+    kv=st.sampled_from(["int4", "k8v4", "int8", "fp8", "16"]),
 )
 def test_how_tokens_are_fed_changes_nothing(cuts: list[int], chunk_size: int, block_size: int, kv: str) -> None:
     total = min(sum(cuts), 500)
@@ -199,7 +199,7 @@ def test_transient_memory_does_not_grow_with_the_context() -> None:
     [
         ({"context": 4}, "context is 4; it must be 16 tokens or more"),
         ({"chunk_size": 0}, "chunk_size is 0; it must be 1 token or more"),
-        ({"kv": "int3"}, "unknown KV format 'int3': choose auto or one of 32, 16, fp8, int8, int4"),
+        ({"kv": "int3"}, "unknown KV format 'int3': choose auto or one of 32, 16, int8, fp8, k8v4, int4"),
         ({"device": "tpu"}, "device 'tpu' is unknown: use auto, cpu or cuda"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown: use auto or one of float32, bfloat16, float16, float64"),
         ({"heads": "1.5"}, "--heads 1.5: a ratio must lie between 0 and 1"),

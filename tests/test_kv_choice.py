@@ -53,7 +53,7 @@ def test_measured_on_first_use_and_remembered(model: Path, tmp_path: Path) -> No
     assert engine.source is not None
     entry = remembered[engine.source.fingerprint]
     assert entry["kv"] == engine.kv
-    assert {result["kv"] for result in entry["results"]} == {"int4", "int8"}
+    assert {result["kv"] for result in entry["results"]} == {"int4", "k8v4", "int8"}
     assert any("chosen by measurement on 600 tokens" in note for note in engine.notes)
     progress.clear()
     again = Engine.load(str(model), context=256, on_measure=lambda *at: progress.append(at))
@@ -80,7 +80,7 @@ def test_the_shipped_verdict_needs_no_measurement(smollm2_path: Path) -> None:
 
 
 def test_coarser_formats_measure_worse(model: Path) -> None:
-    """Side by side on one model, the order is 32 (nothing lost but rounding to 16), int8, fp8 or int4."""
+    """Side by side on one model, the order is 32 (nothing lost but rounding to 16), int8, k8v4, int4."""
     source = open_model(model)
     token_ids = torch.randint(0, 1000, (700,), generator=torch.Generator().manual_seed(0)).tolist()
     results = {
@@ -90,6 +90,6 @@ def test_coarser_formats_measure_worse(model: Path) -> None:
         )
     }
     assert set(results) == set(KV_FORMATS) - {"16"}
-    assert results["32"].mean_kl < results["int8"].mean_kl < results["int4"].mean_kl
+    assert results["32"].mean_kl < results["int8"].mean_kl < results["k8v4"].mean_kl < results["int4"].mean_kl
     assert results["32"].mean_kl < 1e-5
     assert replace(results["32"], kv="16").top1_agreement > 0.99

@@ -11,6 +11,7 @@ from duolocal.engine.engine import Engine
 from duolocal.evaluate import Needle, PasskeyResult, passkey, passkey_prompts
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
+from duolocal.sample_text import license_text
 from duolocal.settings import ChatSettings
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
@@ -21,6 +22,7 @@ ROOM_TO_ANSWER = 128  # tokens: the prompt's length is met to within a few, and 
 
 def eval_passkey(
     settings: ChatSettings,
+    text: str | None,
     *,
     num_tokens: int,
     depths: int,
@@ -29,12 +31,15 @@ def eval_passkey(
     console: Console,
     progress: Console,
 ) -> int:
-    """Print which passkeys the model returns under `settings`, and which the dense 16-bit model does."""
+    """Print which passkeys the model returns under `settings`, and which the dense 16-bit model does.
+
+    They are hidden in `text`, or in licences where it is None.
+    """
     with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
         source = open_model(resolve(settings.model, on_progress=shown.update))
     tokenizer = load_tokenizer(source)
     places = [depth / max(1, depths - 1) for depth in range(depths)]
-    needles = passkey_prompts(tokenizer, num_tokens=num_tokens, depths=places, seed=seed)
+    needles = passkey_prompts(tokenizer, text or license_text(), num_tokens=num_tokens, depths=places, seed=seed)
     runs: dict[str, list[PasskeyResult]] = {}
     sizes = {"sink_size": settings.sink_size, "recent_size": settings.recent_size}
     for name, choice in (
@@ -84,15 +89,15 @@ def _run(
 def _print_table(runs: dict[str, list[PasskeyResult]], console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("depth", "tokens", "passkey"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name in runs:
-        table.add_column(name, no_wrap=True)
-        table.add_column("NLL", justify="right")
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column("NLL", justify="right", no_wrap=True)
     for row in zip(*runs.values(), strict=True):
         cells = [f"{row[0].depth:.0%}", f"{row[0].num_tokens:,}", row[0].passkey]
         for result in row:
             answer = " ".join(clean_line(result.answer).split())
-            cells += [f"{'found ' if result.found else 'MISSED'} {answer[:24]}", f"{result.nll:.3f}"]
+            cells += [f"{'found ' if result.found else 'MISSED'} {answer}", f"{result.nll:.3f}"]
         table.add_row(*cells)
     console.print(table)
     for name, results in runs.items():

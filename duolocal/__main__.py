@@ -1,0 +1,7 @@
+"""`python -m duolocal`."""
+
+import sys
+
+from duolocal.cli import main
+
+sys.exit(main())
