@@ -192,6 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to stop
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Read when torch is imported. Two threads left to wander have been seen to share one core, 40 times slower.
+        os.environ.setdefault("OMP_PROC_BIND", "true")
     program = "python chat.py" if Path(sys.argv[0]).name == "chat.py" else "duolocal"
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv), program)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import pydoc_data.topics
+from pathlib import Path
 
 from duolocal.errors import DocumentError
 
@@ -20,8 +21,9 @@ def license_text() -> str:
     found = []
     for package in ("numpy", "torch"):
         for file in importlib.metadata.files(package) or ():
-            if file.name.upper() in ("LICENSE", "LICENSE.TXT", "NOTICE") and file.locate().is_file():
-                found.append(file.read_text(encoding="utf-8"))
+            path = Path(str(file.locate()))
+            if path.name.upper() in ("LICENSE", "LICENSE.TXT", "NOTICE") and path.is_file():
+                found.append(path.read_text(encoding="utf-8"))
     text = "\n\n".join(found)
     if len(text) < 20_000:
         raise DocumentError("the licences of numpy and torch are not installed here: give a text of your own (--text)")

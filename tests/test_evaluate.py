@@ -1,0 +1,59 @@
+"""Passkeys on the real model: prompts are what they say, and the default settings find what is hidden."""
+
+from pathlib import Path
+
+import pytest
+
+from duolocal.bench import memory_report
+from duolocal.engine.engine import Engine
+from duolocal.errors import SettingsError
+from duolocal.evaluate import PasskeyResult, passkey, passkey_prompts
+from duolocal.models.loader import open_model
+from duolocal.sample_text import license_text, sample_text
+from duolocal.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.real
+
+
+def test_prompts_hide_the_passkey_where_they_say(smollm2_path: Path) -> None:
+    tokenizer = load_tokenizer(open_model(smollm2_path))
+    needles = passkey_prompts(tokenizer, sample_text(), num_tokens=1000, depths=[0, 0.5, 1])
+    assert len({needle.passkey for needle in needles}) == 3
+    for needle in needles:
+        text = tokenizer.decode(needle.token_ids, skip_special=False)
+        assert text.count(needle.passkey) == 2
+        assert text.endswith("What is the pass key?<|im_end|>\n<|im_start|>assistant\nThe pass key is ")
+        assert tokenizer.decode(needle.passkey_ids, continues=True) == needle.passkey
+        assert abs(len(needle.token_ids) - 1000) <= 10  # text cut out of its surroundings may tokenize a little longer
+        body = text.partition("remember it.")[2]
+        assert abs(body.index(needle.passkey) / len(body) - needle.depth) < 0.1
+    with pytest.raises(SettingsError, match="60 tokens leave no room for text around the passkey: use more"):
+        passkey_prompts(tokenizer, sample_text(), num_tokens=60, depths=[0])
+    with pytest.raises(SettingsError, match="too few for 1,000: give a longer one"):
+        passkey_prompts(tokenizer, "word " * 300, num_tokens=1000, depths=[0])
+
+
+def test_the_default_settings_find_a_passkey_and_streaming_alone_does_not(smollm2_path: Path) -> None:
+    tokenizer = load_tokenizer(open_model(smollm2_path))
+    needles = passkey_prompts(tokenizer, license_text(), num_tokens=1500, depths=[0.3, 0.7])
+    found = {}
+    for heads in ("auto", "0"):
+        engine = Engine.load(str(smollm2_path), context=1600, heads=heads)
+        results = [event for event in passkey(engine, tokenizer, needles) if isinstance(event, PasskeyResult)]
+        found[heads] = [result.found for result in results]
+        assert [result.passkey for result in results] == [needle.passkey for needle in needles]
+    # Without retrieval heads a passkey beyond the window cannot be seen at all.
+    assert found == {"auto": [True, True], "0": [False, False]}
+
+
+def test_memory_is_really_taken_and_much_less_than_dense(smollm2_path: Path) -> None:
+    report = memory_report(str(smollm2_path), context=16384)
+    counted, grown = report["kv_bytes"], report["resident_growth_bytes"]
+    dense = report["dense_16bit_bytes"]
+    assert isinstance(counted, int)
+    assert isinstance(grown, int)
+    assert isinstance(dense, int)
+    assert dense == 2 * 2 * 30 * 3 * 64 * 16384
+    assert abs(grown - counted) < 0.05 * counted + 2**22  # pages and the allocator's own
+    assert counted < 0.5 * dense
+    assert report["streaming_windows_bytes"] == 45 * 2 * 64 * (64 + 256) * 4
