@@ -113,6 +113,7 @@ def _add_measure_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_passkey_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", default="3.5K", metavar="N", help="length of the text (default: 3.5K)")
+    parser.add_argument("--text", metavar="PATH", help="a text to hide it in (default: licences that come with torch)")
     parser.add_argument(
         "--depths", default="10", metavar="N", help="places, from the beginning to the end (default: 10)"
     )

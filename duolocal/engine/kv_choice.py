@@ -30,8 +30,8 @@ from duolocal.tokenizer import load_tokenizer
 REFERENCE = "16"
 ALL_FORMATS = tuple(name for name in KV_FORMATS if name != REFERENCE)
 # A format is chosen when it costs less than this against the 16-bit cache.
-MAX_KL = 0.01  # nats per token
-MAX_PERPLEXITY_RISE = 0.01
+MAX_KL = 0.001  # nats per token
+MAX_PERPLEXITY_RISE = 0.005
 CANDIDATES = ("int4", "k8v4", "int8", REFERENCE)  # by rising size; the first that passes is taken
 FIRST_USE_TOKENS = 2048
 
