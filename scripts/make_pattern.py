@@ -245,7 +245,8 @@ def main() -> None:
     parser.add_argument("--evaluate", type=Path, metavar="PATTERN", help="judge this pattern, learn nothing")
     parser.add_argument("--out", type=Path, help="where to write the pattern")
     parser.add_argument("--name", default="smollm2-135m")
-    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of retrieval heads to learn or judge at")
+    parser.add_argument("--default-ratio", type=float, default=0.6667, help="share that `--heads auto` takes")
     parser.add_argument("--sink", type=int, default=64)
     parser.add_argument("--recent", type=int, default=256)
     parser.add_argument("--steps", type=int, default=16)
@@ -273,12 +274,13 @@ def main() -> None:
     )
     scores = learn(shape, weights, encode, text, how, start=start)
     fingerprint = open_model(args.model).fingerprint
-    write_pattern(args.out, scores, name=args.name, fingerprint=fingerprint, how=how, shape=shape)
+    pattern = describe(name=args.name, fingerprint=fingerprint, how=how, shape=shape)
+    pattern["default_ratio"] = args.default_ratio
+    write_pattern(args.out, pattern, scores)
 
 
-def write_pattern(path: Path, scores: Tensor, *, name: str, fingerprint: str, how: Learning, shape: Shape) -> None:
-    rows = [[round(float(s), 4) for s in row] for row in scores]
-    pattern = {
+def describe(*, name: str, fingerprint: str, how: Learning, shape: Shape) -> dict[str, object]:
+    return {
         "format": "duolocal-head-pattern",
         "version": 1,
         "model": name,
@@ -287,9 +289,13 @@ def write_pattern(path: Path, scores: Tensor, *, name: str, fingerprint: str, ho
         "num_kv_heads": shape.num_kv_heads,
         "sink_size": how.sink,
         "recent_size": how.recent,
-        "default_ratio": how.ratio,
         "method": METHOD.format(how=how),
     }
+
+
+def write_pattern(path: Path, pattern: dict[str, object], scores: Tensor) -> None:
+    """Write the pattern with one line of scores per layer."""
+    rows = [[round(float(s), 4) for s in row] for row in scores]
     head = json.dumps(pattern, indent=2).removesuffix("\n}")
     body = ",\n".join(f"    {json.dumps(row)}" for row in rows)
     path.write_text(f'{head},\n  "scores": [\n{body}\n  ]\n}}\n', "utf-8")

@@ -1,6 +1,6 @@
 """AWQ's GEMM layout against AutoAWQ's own packing code; skipped where the (archived) package is not installed.
 
-    pip install --no-deps autoawq==0.2.9 accelerate
+pip install --no-deps autoawq==0.2.9 accelerate
 """
 
 import importlib.util

@@ -85,7 +85,7 @@ def test_empty_stdin_is_no_question() -> None:
     ("words", "message"),
     [
         (["chta"], "unknown command 'chta': did you mean chat?"),
-        (["zzz"], "unknown command 'zzz': give one of bench, chat, kv, models"),
+        (["zzz"], "unknown command 'zzz': give one of bench, chat, eval, kv, models"),
         (["models", "fetch"], "the following arguments are required: name"),
         (["models", "fetch", "smollm2-135n"], None),
         (["bench"], "the following arguments are required: WHAT"),

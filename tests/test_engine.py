@@ -176,6 +176,8 @@ def test_transient_memory_does_not_grow_with_the_context() -> None:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
+            if func._schema.name.endswith("_"):  # in place: makes no tensor
+                return result
             for tensor in result if isinstance(result, tuple | list) else [result]:
                 if isinstance(tensor, Tensor) and not tensor._is_view():
                     self.numel = max(self.numel, tensor.numel())
@@ -223,8 +225,9 @@ def test_a_context_that_does_not_fit_names_numbers_and_what_fits(
     with pytest.raises(DuoLocalError) as caught:
         Engine.load(str(tmp_path), context=2**23, kv="16", heads="all")
     text = str(caught.value)
-    assert text.startswith("context 8,388,608 needs 2.1 GiB on cpu (weights 0.0, KV blocks 2.0, windows 0.0, ")
+    assert text.startswith("context 8,388,608 needs 2.0 GiB on cpu (weights 0.0, KV blocks 2.0, windows 0.0, ")
     assert "and 1.0 GiB are free; this fits: --kv int4 or --context 3" in text
+    assert text.endswith("K; streaming heads would need less (--heads with a pattern file)")
     suggested = int(text.split("--context ")[1].split("K")[0]) * 1024
     engine = Engine.load(str(tmp_path), context=suggested, kv="16", heads="all")
     assert engine.memory().cache.total < 2**30

@@ -113,14 +113,14 @@ def check_memory(
         tokens = int((available - fixed) * context / needed.blocks) // 1024 * 1024
         if tokens:
             choices.append(f"--context {tokens // 1024}K")
+    advice = f"this fits: {' or '.join(choices)}" if choices else "use a smaller model, or a machine with more memory"
     if plan.num_streaming == 0:
-        choices.append("a head pattern (--heads FILE)")
-    advice = " or ".join(choices) if choices else "a smaller model, or a machine with more memory"
+        advice += "; streaming heads would need less (--heads with a pattern file)"
     raise MemoryLimitError(
         f"context {context:,} needs {needed.total / GIB:.1f} GiB on {device.type} "
         f"(weights {needed.weights / GIB:.1f}, KV blocks {needed.blocks / GIB:.1f}, "
         f"windows {needed.windows / GIB:.1f}, working {needed.transient / GIB:.1f}), "
-        f"and {available / GIB:.1f} GiB are free; this fits: {advice}"
+        f"and {available / GIB:.1f} GiB are free; {advice}"
     )
 
 
