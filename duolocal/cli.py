@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m"  # as in the registry, which is not imported for --help
 _MODEL_HELP = "a name from `duolocal models`, a hub id org/name, a .gguf file or a model folder (default: %(default)s)"
 _SAMPLING = {
-    "temperature": ("T", "0 always takes the likeliest token"),
+    "temperature": ("T", "0 always takes the likeliest token (default: 0.3)"),
     "top_k": ("N", "choose among the N likeliest tokens; 0: all"),
-    "top_p": ("P", "choose among the likeliest tokens that hold P of the probability"),
+    "top_p": ("P", "choose among the likeliest tokens that hold P of the probability (default: 0.9)"),
     "min_p": ("P", "leave out tokens less likely than P times the likeliest"),
-    "repetition_penalty": ("R", "above 1 makes repetition less likely"),
+    "repetition_penalty": ("R", "above 1 makes repetition less likely (default: 1.1)"),
     "seed": ("N", "make the choice of tokens repeatable"),
-    "max_tokens": ("N", "end an answer after N tokens"),
+    "max_tokens": ("N", "end an answer after N tokens (default: 1024; none: no limit)"),
 }
 _EXIT_CODES = """\
 One answer for a script:
@@ -283,10 +283,10 @@ def _settings(options: argparse.Namespace) -> ChatSettings:
 def _sampling(options: argparse.Namespace) -> "Sampling":
     from dataclasses import replace
 
-    from duolocal.sampling import Sampling
+    from duolocal.sampling import CHAT_SAMPLING
     from duolocal.terminal.sampling_options import change
 
-    sampling = Sampling()
+    sampling = CHAT_SAMPLING
     for name in _SAMPLING:
         text = getattr(options, name)
         if text is not None:

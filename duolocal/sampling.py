@@ -76,6 +76,11 @@ def _integer(name: str, value: object, least: int, wanted: str) -> None:
         raise SettingsError(f"{name} is {value!r}; wanted a whole number, {wanted}")
 
 
+# What the chat starts with. Small models repeat themselves: unpenalised and unbounded, an answer of the default model
+# has been seen to fill the whole context with one line.
+CHAT_SAMPLING = Sampling(temperature=0.3, top_p=0.9, repetition_penalty=1.1, max_tokens=1024)
+
+
 class Sampler:
     """Draws ids for one answer; same settings, seed, logits and history, same ids.
 

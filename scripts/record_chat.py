@@ -30,13 +30,14 @@ def wait_for_prompt() -> None:
     while still < 3:
         time.sleep(1)
         screen = tmux("capture-pane", "-p").rstrip()
-        waiting = any(line.rstrip() == ">" for line in screen.splitlines()[-12:])
+        written = [line.strip() for line in screen.splitlines() if line.strip()]
+        waiting = ">" in written[-3:]  # the status line comes after it
         still = still + 1 if waiting and screen == before else 0
         before = screen
 
 
 def main() -> None:
-    chat = shlex.join([sys.executable, "chat.py", "--doc", "README.md", "--temperature", "0", "--max-tokens", "80"])
+    chat = shlex.join([sys.executable, "chat.py", "--doc", "README.md", "--temperature", "0", "--max-tokens", "60"])
     tmux("new-session", "-d", "-x", str(COLUMNS), "-y", str(LINES), "-c", str(ROOT), f"{chat}; sleep 2")
     try:
         for text in INPUTS:
@@ -47,7 +48,8 @@ def main() -> None:
             tmux("send-keys", "Enter")
     finally:
         subprocess.run([*TMUX, "kill-server"], check=False, capture_output=True)
-    lines = screen.rstrip().splitlines()
+    # The screen is empty between the prompt and the status line at its foot.
+    lines = re.sub(r"\n{3,}", "\n\n", screen.rstrip()).splitlines()
     console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(Text.from_ansi("\n".join(lines)), soft_wrap=True)
     # Without the web fonts that Rich's template names: a picture of ours loads nothing from elsewhere.

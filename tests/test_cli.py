@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from duolocal import __version__, cli
 from duolocal.documents import Document
 from duolocal.models.registry import DEFAULT_MODEL
-from duolocal.sampling import Sampling
+from duolocal.sampling import CHAT_SAMPLING, Sampling
 from duolocal.terminal import bench_view
 from duolocal.terminal.once import answer_once
 from tests.terminal_fakes import FACTS, FakeSession, Reason
@@ -173,7 +174,8 @@ def test_sampling_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.setattr(sys, "stdin", None)
     parser, _ = cli.build_parser()
     options = parser.parse_args(["chat", "--temperature", "0", "--max-tokens", "2K", "--seed", "7", "--stop", "a b"])
-    assert cli._sampling(options) == Sampling(temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
+    expected = replace(CHAT_SAMPLING, temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
+    assert cli._sampling(options) == expected
     assert cli.main(["chat", "--prompt", "a", "--top-p", "high"]) == 2
     assert capsys.readouterr().err == "duolocal: --top-p is 'high': give a number between 0 and 1\n"
 

@@ -93,16 +93,18 @@ def context_view(items: Sequence[ContextItem], position: int, context: int, colu
     """List everything in the context with its tokens and its share of the limit."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("what", no_wrap=True)
-    table.add_column("name", overflow="ellipsis", no_wrap=True, ratio=1)
-    table.add_column("tokens", justify="right", no_wrap=True)
     wide = columns >= 60
+    # A question can be longer than the screen; the counts must not shrink for it.
+    room = columns - (10 + 9 + 2) - (_BAR_COLUMNS + 2 if wide else 0)
+    table.add_column("name", overflow="ellipsis", no_wrap=True, max_width=max(8, room))
+    table.add_column("tokens", justify="right", no_wrap=True)
     if wide:
         table.add_column(f"share of {format_tokens(context)}", no_wrap=True)
     for item in items:
         style = _KIND_STYLES.get(item.kind, "dim")
         cells: list[RenderableType] = [
             Text(item.kind, style),
-            Text(clean_line(item.name)),
+            Text(" ".join(clean_line(item.name[: 4 * columns]).split())),
             f"{item.num_tokens:,}",
         ]
         if wide:
