@@ -29,7 +29,7 @@ class Sampling:
     top_p: keep the likeliest ids until their probabilities reach it; above 0, up to 1 (all).
     min_p: keep ids at least that fraction as likely as the likeliest; 0 (all) to 1.
     repetition_penalty: above 0; 1 is none; positive logits of ids in the history are divided by it, negative
-    ones multiplied.
+    ones multiplied. The engine's history is the answer so far, not the prompt.
     seed: 0 to 2**63 - 1; None draws one.
     max_tokens: at least 1; None is up to the end of the context.
     stop: strings that end the answer where one appears; they are not part of it.
@@ -102,7 +102,7 @@ class Sampler:
     def __call__(self, logits: torch.Tensor, history: Sequence[int]) -> int:
         """Return the next id.
 
-        logits: [vocab_size], any float type; -inf forbids an id. history: the ids so far, prompt and answer, read
+        logits: [vocab_size], any float type; -inf forbids an id. history: the ids that count as repetition, read
         only by the repetition penalty; from call to call it may only grow. Raises DuoLocalError where logits
         hold NaN or +inf, or forbid everything.
         """

@@ -84,6 +84,15 @@ def test_generation_is_teacher_forcing_of_its_own_ids() -> None:
     assert logits[len(prompt) - 1 :].argmax(-1).tolist() == produced
 
 
+def test_the_repetition_penalty_looks_at_the_answer_only() -> None:
+    """A penalty that forbids repetition leaves an answer of distinct ids, and its first id, which the prompt holds."""
+    prompt = [*ids(200), *range(320)]  # all ids of the vocabulary
+    plain = list(make_engine().generate(prompt, GREEDY))
+    penalised = list(make_engine().generate(prompt, Sampling(temperature=0, max_tokens=12, repetition_penalty=1e6)))
+    assert penalised[0] == plain[0]
+    assert len(set(penalised)) == len(penalised)
+
+
 def test_generation_ends_at_an_end_token_and_does_not_feed_it() -> None:
     prompt = ids(100)
     first = list(make_engine().generate(prompt, GREEDY))

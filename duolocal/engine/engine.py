@@ -254,19 +254,20 @@ class Engine:
         self._cancel.clear()
         self.finish_reason = None
         sampler = Sampler(sampling)
-        count = 0
+        answer: list[int] = []
         hidden = None
         for chunk in _chunks(token_ids, self.chunk_size):
             hidden = self._forward(chunk)
         while True:
             assert hidden is not None
             logits = self.transformer.logits(hidden[-1:])[0]
-            token = sampler(logits, self.token_ids)
+            # The penalty looks at the answer only: over a long document it would forbid the document's own words.
+            token = sampler(logits, answer)
             if token in eos_ids:
                 self.finish_reason = "stop"
                 return
-            count += 1
-            if count == sampling.max_tokens:
+            answer.append(token)
+            if len(answer) == sampling.max_tokens:
                 self.finish_reason = "length"
             elif self.position == self.context:
                 self.finish_reason = "context"
