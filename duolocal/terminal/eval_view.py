@@ -60,7 +60,7 @@ def eval_passkey(
             plan = engine.plan
             console.print(
                 f"KV {engine.kv}, {plan.num_retrieval} retrieval and {plan.num_streaming} streaming heads, "
-                f"sink {plan.sink_size}, recent {plan.recent_size}; dense: all heads, 16 bits",
+                f"sink {plan.sink_size}, recent {plan.recent_size}" + ("; dense: all heads, 16 bits" if dense else ""),
                 style="dim",
             )
         runs[name] = _run(engine, tokenizer, needles, name, progress)
@@ -92,7 +92,7 @@ def _print_table(runs: dict[str, list[PasskeyResult]], console: Console) -> None
         table.add_column(heading, justify="right", no_wrap=True)
     for name in runs:
         table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1)
-        table.add_column("NLL", justify="right", no_wrap=True)
+        table.add_column("NLL", justify="right", no_wrap=True, min_width=6)
     for row in zip(*runs.values(), strict=True):
         cells = [f"{row[0].depth:.0%}", f"{row[0].num_tokens:,}", row[0].passkey]
         for result in row:
