@@ -17,6 +17,7 @@ from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 
+ANSWER_SHOWN = 12  # characters: enough for a passkey, and two columns fit into 80
 ROOM_TO_ANSWER = 128  # tokens: the prompt's length is met to within a few, and an answer follows
 
 
@@ -91,13 +92,13 @@ def _print_table(runs: dict[str, list[PasskeyResult]], console: Console) -> None
     for heading in ("depth", "tokens", "passkey"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in runs:
-        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column(name, no_wrap=True)
         table.add_column("NLL", justify="right", no_wrap=True, min_width=6)
     for row in zip(*runs.values(), strict=True):
         cells = [f"{row[0].depth:.0%}", f"{row[0].num_tokens:,}", row[0].passkey]
         for result in row:
             answer = " ".join(clean_line(result.answer).split())
-            cells += [f"{'found ' if result.found else 'MISSED'} {answer}", f"{result.nll:.3f}"]
+            cells += [f"{'found ' if result.found else 'MISSED'} {answer[:ANSWER_SHOWN]}", f"{result.nll:.3f}"]
         table.add_row(*cells)
     console.print(table)
     for name, results in runs.items():
