@@ -67,7 +67,6 @@ class Ring:
 
     def overwritten(self, *, start: int, count: int) -> Tensor:
         """Return the slots that storing positions start..start+count-1 overwrites, int64."""
-        positions = torch.arange(start, start + min(count, self.num_slots), device=self._slots.device)
         if count >= self.num_slots:
             return self._slots
-        return self.slots(positions).unique()
+        return self.slots(torch.arange(start, start + count, device=self._slots.device)).unique()

@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from duolocal.cache import CacheMemory, DuoCache
-from duolocal.cache import Snapshot as CacheSnapshot
+from duolocal.cache import CacheMemory, DuoCache, Snapshot
 from duolocal.engine.kv_choice import choose_kv
 from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
 from duolocal.errors import ContextOverflowError, SettingsError
@@ -45,14 +44,6 @@ class EngineMemory:
     weights: int
     cache: CacheMemory
     dense_16bit: int
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A moment to return to with `Engine.restore`; constant size."""
-
-    cache: CacheSnapshot
-    num_tokens: int
 
 
 class Engine:
@@ -296,11 +287,11 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """Remember this moment; constant size."""
-        return Snapshot(self.cache.snapshot(), self.position)
+        return self.cache.snapshot()
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to an earlier moment of this context, prefilling nothing."""
-        self.cache.restore(snapshot.cache)
+        self.cache.restore(snapshot)
         del self.token_ids[snapshot.num_tokens :]
 
     def reset(self) -> None:

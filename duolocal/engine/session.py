@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from duolocal.engine.engine import Cancelled, Engine, Snapshot
+from duolocal.cache import Snapshot
+from duolocal.engine.engine import Cancelled, Engine
 from duolocal.errors import ContextOverflowError, SettingsError
 from duolocal.sampling import Sampling, StopStrings
 from duolocal.tokenizer import ChatPiece, Message, Tokenizer
