@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from duolocal import __version__
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.settings import DTYPES, ChatSettings, parse_tokens
+from duolocal.terminal.bench_options import add_bench_parsers, run_bench
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,11 +79,7 @@ def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]
 
     bench = commands.add_parser("bench", help="measure on this machine", allow_abbrev=False)
     what = bench.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
-    memory = what.add_parser(
-        "memory", help="bytes really allocated for the KV cache, by head class", allow_abbrev=False
-    )
-    _add_model_options(memory)
-    parsers |= {"bench": bench, "bench memory": memory}
+    parsers |= {"bench": bench, **add_bench_parsers(what, _add_model_options)}
 
     kv = commands.add_parser("kv", help="compare the KV formats on a model", allow_abbrev=False)
     what = kv.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
@@ -146,6 +143,10 @@ def _add_model_options(parser: argparse.ArgumentParser, *, context: bool = True)
     group.add_argument("--sink-size", metavar="N", help="first tokens that streaming heads keep")
     group.add_argument("--recent-size", metavar="N", help="last tokens that streaming heads keep")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    group.add_argument("--threads", metavar="N", help="CPU threads (default: one per physical core)")
+    group.add_argument(
+        "--kernels", default="auto", help="CPU kernels: auto, compiled or torch, the slow reference (default: auto)"
+    )
 
 
 def _add_compute_options(parser: argparse.ArgumentParser) -> None:
@@ -230,8 +231,8 @@ def _run(argv: list[str], program: str) -> int:
         _refuse(unknown[0], parsers[name])
     if name == "chat":
         return _chat(options, "python chat.py" if program == "python chat.py" else "duolocal chat")
-    if name == "bench memory":
-        return _bench_memory(options)
+    if options.command == "bench":
+        return run_bench(options, _settings(options), _console(), _progress_console())
     if name == "kv measure":
         return _kv_measure(options)
     if name == "eval passkey":
@@ -277,6 +278,8 @@ def _settings(options: argparse.Namespace) -> ChatSettings:
         device=options.device,
         dtype=getattr(options, "dtype", "auto"),
         rope=getattr(options, "rope", None),
+        threads=count("threads"),
+        kernels=getattr(options, "kernels", "auto"),
     )
 
 
@@ -407,13 +410,6 @@ def _models(options: argparse.Namespace) -> int:
     console = _console()
     console.print(models_view(list_models(), console.width), soft_wrap=False)
     return 0
-
-
-def _bench_memory(options: argparse.Namespace) -> int:
-    settings = _settings(options)
-    from duolocal.terminal.bench_view import bench_memory
-
-    return bench_memory(settings, _console(), _progress_console())
 
 
 def _kv_measure(options: argparse.Namespace) -> int:

@@ -43,3 +43,7 @@ class MemoryLimitError(DuoLocalError):
 
 class DocumentError(DuoLocalError):
     """A document that cannot be read as text."""
+
+
+class KernelError(DuoLocalError):
+    """Compiled kernels that cannot be built or run on this machine."""

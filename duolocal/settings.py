@@ -24,6 +24,7 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
 _MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers in the block tables
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "compiled", "torch")
 
 
 def _parse(text: str, units: dict[str, int], option: str, wanted: str) -> int:
@@ -72,6 +73,8 @@ class ChatSettings:
     device: str = "auto"
     dtype: str = "auto"
     rope: str | None = None
+    threads: int | None = None
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.model.strip():
@@ -81,9 +84,12 @@ class ChatSettings:
             ("--sink-size", self.sink_size, 0),
             ("--recent-size", self.recent_size, 1),
             ("--chunk-size", self.chunk_size, 1),
+            ("--threads", self.threads, 1),
         ):
             if value is not None and value < least:
                 raise SettingsError(f"{option} is {value}: give {least} or more")
+        if self.kernels not in KERNELS:
+            raise SettingsError(f"--kernels is {self.kernels!r}: give one of {', '.join(KERNELS)}")
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
         for option, text in (("--kv", self.kv), ("--heads", self.heads), ("--device", self.device)):
@@ -104,6 +110,8 @@ class ChatSettings:
             ("--device", self.device, "auto"),
             ("--dtype", self.dtype, "auto"),
             ("--rope", self.rope, None),
+            ("--threads", self.threads, None),
+            ("--kernels", self.kernels, "auto"),
         ):
             if value != default:
                 words += [option, str(value)]

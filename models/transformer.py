@@ -6,26 +6,27 @@ positions and calls `cache.append` and `cache.attend` once per layer.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from duolocal.kernels.pointwise import rms_norm, rotary_embedding, silu_mul
+from duolocal.kernels.cpu.operations import CpuKernels, Recording
+from duolocal.kernels.interface import Kernels
+from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.config import ModelConfig
 from duolocal.models.rope import RotaryAngles
 from duolocal.models.weights import LayerWeights, ModelWeights
-from duolocal.quant.weight import DenseWeight, Weight
-
-# Rows of the vocabulary dequantized at a time, and rows of hidden states multiplied with them. A Llama-3
-# lm_head whole would be 2.1 GB in float32; a tile of it is 134 MB, and a tile of the product 32 MB, whatever
-# the prompt.
-VOCAB_TILE = 8192
-ROW_TILE = 1024
 
 
 class Cache(Protocol):
     """The keys and values of every layer, and attention over them."""
+
+    @property
+    def recordable(self) -> bool:
+        """Whether appending and attending, one token at a time, does nothing but run the model's own kernels."""
+        ...
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Add the next tokens' k (RoPE applied) and v, each [q_len, num_kv_heads, head_dim], to `layer`."""
@@ -44,7 +45,7 @@ class Transformer:
     """A model's weights and how to compute with them; the invariant is that no call leaves anything behind.
 
     `context` is the most tokens that will ever be in context: dynamic RoPE takes its base from it once (see
-    `rope_frequencies`). Raises ConfigError where the RoPE settings have no meaning.
+    `rope_frequencies`). kernels: None for plain torch. Raises ConfigError where the RoPE settings have no meaning.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Transformer:
         context: int,
         device: torch.device,
         dtype: torch.dtype,
+        kernels: Kernels | None = None,
     ) -> None:
         _check(config, weights)
         self.config = config
@@ -62,7 +64,9 @@ class Transformer:
         self.context = context
         self.device = device
         self.dtype = dtype
+        self.kernels = TorchKernels(dtype) if kernels is None else kernels
         self._angles = RotaryAngles(config, context, device=device, dtype=dtype)
+        self._recorded: _RecordedStep | None = None
 
     def hidden(
         self,
@@ -83,31 +87,63 @@ class Transformer:
                 f"hidden: token_ids {tuple(token_ids.shape)}, positions {tuple(positions.shape)}: "
                 "wanted [q_len] for both"
             )
-        x = self.weights.embedding.rows(token_ids, self.dtype)  # [q_len, hidden_size]
         cos, sin = self._angles(positions)  # one computation serves all layers
+        if token_ids.shape[0] == 1 and isinstance(self.kernels, CpuKernels) and cache.recordable:
+            return self._one_token(token_ids, positions, cos, sin, cache, before_layer)
+        return self._layers(token_ids, positions, cos, sin, cache, before_layer)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Multiply `hidden` [n, hidden_size] with the output matrix; return [n, vocab_size] float32."""
+        if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size:
+            raise ValueError(f"logits: hidden {tuple(hidden.shape)}: wanted [n, hidden_size {self.config.hidden_size}]")
+        return self.kernels.logits(hidden, self.weights.lm_head)
+
+    def recorded_step(self) -> Recording | None:
+        """Return the decode step as it was last recorded, for a profile; None before the first."""
+        return None if self._recorded is None else self._recorded.recording
+
+    def _one_token(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Cache,
+        before_layer: Callable[[int], None] | None,
+    ) -> Tensor:
+        """Run the decode step: recorded once per cache, then repeated on fresh inputs in one call."""
+        assert isinstance(self.kernels, CpuKernels)
+        step = self._recorded
+        if step is None or step.cache is not cache:
+            token_ids = token_ids.clone()
+            with self.kernels.record() as recording:
+                hidden = self._layers(token_ids, positions, cos, sin, cache, before_layer)
+            self._recorded = _RecordedStep(cache, recording, token_ids, cos, sin, hidden)
+            return hidden.clone()
+        if before_layer is not None:
+            before_layer(0)
+        step.token_ids.copy_(token_ids)
+        step.cos.copy_(cos)
+        step.sin.copy_(sin)
+        step.recording.run()
+        return step.hidden.clone()
+
+    def _layers(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Cache,
+        before_layer: Callable[[int], None] | None,
+    ) -> Tensor:
+        x = self.kernels.embed(self.weights.embedding, token_ids)  # [q_len, hidden_size]
         for layer, weights in enumerate(self.weights.layers):
             if before_layer is not None:
                 before_layer(layer)
-            x = x + self._attention(layer, weights, x, positions, cos, sin, cache)
-            x = x + self._mlp(weights, x)
-        return rms_norm(x, self.weights.norm, eps=self.config.norm_eps)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Multiply `hidden` [n, hidden_size] with the output matrix; return [n, vocab_size] float32.
-
-        Each vocabulary tile is dequantized once, then used for all rows; beyond the result the memory needed
-        does not grow with n.
-        """
-        if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size:
-            raise ValueError(f"logits: hidden {tuple(hidden.shape)}: wanted [n, hidden_size {self.config.hidden_size}]")
-        head, num_rows = self.weights.lm_head, hidden.shape[0]
-        logits = torch.empty(num_rows, head.out_features, dtype=torch.float32, device=hidden.device)
-        for start in range(0, head.out_features, VOCAB_TILE):
-            tile = _row_range(head, start, min(start + VOCAB_TILE, head.out_features), hidden)
-            for row in range(0, num_rows, ROW_TILE):
-                rows = slice(row, row + ROW_TILE)
-                logits[rows, start : start + VOCAB_TILE] = hidden[rows] @ tile.T
-        return logits
+            x = self._attention(layer, weights, x, positions, cos, sin, cache)
+            x = self._mlp(weights, x)
+        return self.kernels.rms_norm(x, self.weights.norm, eps=self.config.norm_eps)
 
     def _attention(
         self,
@@ -119,27 +155,35 @@ class Transformer:
         sin: Tensor,
         cache: Cache,
     ) -> Tensor:
-        config, eps = self.config, self.config.norm_eps
-        x = rms_norm(x, weights.attention_norm, eps=eps)
-        q = weights.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim))
-        k = weights.k_proj(x).unflatten(-1, (config.num_kv_heads, config.head_dim))
-        v = weights.v_proj(x).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        config, eps, kernels = self.config, self.config.norm_eps, self.kernels
+        normed = kernels.rms_norm(x, weights.attention_norm, eps=eps)
+        q, k, v = kernels.linear(normed, (weights.q_proj, weights.k_proj, weights.v_proj))
+        q = q.unflatten(-1, (config.num_heads, config.head_dim))
+        k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))
+        v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))
         if weights.q_norm is not None and weights.k_norm is not None:
-            q, k = rms_norm(q, weights.q_norm, eps=eps), rms_norm(k, weights.k_norm, eps=eps)
-        cache.append(layer, rotary_embedding(k, cos, sin), v)
-        attended = cache.attend(layer, rotary_embedding(q, cos, sin), positions)
-        return weights.o_proj(attended.flatten(1))  # [q_len, hidden_size]
+            q, k = kernels.rms_norm(q, weights.q_norm, eps=eps), kernels.rms_norm(k, weights.k_norm, eps=eps)
+        cache.append(layer, kernels.rotary_embedding(k, cos, sin), v)
+        attended = cache.attend(layer, kernels.rotary_embedding(q, cos, sin), positions)
+        return kernels.linear(attended.flatten(1), (weights.o_proj,), residual=x)[0]  # [q_len, hidden_size]
 
     def _mlp(self, weights: LayerWeights, x: Tensor) -> Tensor:
-        x = rms_norm(x, weights.mlp_norm, eps=self.config.norm_eps)
-        return weights.down_proj(silu_mul(weights.gate_proj(x), weights.up_proj(x)))
+        kernels = self.kernels
+        normed = kernels.rms_norm(x, weights.mlp_norm, eps=self.config.norm_eps)
+        gate, up = kernels.linear(normed, (weights.gate_proj, weights.up_proj))
+        return kernels.linear(kernels.silu_mul(gate, up), (weights.down_proj,), residual=x)[0]
 
 
-def _row_range(weight: Weight, start: int, stop: int, like: Tensor) -> Tensor:
-    # A dense matrix is sliced, not gathered: in the compute dtype that is a view, so decode copies nothing.
-    if isinstance(weight, DenseWeight):
-        return weight.tensor[start:stop].to(like.dtype)
-    return weight.rows(torch.arange(start, stop, device=like.device), like.dtype)
+@dataclass(frozen=True)
+class _RecordedStep:
+    """One token through all layers of one cache: its inputs, what to run, its result."""
+
+    cache: Cache
+    recording: Recording
+    token_ids: Tensor
+    cos: Tensor
+    sin: Tensor
+    hidden: Tensor
 
 
 def _check(config: ModelConfig, weights: ModelWeights) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duolocal.kernels.matrix import PackedMatrix
+
 CHANNEL_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output channel, within 8, of the i-th nibble from below
 _CHUNK_ELEMENTS = 1 << 18  # decoded at a time: bounds the temporaries to 2 MB and keeps them in cache
 
@@ -94,6 +96,24 @@ class AWQWeight:
         grouped = codes.view(-1, self.group_size, index.shape[0]) - zeros.unsqueeze(1)
         exact = grouped.float() * self.scales[:, index].float().unsqueeze(1)
         return exact.view(self.in_features, -1).t().to(dtype)
+
+    def row_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows start..stop-1 as [stop - start, in_features] in `dtype`."""
+        return self.rows(torch.arange(start, stop, device=self.qweight.device), dtype)
+
+    def packed(self) -> PackedMatrix:
+        """Return the bytes as they are, for kernels that decode on the way."""
+        data, zeros, scales = (tensor.contiguous() for tensor in (self.qweight, self.qzeros, self.scales))
+        return PackedMatrix(
+            "AWQ",
+            data,
+            self.out_features,
+            self.in_features,
+            row_bytes=0,
+            zeros=zeros,
+            scales=scales,
+            group_size=self.group_size,
+        )
 
 
 def _unpack(packed: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duolocal.kernels.matrix import PACKINGS, PackedMatrix
+
 # Elements decoded at a time: bounds the temporaries (about 3 bytes per element) and keeps them in cache.
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -68,6 +70,16 @@ class GGUFWeight:
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows `index` [n] as [n, in_features] in `dtype`, dequantizing only those."""
         return _decode_rows(self.raw[index], self.type, dtype)
+
+    def row_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows start..stop-1 as [stop - start, in_features] in `dtype`."""
+        return _decode_rows(self.raw[start:stop], self.type, dtype)
+
+    def packed(self) -> PackedMatrix:
+        """Return the bytes as they are, for kernels that decode on the way."""
+        name = self.type.name
+        assert name in PACKINGS, name
+        return PackedMatrix(name, self.raw, self.out_features, self.in_features, row_bytes=self.raw.stride(0))
 
 
 def _decode_rows(raw: Tensor, kind: GGUFType, dtype: torch.dtype) -> Tensor:

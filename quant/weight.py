@@ -9,6 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from duolocal.kernels.matrix import PackedMatrix, Packing
+
+_PACKINGS: dict[torch.dtype, Packing] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
 
 class Weight(Protocol):
     """A matrix [out_features, in_features] kept in its own bits; nothing here is ever re-quantized."""
@@ -35,6 +39,14 @@ class Weight(Protocol):
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows `index` [n] as [n, in_features] in `dtype`, dequantizing only those."""
+        ...
+
+    def row_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows start..stop-1 as [stop - start, in_features] in `dtype`, a view where that needs no copy."""
+        ...
+
+    def packed(self) -> PackedMatrix:
+        """Return the bytes as they are, for kernels that decode on the way."""
         ...
 
 
@@ -67,6 +79,15 @@ class DenseWeight:
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self.tensor[index].to(dtype)
+
+    def row_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self.tensor[start:stop].to(dtype)
+
+    def packed(self) -> PackedMatrix:
+        tensor = self.tensor
+        assert tensor.stride(1) == 1
+        row_bytes = tensor.stride(0) * tensor.element_size()
+        return PackedMatrix(_PACKINGS[tensor.dtype], tensor, self.out_features, self.in_features, row_bytes)
 
 
 @dataclass(frozen=True)

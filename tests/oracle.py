@@ -68,6 +68,8 @@ class OracleCache:
     `plan_retrieval[layer][kv_head]` says which heads are retrieval heads; None: all.
     """
 
+    recordable = False
+
     def __init__(
         self,
         config: ModelConfig,

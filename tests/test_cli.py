@@ -207,6 +207,8 @@ def test_bench_memory_prints_a_table_and_json_last(
         "sink_size": 0,
         "recent_size": None,
         "device": "auto",
+        "threads": None,
+        "kernels": "auto",
     }
     lines = capsys.readouterr().out.splitlines()
     assert "3,145,728 bytes (3 MiB)" in lines[1]

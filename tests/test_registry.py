@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 import duolocal
@@ -167,8 +168,8 @@ def test_nothing_is_listed_as_cached_in_an_empty_cache(monkeypatch: pytest.Monke
 
 def test_the_default_cache_folder_belongs_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DUOLOCAL_CACHE")
-    monkeypatch.setattr(registry.platformdirs, "user_cache_path", lambda app, appauthor: Path("/user/cache") / app)
-    assert registry.cache_folder() == Path("/user/cache/duolocal/models")
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda app, appauthor: Path("/user/cache") / app)
+    assert registry.models_folder() == Path("/user/cache/duolocal/models")
 
 
 def test_names_are_known_without_loading_torch_or_the_hub_library() -> None:

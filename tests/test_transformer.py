@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import duolocal.models.transformer as transformer_module
+from duolocal.kernels import torch_kernels
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import open_model
 from duolocal.models.transformer import Transformer
@@ -198,16 +198,16 @@ class CountingWeight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         raise AssertionError("the whole output matrix was dequantized")
 
-    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        self.taken.append(index.tolist())
-        return self.tensor[index].to(dtype)
+    def row_range(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        self.taken.append(list(range(start, stop)))
+        return self.tensor[start:stop].to(dtype)
 
 
 @pytest.mark.parametrize("make", [CountingWeight, DenseWeight])
 @pytest.mark.parametrize("num_rows", [0, 1, 11])
 def test_logits_in_tiles(make: Callable[[Tensor], Any], num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_module, "VOCAB_TILE", 96)  # 320 = 3 * 96 + 32
-    monkeypatch.setattr(transformer_module, "ROW_TILE", 4)
+    monkeypatch.setattr(torch_kernels, "VOCAB_TILE", 96)  # 320 = 3 * 96 + 32
+    monkeypatch.setattr(torch_kernels, "ROW_TILE", 4)
     config, weights = random_model(dtype=torch.float64)
     assert isinstance(weights.lm_head, DenseWeight)
     matrix = weights.lm_head.tensor

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duolocal.cache.compiled_path import CompiledPath
+from duolocal.cache.path import Path, Step
 from duolocal.cache.pool import BlockPool
 from duolocal.cache.ring import Ring
+from duolocal.cache.torch_path import TorchPath
 from duolocal.heads import HeadPlan
-from duolocal.kernels.attention import block_attention, merge, window_attention
-from duolocal.kernels.blocks import BlockLayout, encode_blocks
+from duolocal.kernels.blocks import BlockLayout
+from duolocal.kernels.cpu.operations import CpuKernels
 
 # Retrieval heads keep at least this many recent tokens as computed. It is a constant, not the block size, so that
 # the block size cannot change results; block sizes up to it are possible because a block is complete before its
@@ -49,7 +52,10 @@ class CacheMemory:
 
 
 class DuoCache:
-    """Keys and values of up to `context` tokens under a HeadPlan and a block layout."""
+    """Keys and values of up to `context` tokens under a HeadPlan and a block layout.
+
+    kernels: the compiled CPU kernels to compute with, float32 only; None for plain torch.
+    """
 
     def __init__(
         self,
@@ -60,6 +66,7 @@ class DuoCache:
         context: int,
         device: torch.device,
         dtype: torch.dtype,
+        kernels: CpuKernels | None = None,
     ) -> None:
         assert layout.block_size <= MIN_EXACT_RECENT, layout.block_size
         self.plan = plan
@@ -68,34 +75,24 @@ class DuoCache:
         self.device = device
         self.dtype = dtype
         self.num_tokens = 0
-        self._query_group = num_heads // plan.num_kv_heads
-        self._scale = layout.head_dim**-0.5
-        self._exact_recent = exact_recent_size(plan)
+        self.query_group = num_heads // plan.num_kv_heads
+        self.exact_recent = exact_recent_size(plan)  # tokens that retrieval heads see as computed
         self.ring = Ring(
             num_layers=plan.num_layers,
             num_kv_heads=plan.num_kv_heads,
             head_dim=layout.head_dim,
             sink_size=plan.sink_size,
-            recent_size=self._exact_recent,
+            recent_size=self.exact_recent,
             device=device,
             dtype=dtype,
         )
         self.pool = BlockPool(
             layout, num_rows=plan.num_retrieval, max_blocks=context // layout.block_size, device=device
         )
-        # Per layer: its retrieval heads, their rows of the block table, the window width of every head.
-        self._retrieval: list[Tensor] = []
-        self._rows: list[slice] = []
-        self._recent_sizes: list[Tensor] = []
-        row = 0
-        for flags in plan.retrieval:
-            heads = [head for head, retrieval in enumerate(flags) if retrieval]
-            self._retrieval.append(torch.tensor(heads, dtype=torch.int64, device=device))
-            self._rows.append(slice(row, row + len(heads)))
-            row += len(heads)
-            widths = [self._exact_recent if retrieval else plan.recent_size for retrieval in flags]
-            self._recent_sizes.append(torch.tensor(widths, dtype=torch.int64, device=device))
-        self._step: _Step | None = None
+        self.start = torch.zeros(1, dtype=torch.int64)  # tokens before the open transaction, where kernels read it
+        self.recordable = kernels is not None
+        self._path: Path = TorchPath(self) if kernels is None else CompiledPath(self, kernels)
+        self._step: Step | None = None
         self._truncated_to: list[int] = []
 
     def begin(self, q_len: int) -> None:
@@ -104,7 +101,8 @@ class DuoCache:
         start, end = self.num_tokens, self.num_tokens + q_len
         assert end <= self.context, (start, q_len, self.context)
         slots = self.ring.overwritten(start=start, count=q_len)
-        self._step = _Step(start, end, slots, self.ring.data[:, :, :, slots])
+        self.start[0] = start
+        self._step = Step(start, end, slots, self.ring.data[:, :, :, slots])
         self.pool.grow(end // self.layout.block_size)
 
     def commit(self) -> None:
@@ -129,10 +127,7 @@ class DuoCache:
         assert step is not None, "append outside begin and commit"
         wanted = (step.end - step.start, self.plan.num_kv_heads, self.layout.head_dim)
         assert tuple(k.shape) == tuple(v.shape) == wanted, (k.shape, v.shape, wanted)
-        step.k, step.v = k.transpose(0, 1), v.transpose(0, 1)  # [num_kv_heads, q_len, head_dim]
-        self._close_blocks(layer, step)
-        if step.end - step.start == 1:
-            self.ring.write(layer, step.k, step.v, start=step.start)
+        self._path.append(layer, step, k, v)
 
     def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
         """Attend from the new tokens to all that each may see.
@@ -141,37 +136,8 @@ class DuoCache:
         appended. Returns [q_len, num_heads, head_dim] in q's dtype.
         """
         step = self._step
-        assert step is not None and step.k is not None and step.v is not None
-        q_len, num_heads, head_dim = q.shape
-        grouped = q.view(q_len, self.plan.num_kv_heads, self._query_group, head_dim).permute(1, 2, 0, 3)
-        keys, values, key_positions = self._window(layer, step)
-        out, lse = window_attention(
-            grouped,
-            keys,
-            values,
-            q_positions=positions,
-            k_positions=key_positions,
-            sink_size=self.plan.sink_size,
-            recent_sizes=self._recent_sizes[layer],
-            scale=self._scale,
-        )
-        heads = self._retrieval[layer]
-        if heads.shape[0] and step.end - self._exact_recent > self.plan.sink_size:
-            block_out, block_lse = block_attention(
-                grouped[heads],
-                self.pool.records,
-                self.pool.table[self._rows[layer], : self.pool.num_blocks],
-                self.layout,
-                q_positions=positions,
-                sink_size=self.plan.sink_size,
-                recent_size=self._exact_recent,
-                scale=self._scale,
-            )
-            out[heads] = merge(out[heads], lse[heads], block_out, block_lse)
-        if q_len > 1:
-            self.ring.write(layer, step.k, step.v, start=step.start)
-        step.k = step.v = None
-        return out.permute(2, 0, 1, 3).reshape(q_len, num_heads, head_dim).to(q.dtype)
+        assert step is not None, "attend outside begin and commit"
+        return self._path.attend(layer, step, q, positions)
 
     def snapshot(self) -> Snapshot:
         """Copy what `restore` needs; constant size."""
@@ -210,50 +176,7 @@ class DuoCache:
             streaming_windows=ring_per_head * (num_heads - retrieval),
         )
 
-    def _window(self, layer: int, step: "_Step") -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys and values [num_kv_heads, kv_len, head_dim] of ring and chunk, and their positions."""
-        if step.end - step.start == 1:
-            k, v = self.ring.data[:, layer]
-            return k, v, self.ring.positions(step.end)
-        assert step.k is not None and step.v is not None
-        sinks = torch.arange(min(self.plan.sink_size, step.start), device=self.device)
-        recent_start = max(self.plan.sink_size, step.start - self._exact_recent + 1)
-        recent = torch.arange(min(recent_start, step.start), step.start, device=self.device)
-        held = torch.cat((sinks, recent))
-        k, v = self.ring.read(layer, held)
-        chunk = torch.arange(step.start, step.end, device=self.device)
-        return torch.cat((k, step.k), dim=1), torch.cat((v, step.v), dim=1), torch.cat((held, chunk))
-
-    def _close_blocks(self, layer: int, step: "_Step") -> None:
-        """Encode every block of this layer whose last token has just come."""
-        size = self.layout.block_size
-        first, last = step.start // size, step.end // size
-        heads = self._retrieval[layer]
-        if first == last or not heads.shape[0]:
-            return
-        assert step.k is not None and step.v is not None
-        opened = torch.arange(first * size, step.start, device=self.device)
-        open_k, open_v = self.ring.read(layer, opened)
-        k, v = (
-            torch.cat((older, newer), dim=1)[heads, : (last - first) * size].reshape(-1, size, self.layout.head_dim)
-            for older, newer in ((open_k, step.k), (open_v, step.v))
-        )
-        targets = self.pool.table[self._rows[layer], first:last].reshape(-1)
-        self.pool.records[targets] = encode_blocks(k, v, self.layout)
-
 
 def exact_recent_size(plan: HeadPlan) -> int:
     """Return how many recent tokens retrieval heads see as computed."""
     return max(plan.recent_size, MIN_EXACT_RECENT)
-
-
-@dataclass
-class _Step:
-    """An open transaction: tokens start..end-1, and the ring slots it overwrites as they were."""
-
-    start: int
-    end: int
-    slots: Tensor
-    saved: Tensor
-    k: Tensor | None = None
-    v: Tensor | None = None

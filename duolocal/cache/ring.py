@@ -69,4 +69,6 @@ class Ring:
         """Return the slots that storing positions start..start+count-1 overwrites, int64."""
         if count >= self.num_slots:
             return self._slots
+        if count == 1:
+            return self.slots(torch.tensor([start], device=self._slots.device))
         return self.slots(torch.arange(start, start + count, device=self._slots.device)).unique()

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from duolocal.cache import CacheMemory, DuoCache, Snapshot
+from duolocal.engine.kernels import choose_kernels
 from duolocal.engine.kv_choice import choose_kv
 from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
 from duolocal.errors import ContextOverflowError, SettingsError
 from duolocal.heads import HeadPlan, plan_heads
+from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.registry import resolve
@@ -86,16 +88,21 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         rope: str | None = None,
+        threads: int | None = None,
+        kernels: str = "auto",
         on_fetch: Callable[[int, int], None] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
         on_measure: Callable[[int, int], None] | None = None,
+        on_build: Callable[[], None] | None = None,
     ) -> "Engine":
         """Load a model by name, hub id or path (or an opened ModelSource) and reserve its whole context.
 
         context: tokens, None for what the model was trained for; kv: "auto" or a name of `KV_FORMATS`; heads:
         "auto", "all", a ratio or a pattern file; sink_size, recent_size: tokens; chunk_size: tokens per prefill
         step; device: "auto", "cpu" or "cuda"; dtype: "auto" or a name of DTYPES; rope: a scaling that overrides the
-        model's. The callbacks get (done, total): bytes fetched, layers loaded, tokens of a KV measurement.
+        model's; threads: of the CPU, None for one per physical core; kernels: "auto", "compiled" or "torch". The
+        callbacks get (done, total): bytes fetched, layers loaded, tokens of a KV measurement; `on_build` is called
+        with nothing before kernels are compiled, once per machine.
         Raises DuoLocalError with one line saying what to do, before any work is done in vain.
         """
         source = model if isinstance(model, ModelSource) else open_model(resolve(model, on_progress=on_fetch))
@@ -136,15 +143,24 @@ class Engine:
         )
         # The smallest format stands for "auto" until the weights that it is measured with are loaded.
         check_fits(kv=KV_FORMATS[-1] if kv == "auto" else kv)
+        chosen, kernels_note = choose_kernels(
+            kernels, config, device=where, dtype=compute, num_threads=threads, on_build=on_build
+        )
         weights = source.load(device=where, dtype=compute, on_layer=on_layer)
         kv_note = None
         if kv == "auto":
             kv, kv_note = choose_kv(
-                source, weights, device=where, dtype=compute, chunk_size=chunk_size, on_progress=on_measure
+                source,
+                weights,
+                device=where,
+                dtype=compute,
+                chunk_size=chunk_size,
+                kernels=chosen,
+                on_progress=on_measure,
             )
             check_fits(kv=kv)
-        transformer = Transformer(config, weights, context=context, device=where, dtype=compute)
-        notes = [note for note in (rope_note, heads_note, kv_note) if note]
+        transformer = Transformer(config, weights, context=context, device=where, dtype=compute, kernels=chosen)
+        notes = [note for note in (rope_note, heads_note, kv_note, kernels_note) if note]
         return cls.build(transformer, plan, kv=kv, chunk_size=chunk_size, source=source, notes=notes)
 
     @classmethod
@@ -169,6 +185,7 @@ class Engine:
             context=transformer.context,
             device=transformer.device,
             dtype=transformer.dtype,
+            kernels=transformer.kernels if isinstance(transformer.kernels, CpuKernels) else None,
         )
         return cls(transformer, cache, source=source, kv=kv, chunk_size=chunk_size, notes=notes)
 

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from duolocal.cache import DuoCache
 from duolocal.heads import uniform_plan
+from duolocal.kernels.cpu.operations import CpuKernels
+from duolocal.kernels.interface import Kernels
 from duolocal.models.loader import ModelSource
-from duolocal.models.registry import cache_folder
+from duolocal.models.registry import models_folder
 from duolocal.models.rope import extended
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import ModelWeights
@@ -55,6 +57,7 @@ def choose_kv(
     device: torch.device,
     dtype: torch.dtype,
     chunk_size: int,
+    kernels: Kernels | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[str, str]:
     """Return the format for these weights and a line saying where it comes from."""
@@ -74,6 +77,7 @@ def choose_kv(
             device=device,
             dtype=dtype,
             chunk_size=chunk_size,
+            kernels=kernels,
             on_progress=on_progress,
         )
     )
@@ -102,6 +106,7 @@ def measure_kv(
     device: torch.device,
     dtype: torch.dtype,
     chunk_size: int,
+    kernels: Kernels | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[KVMeasurement]:
     """Yield one measurement per format over `token_ids`, all fed side by side so that memory stays bounded.
@@ -109,7 +114,7 @@ def measure_kv(
     Each is measured with all heads retrieval. `on_progress` gets (tokens done, tokens in all).
     """
     config, _ = extended(source.config, len(token_ids))
-    transformer = Transformer(config, weights, context=len(token_ids), device=device, dtype=dtype)
+    transformer = Transformer(config, weights, context=len(token_ids), device=device, dtype=dtype, kernels=kernels)
     plan = uniform_plan(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -122,7 +127,13 @@ def measure_kv(
     for name in names:
         layout = kv_layout(name, head_dim=config.head_dim, dtype=dtype)
         caches[name] = DuoCache(
-            plan, layout, num_heads=config.num_heads, context=len(token_ids), device=device, dtype=dtype
+            plan,
+            layout,
+            num_heads=config.num_heads,
+            context=len(token_ids),
+            device=device,
+            dtype=dtype,
+            kernels=kernels if isinstance(kernels, CpuKernels) else None,
         )
     tallies = {name: _Tally() for name in names}
     ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
@@ -182,7 +193,7 @@ def _shipped() -> dict[str, str]:
 
 
 def _memory_file() -> Path:
-    return cache_folder() / "kv-formats.json"
+    return models_folder() / "kv-formats.json"
 
 
 def _remembered() -> dict[str, str]:

@@ -14,8 +14,8 @@ from duolocal.errors import MemoryLimitError
 from duolocal.heads import HeadPlan
 from duolocal.kernels.attention import KEY_SPAN, QUERY_TILE
 from duolocal.kernels.blocks import BlockLayout
+from duolocal.kernels.torch_kernels import VOCAB_TILE
 from duolocal.models.config import ModelConfig
-from duolocal.models.transformer import VOCAB_TILE
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 
 # Dequantizing a matrix holds its codes, a partial result and the result at once.

@@ -41,6 +41,8 @@ def bench_memory(settings: ChatSettings, console: Console, progress: Console) ->
             sink_size=settings.sink_size,
             recent_size=settings.recent_size,
             device=settings.device,
+            threads=settings.threads,
+            kernels=settings.kernels,
         )
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)

@@ -1,0 +1,118 @@
+"""A benchmark's child process, seen from the parent: start it with the right environment, ask, end it.
+
+Invariant: a child computes only while it is asked, so that runs of several children can alternate.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+import duolocal
+from duolocal import errors
+from duolocal.bench.machine import unbound
+from duolocal.errors import DuoLocalError
+
+_TAIL_LINES = 3
+_TAIL_CHARACTERS = 400
+_END_S = 5.0
+
+
+def runner_command(name: str) -> tuple[str, ...]:
+    """Return the command of a program in `duolocal.bench.runners`."""
+    return (sys.executable, "-m", f"duolocal.bench.runners.{name}")
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    """Return the environment of a child: threads that stay on their core unless the user said otherwise, no network."""
+    environment = dict(os.environ)
+    root = str(Path(duolocal.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    environment.setdefault("OMP_PROC_BIND", "true")
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    return environment
+
+
+class Child:
+    """A running child; leaving the `with` block ends it."""
+
+    def __init__(self, name: str, command: Sequence[str], *, threads: int | None = None) -> None:
+        self.name = name
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        with unbound():
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env=_environment(threads),
+                encoding="utf-8",
+            )
+        self._times = psutil.Process(self._process.pid)
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        """Send a request and wait for the answer. Raises DuoLocalError where the child refuses or has ended."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):  # it has ended; no answer will come either
+            self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._ended()
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise getattr(errors, answer["kind"], DuoLocalError)(f"{self.name}: {answer['error']}")
+        return answer
+
+    def cpu_s(self) -> float:
+        """Return the processor time the child has used so far."""
+        try:
+            times = self._times.cpu_times()
+        except psutil.Error:
+            return 0.0
+        return times.user + times.system
+
+    def close(self) -> None:
+        """End the child."""
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._stderr.close()
+
+    def _ended(self) -> DuoLocalError:
+        code = self._process.wait()
+        how = f"ended with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
+        if code == -9:
+            how += " (which the system sends where memory runs out)"
+        size = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, size - 8192))
+        lines = [line.strip() for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]
+        tail = " | ".join(lines[-_TAIL_LINES:])[-_TAIL_CHARACTERS:]
+        return DuoLocalError(f"{self.name} {how}: {tail or 'it said nothing'}")
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

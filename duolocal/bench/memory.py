@@ -1,0 +1,89 @@
+"""The bytes that a KV cache really takes."""
+
+import gc
+import platform
+
+import psutil
+import torch
+
+import duolocal
+from duolocal.cache import DuoCache
+from duolocal.engine.engine import Engine
+
+
+def memory_report(
+    model: str,
+    *,
+    context: int | None = None,
+    kv: str = "auto",
+    heads: str | float = "auto",
+    sink_size: int | None = None,
+    recent_size: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    kernels: str = "auto",
+) -> dict[str, object]:
+    """Allocate a model's whole cache and count the bytes, by head class, next to a dense 16-bit cache.
+
+    Bytes are those of the tensors' storages. On a CPU every byte is also written, and what the process grew by is
+    reported as `resident_growth_bytes`, so that the figures cannot be promises.
+    """
+    engine = Engine.load(
+        model,
+        context=context,
+        kv=kv,
+        heads=heads,
+        sink_size=sink_size,
+        recent_size=recent_size,
+        device=device,
+        threads=threads,
+        kernels=kernels,
+    )
+    memory, plan, layout = engine.memory(), engine.plan, engine.cache.layout
+    cache = memory.cache
+    return {
+        "benchmark": "memory",
+        "model": model,
+        "context": engine.context,
+        "device": str(engine.transformer.device),
+        "kv": engine.kv,
+        "retrieval_heads": plan.num_retrieval,
+        "streaming_heads": plan.num_streaming,
+        "sink_size": plan.sink_size,
+        "recent_size": plan.recent_size,
+        "bytes_per_token_and_retrieval_head": layout.bytes_per_token,
+        "retrieval_blocks_bytes": cache.retrieval_blocks,
+        "retrieval_windows_bytes": cache.retrieval_windows,
+        "streaming_windows_bytes": cache.streaming_windows,
+        "kv_bytes": cache.total,
+        "resident_growth_bytes": _resident_growth(engine),
+        "dense_16bit_bytes": memory.dense_16bit,
+        "kv_share_of_dense": cache.total / memory.dense_16bit,
+        "weights_bytes": memory.weights,
+        "versions": {
+            "duolocal": duolocal.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _resident_growth(engine: Engine) -> int | None:
+    """Return by how much this process grows when a cache like the engine's is made and filled; None on a GPU."""
+    old = engine.cache
+    if old.device.type != "cpu":
+        return None
+    process = psutil.Process()
+    gc.collect()
+    before = process.memory_info().rss
+    cache = DuoCache(
+        old.plan,
+        old.layout,
+        num_heads=engine.config.num_heads,
+        context=old.context,
+        device=old.device,
+        dtype=old.dtype,
+    )
+    cache.pool.records.fill_(1)
+    cache.ring.data.fill_(1)
+    return process.memory_info().rss - before

@@ -1,0 +1,51 @@
+"""duolocal through the path its users take: `Engine.prefill` and greedy `Engine.generate`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from duolocal.bench.runners.serve import serve_runner
+from duolocal.cache import Snapshot
+from duolocal.engine.engine import Engine
+from duolocal.sampling import Sampling
+
+
+class DuoLocalRunner:
+    """One Engine."""
+
+    engine: Engine
+
+    @property
+    def position(self) -> int:
+        return self.engine.position
+
+    def load(self, *, path: str, **options: Any) -> dict[str, Any]:
+        """Load with the options of `Engine.load`."""
+        self.engine = Engine.load(path, **options)
+        plan = self.engine.plan
+        return {
+            "kv": self.engine.kv,
+            "retrieval_heads": plan.num_retrieval,
+            "streaming_heads": plan.num_streaming,
+            "sink_size": plan.sink_size,
+            "recent_size": plan.recent_size,
+            "chunk_size": self.engine.chunk_size,
+            "notes": self.engine.notes,
+        }
+
+    def prefill(self, token_ids: Sequence[int]) -> None:
+        for _ in self.engine.prefill(token_ids):
+            pass
+
+    def greedy(self, token_id: int, num_tokens: int) -> Iterator[int]:
+        sampling = Sampling(temperature=0, max_tokens=num_tokens)
+        return self.engine.generate([token_id], sampling, eos_ids=frozenset())
+
+    def mark(self) -> Snapshot:
+        return self.engine.snapshot()
+
+    def rewind(self, mark: Snapshot) -> None:
+        self.engine.restore(mark)
+
+
+if __name__ == "__main__":
+    serve_runner(DuoLocalRunner())

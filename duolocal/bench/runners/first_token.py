@@ -1,0 +1,36 @@
+"""From nothing to the first token of a prompt, timed step by step, once per process."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from duolocal.bench.runners.serve import serve
+
+
+def first_token(
+    path: str, token_ids: Sequence[int], context: int | None, longest_default: int, **options: Any
+) -> dict[str, Any]:
+    """Import, open, load and answer; `context` None: what the model was trained for, up to `longest_default`."""
+    times = [time.perf_counter()]
+    from duolocal.engine.engine import Engine
+    from duolocal.models.loader import open_model
+    from duolocal.sampling import Sampling
+    from duolocal.tokenizer import load_tokenizer
+
+    times.append(time.perf_counter())
+    source = open_model(path)
+    load_tokenizer(source)
+    times.append(time.perf_counter())
+    context = context or min(source.config.max_positions, longest_default)
+    engine = Engine.load(source, context=context, **options)
+    times.append(time.perf_counter())
+    (token_id,) = engine.generate(token_ids, Sampling(temperature=0, max_tokens=1), eos_ids=frozenset())
+    times.append(time.perf_counter())
+    names = ("import", "open", "load", "first token")
+    steps = {name: after - before for name, before, after in zip(names, times[:-1], times[1:], strict=True)}
+    device = str(engine.transformer.device)
+    return {"steps_s": steps, "token_id": token_id, "kv": engine.kv, "context": engine.context, "device": device}
+
+
+if __name__ == "__main__":
+    serve({"first_token": first_token})

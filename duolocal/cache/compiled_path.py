@@ -1,0 +1,50 @@
+"""The cache's arithmetic in compiled CPU kernels, float32."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from duolocal.cache.path import Step
+from duolocal.kernels.cpu.attention import CpuAttention
+from duolocal.kernels.cpu.operations import CpuKernels
+
+if TYPE_CHECKING:
+    from duolocal.cache.cache import DuoCache
+
+
+class CompiledPath:
+    """Appends and attends with `CpuAttention`; one token at a time it can be recorded and run again."""
+
+    def __init__(self, cache: "DuoCache", kernels: CpuKernels) -> None:
+        plan = cache.plan
+        self._attention = CpuAttention(
+            kernels,
+            cache.layout,
+            ring=cache.ring.data,
+            records=cache.pool.records,
+            table=cache.pool.table,
+            start=cache.start,
+            retrieval=plan.retrieval,
+            query_group=cache.query_group,
+            sink_size=plan.sink_size,
+            recent_size=cache.exact_recent,
+            streaming_size=plan.recent_size,
+        )
+
+    def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
+        """Take k and v [q_len, num_kv_heads, head_dim] of the step's tokens."""
+        step.k, step.v = k, v
+        self._attention.close_blocks(layer, k, v)
+        if k.shape[0] == 1:
+            self._attention.write_ring(layer, k, v)
+
+    def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor) -> Tensor:
+        """Attend from q [q_len, num_heads, head_dim] at the step's positions."""
+        k, v = step.k, step.v
+        assert k is not None and v is not None
+        step.k = step.v = None
+        if q.shape[0] == 1:
+            return self._attention.decode(layer, q)
+        out = self._attention.prefill(layer, q, k, v)
+        self._attention.write_ring(layer, k, v)
+        return out

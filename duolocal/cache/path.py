@@ -1,0 +1,26 @@
+"""What computes inside a cache: one interface, a plain-torch path and a compiled one."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass
+class Step:
+    """An open transaction: tokens start..end-1, and the ring slots it overwrites as they were."""
+
+    start: int
+    end: int
+    slots: Tensor
+    saved: Tensor
+    k: Tensor | None = None  # of the layer between its append and its attend
+    v: Tensor | None = None
+
+
+class Path(Protocol):
+    """Stores new tokens and attends from them, one layer after the other: append, then attend."""
+
+    def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None: ...
+
+    def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor) -> Tensor: ...

@@ -1,0 +1,109 @@
+"""The cache's arithmetic in plain torch: any device, any compute type; the reference of the compiled path."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from duolocal.cache.path import Step
+from duolocal.kernels.attention import block_attention, merge, window_attention
+from duolocal.kernels.blocks import encode_blocks
+
+if TYPE_CHECKING:
+    from duolocal.cache.cache import DuoCache
+
+
+class TorchPath:
+    """Appends and attends with the operations of `kernels/attention.py` and `kernels/blocks.py`."""
+
+    def __init__(self, cache: "DuoCache") -> None:
+        self._cache = cache
+        plan, device = cache.plan, cache.device
+        # Per layer: its retrieval heads, their rows of the block table, the window width of every head.
+        self._retrieval: list[Tensor] = []
+        self._rows: list[slice] = []
+        self._recent_sizes: list[Tensor] = []
+        row = 0
+        for flags in plan.retrieval:
+            heads = [head for head, retrieval in enumerate(flags) if retrieval]
+            self._retrieval.append(torch.tensor(heads, dtype=torch.int64, device=device))
+            self._rows.append(slice(row, row + len(heads)))
+            row += len(heads)
+            widths = [cache.exact_recent if retrieval else plan.recent_size for retrieval in flags]
+            self._recent_sizes.append(torch.tensor(widths, dtype=torch.int64, device=device))
+
+    def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
+        """Take k and v [q_len, num_kv_heads, head_dim] of the step's tokens."""
+        step.k, step.v = k.transpose(0, 1), v.transpose(0, 1)  # [num_kv_heads, q_len, head_dim]
+        self._close_blocks(layer, step)
+        if step.end - step.start == 1:
+            self._cache.ring.write(layer, step.k, step.v, start=step.start)
+
+    def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor) -> Tensor:
+        """Attend from q [q_len, num_heads, head_dim] to all that each may see."""
+        cache = self._cache
+        assert step.k is not None and step.v is not None
+        q_len, num_heads, head_dim = q.shape
+        grouped = q.view(q_len, cache.plan.num_kv_heads, cache.query_group, head_dim).permute(1, 2, 0, 3)
+        keys, values, key_positions = self._window(layer, step)
+        scale = head_dim**-0.5
+        out, lse = window_attention(
+            grouped,
+            keys,
+            values,
+            q_positions=positions,
+            k_positions=key_positions,
+            sink_size=cache.plan.sink_size,
+            recent_sizes=self._recent_sizes[layer],
+            scale=scale,
+        )
+        heads = self._retrieval[layer]
+        if heads.shape[0] and step.end - cache.exact_recent > cache.plan.sink_size:
+            block_out, block_lse = block_attention(
+                grouped[heads],
+                cache.pool.records,
+                cache.pool.table[self._rows[layer], : cache.pool.num_blocks],
+                cache.layout,
+                q_positions=positions,
+                sink_size=cache.plan.sink_size,
+                recent_size=cache.exact_recent,
+                scale=scale,
+            )
+            out[heads] = merge(out[heads], lse[heads], block_out, block_lse)
+        if q_len > 1:
+            cache.ring.write(layer, step.k, step.v, start=step.start)
+        step.k = step.v = None
+        return out.permute(2, 0, 1, 3).reshape(q_len, num_heads, head_dim).to(q.dtype)
+
+    def _window(self, layer: int, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys and values [num_kv_heads, kv_len, head_dim] of ring and chunk, and their positions."""
+        cache = self._cache
+        if step.end - step.start == 1:
+            k, v = cache.ring.data[:, layer]
+            return k, v, cache.ring.positions(step.end)
+        assert step.k is not None and step.v is not None
+        sinks = torch.arange(min(cache.plan.sink_size, step.start), device=cache.device)
+        recent_start = max(cache.plan.sink_size, step.start - cache.exact_recent + 1)
+        recent = torch.arange(min(recent_start, step.start), step.start, device=cache.device)
+        held = torch.cat((sinks, recent))
+        k, v = cache.ring.read(layer, held)
+        chunk = torch.arange(step.start, step.end, device=cache.device)
+        return torch.cat((k, step.k), dim=1), torch.cat((v, step.v), dim=1), torch.cat((held, chunk))
+
+    def _close_blocks(self, layer: int, step: Step) -> None:
+        """Encode every block of this layer whose last token has just come."""
+        cache = self._cache
+        size = cache.layout.block_size
+        first, last = step.start // size, step.end // size
+        heads = self._retrieval[layer]
+        if first == last or not heads.shape[0]:
+            return
+        assert step.k is not None and step.v is not None
+        opened = torch.arange(first * size, step.start, device=cache.device)
+        open_k, open_v = cache.ring.read(layer, opened)
+        k, v = (
+            torch.cat((older, newer), dim=1)[heads, : (last - first) * size].reshape(-1, size, cache.layout.head_dim)
+            for older, newer in ((open_k, step.k), (open_v, step.v))
+        )
+        targets = cache.pool.table[self._rows[layer], first:last].reshape(-1)
+        cache.pool.records[targets] = encode_blocks(k, v, cache.layout)

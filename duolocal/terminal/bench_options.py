@@ -1,0 +1,178 @@
+"""Options and dispatch of `duolocal bench`. Light: the command line builds its parser with it for `--help`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from duolocal.errors import SettingsError
+from duolocal.settings import ChatSettings, parse_tokens
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PEERS = """\
+One process per runner, all on the same .gguf, text and threads, taking turns; llama.cpp in every combination of
+flash attention and KV format, and again with the weights requantized to Q4_0, which it computes fastest with.
+Needs: pip install "duolocal[peers]". All settings at 32K take hours and some GiB of memory: --llama-flash,
+--llama-kv and --no-requantized leave some out.
+"""
+_LISTS = {"--llama-flash": ("on", "off"), "--llama-kv": ("f16", "q8_0", "q4_0")}
+_PEER_NAMES = ("llama.cpp", "transformers")  # as in duolocal.bench.peer_list, which is not imported for --help
+
+_P = TypeVar("_P", bound=argparse.ArgumentParser)
+
+
+def add_bench_parsers(what: "argparse._SubParsersAction[_P]", add_model_options: Callable[..., None]) -> dict[str, _P]:
+    """Add what can be measured to the subparsers of `bench`; return the new parsers by name ("bench memory")."""
+    parsers: dict[str, _P] = {}
+
+    def add(name: str, text: str, **more: Any) -> _P:
+        parser = what.add_parser(name, help=text, allow_abbrev=False, **more)
+        parsers[f"bench {name}"] = parser
+        return parser
+
+    memory = add("memory", "bytes really allocated for the KV cache, by head class")
+    add_model_options(memory)
+
+    decode = add("decode", "decode speed by length, and the memory bandwidth it comes to")
+    _contexts(decode, "512,2K,8K")
+    decode.add_argument("--tokens", default="32", metavar="N", help="tokens per run (default: %(default)s)")
+    _repeats(decode, 5)
+    add_model_options(decode, context=False)
+
+    prefill = add("prefill", "prefill speed by length and chunk size")
+    _contexts(prefill, "512,2K,8K")
+    prefill.add_argument(
+        "--chunk-sizes", default="128,512,2K", metavar="LIST", help="tokens per prefill step (default: %(default)s)"
+    )
+    _repeats(prefill, 3)
+    add_model_options(prefill, context=False)
+
+    load = add("load", "time from nothing to a first token, in fresh processes")
+    _repeats(load, 5)
+    load.add_argument("--cold", action="store_true", help="drop the model file from the page cache before each run")
+    add_model_options(load)
+
+    peers = add(
+        "peers",
+        "speed and memory beside llama.cpp and transformers",
+        description=_PEERS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _contexts(peers, "512,2K,8K,32K")
+    peers.add_argument("--tokens", default="32", metavar="N", help="tokens per decode run (default: %(default)s)")
+    _repeats(peers, 3)
+    peers.add_argument(
+        "--peers", default=",".join(_PEER_NAMES), metavar="LIST", help="of %(default)s, or none (default: %(default)s)"
+    )
+    peers.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="PEER=SIZE",
+        help="longest context of a peer (default: transformers=8K)",
+    )
+    for option, values in _LISTS.items():
+        meaning = "flash attention" if option == "--llama-flash" else "KV formats"
+        peers.add_argument(
+            option, default=",".join(values), metavar="LIST", help=f"llama.cpp's {meaning} (default: %(default)s)"
+        )
+    peers.add_argument("--no-requantized", action="store_true", help="leave out llama.cpp on Q4_0 weights")
+    peers.add_argument("--json", metavar="FILE", help="write the JSON to a file too, after every length")
+    add_model_options(peers, context=False)
+    peers.set_defaults(heads="0.5")  # and "all" as a second runner
+    return parsers
+
+
+def _contexts(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--contexts", default=default, metavar="LIST", help="lengths (default: %(default)s)")
+
+
+def _repeats(parser: argparse.ArgumentParser, default: int) -> None:
+    parser.add_argument("--repeats", default=str(default), metavar="N", help="runs (default: %(default)s)")
+
+
+def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Console", progress: "Console") -> int:
+    """Measure what `options` ask for; return the exit code. Raises DuoLocalError."""
+    import duolocal.bench.machine  # noqa: F401  before torch, see there
+
+    if options.action == "memory":
+        from duolocal.terminal.bench_view import bench_memory
+
+        return bench_memory(settings, console, progress)
+    repeats = parse_tokens(options.repeats, "--repeats")
+    if options.action == "load":
+        from duolocal.terminal.bench_speed_view import bench_load
+
+        return bench_load(settings, console, progress, repeats=repeats, cold=options.cold)
+    contexts = parse_sizes(options.contexts, "--contexts")
+    if options.action == "decode":
+        num_tokens = parse_tokens(options.tokens, "--tokens")
+        from duolocal.terminal.bench_speed_view import bench_decode
+
+        return bench_decode(settings, console, progress, contexts=contexts, num_tokens=num_tokens, repeats=repeats)
+    if options.action == "prefill":
+        chunk_sizes = parse_sizes(options.chunk_sizes, "--chunk-sizes")
+        from duolocal.terminal.bench_speed_view import bench_prefill
+
+        return bench_prefill(settings, console, progress, contexts=contexts, chunk_sizes=chunk_sizes, repeats=repeats)
+    return _peers(options, settings, console, progress, contexts=contexts, repeats=repeats)
+
+
+def _peers(
+    options: argparse.Namespace,
+    settings: ChatSettings,
+    console: "Console",
+    progress: "Console",
+    *,
+    contexts: list[int],
+    repeats: int,
+) -> int:
+    num_tokens = parse_tokens(options.tokens, "--tokens")
+    flash, kv = (_words(getattr(options, option[2:].replace("-", "_")), option, _LISTS[option]) for option in _LISTS)
+    peers = () if options.peers == "none" else _words(options.peers, "--peers", _PEER_NAMES)
+    limits = dict(_limit(text) for text in options.limit)
+    if settings.device not in ("auto", "cpu"):
+        raise SettingsError(f"--device is {settings.device!r}: the peers are compared on the CPU; leave it out")
+    from duolocal.bench.peer_list import PeerChoice
+
+    choice = PeerChoice(
+        peers=peers,
+        flash=tuple(word == "on" for word in flash),
+        kv=kv,
+        requantized=not options.no_requantized,
+        limits=limits,
+    )
+    from duolocal.terminal.bench_peers_view import bench_peers
+
+    return bench_peers(
+        settings,
+        choice,
+        console,
+        progress,
+        contexts=contexts,
+        decode_tokens=num_tokens,
+        repeats=repeats,
+        json_file=Path(options.json).expanduser() if options.json else None,
+    )
+
+
+def parse_sizes(text: str, option: str) -> list[int]:
+    """Read `512,2K,8K` as ascending numbers of tokens, each once; raises SettingsError."""
+    return sorted({parse_tokens(part, option) for part in text.split(",")})
+
+
+def _words(text: str, option: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    words = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for word in words:
+        if word not in known:
+            raise SettingsError(f"{option} has {word!r}: give a list of {', '.join(known)}")
+    return words
+
+
+def _limit(text: str) -> tuple[str, int]:
+    peer, _, size = text.partition("=")
+    if peer not in _PEER_NAMES or not size:
+        raise SettingsError(f"--limit is {text!r}: give for example {_PEER_NAMES[-1]}=8K")
+    return peer, parse_tokens(size, "--limit")

@@ -1,0 +1,185 @@
+"""The tables of `duolocal bench decode`, `prefill` and `load`; the last line is one JSON object."""
+
+import json
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from duolocal.bench.decode import measure_decode
+from duolocal.bench.load import measure_load
+from duolocal.bench.machine import machine_facts
+from duolocal.bench.prefill import measure_prefill
+from duolocal.bench.text import text_ids
+from duolocal.bench.timing import Spread
+from duolocal.engine.engine import Engine
+from duolocal.models.loader import ModelSource, open_model
+from duolocal.models.registry import resolve
+from duolocal.settings import ChatSettings, format_tokens
+from duolocal.terminal import figures
+from duolocal.terminal.clean import clean_line
+from duolocal.terminal.progress import bar
+from duolocal.terminal.start import DEFAULT_CONTEXT
+from duolocal.terminal.still import StillLine
+from duolocal.tokenizer import load_tokenizer
+
+PROMPT_TOKENS = 16  # of `bench load`
+
+
+def bench_decode(
+    settings: ChatSettings,
+    console: Console,
+    progress: Console,
+    *,
+    contexts: Sequence[int],
+    num_tokens: int,
+    repeats: int,
+) -> int:
+    """Print the decode speed at the ascending `contexts`; return the exit code."""
+    source = fetch(settings, progress)
+    token_ids = text_ids(load_tokenizer(source), contexts[-1] + 1)
+    engine = _load(source, settings, progress, context=contexts[-1] + num_tokens + 1)
+    table = _table("context", "ms/token", "min", "max", "tokens/s", "GB/s")
+    results = []
+    with StillLine(progress) as line:
+        for result in measure_decode(
+            engine, token_ids, contexts, num_tokens=num_tokens, repeats=repeats, on_step=line.show
+        ):
+            results.append(result.report())
+            table.add_row(
+                format_tokens(result.context),
+                *_ms(result.token_s),
+                f"{1 / result.token_s.median:.2f}",
+                f"{result.bytes_per_s / 1e9:.2f}",
+            )
+    console.print(table)
+    console.print(
+        f"{_settings_line(engine)}; {num_tokens} greedy tokens, median, min and max of {repeats} runs; GB/s: bytes of "
+        "weights, keys and values that a token must read, over its time",
+        style="dim",
+    )
+    print(json.dumps(_report("decode", settings, engine, tokens=num_tokens, results=results)))
+    return 0
+
+
+def bench_prefill(
+    settings: ChatSettings,
+    console: Console,
+    progress: Console,
+    *,
+    contexts: Sequence[int],
+    chunk_sizes: Sequence[int],
+    repeats: int,
+) -> int:
+    """Print the prefill speed at the ascending `contexts` and `chunk_sizes`; return the exit code."""
+    source = fetch(settings, progress)
+    token_ids = text_ids(load_tokenizer(source), contexts[-1])
+    engine = _load(source, settings, progress, context=max(16, contexts[-1]), chunk_size=chunk_sizes[-1])
+    with StillLine(progress) as line:
+        results = measure_prefill(engine, token_ids, contexts, chunk_sizes, repeats=repeats, on_step=line.show)
+    table = _table("context", "chunk", "tokens/s", "min", "max")
+    for result in results:
+        rates = result.elapsed_s.per_s(result.context)
+        table.add_row(
+            format_tokens(result.context),
+            format_tokens(result.chunk_size),
+            *(f"{rates[name]:,.1f}" for name in ("median", "min", "max")),
+        )
+    console.print(table)
+    console.print(f"{_settings_line(engine)}; median, min and max of {repeats} runs from an empty cache", style="dim")
+    print(json.dumps(_report("prefill", settings, engine, results=[result.report() for result in results])))
+    return 0
+
+
+def bench_load(settings: ChatSettings, console: Console, progress: Console, *, repeats: int, cold: bool) -> int:
+    """Print how long it takes from nothing to a first token; return the exit code."""
+    source = fetch(settings, progress)
+    path, token_ids = source.path, text_ids(load_tokenizer(source), PROMPT_TOKENS)
+    del source  # its mapped pages could not be dropped
+    options = {
+        "context": settings.context,
+        "longest_default": DEFAULT_CONTEXT,
+        "kv": settings.kv,
+        "heads": settings.heads,
+        "sink_size": settings.sink_size,
+        "recent_size": settings.recent_size,
+        "device": settings.device,
+        "kernels": settings.kernels,
+    }
+    with StillLine(progress) as line:
+        speed = measure_load(
+            path, token_ids, options, repeats=repeats, threads=settings.threads, cold=cold, on_step=line.show
+        )
+    table = _table("step", "seconds", "min", "max")
+    for name, steps_s in speed.steps_s.items():
+        table.add_row(name, *(f"{value:.3f}" for value in (steps_s.median, steps_s.least, steps_s.most)))
+    console.print(table)
+    console.print(
+        f"KV {speed.kv}, context {speed.context:,}; median, min and max of {repeats} fresh processes; the model file "
+        f"{'was dropped from' if speed.cold else 'is in'} the page cache; first token: of a prompt of {PROMPT_TOKENS}; "
+        f"peak memory {figures.size(speed.peak_bytes)}",
+        style="dim",
+    )
+    facts = machine_facts(threads=settings.threads, device=speed.device)
+    head = {"benchmark": "load", "model": settings.model, "heads": settings.heads, "repeats": repeats}
+    print(json.dumps({**head, **speed.report(), "machine": facts}))
+    return 0
+
+
+def fetch(settings: ChatSettings, progress: Console) -> ModelSource:
+    """Find or fetch the model and open it."""
+    with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
+        return open_model(resolve(settings.model, on_progress=shown.update))
+
+
+def _load(
+    source: ModelSource, settings: ChatSettings, progress: Console, *, context: int, chunk_size: int | None = None
+) -> Engine:
+    with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
+        return Engine.load(
+            source,
+            context=context,
+            kv=settings.kv,
+            heads=settings.heads,
+            sink_size=settings.sink_size,
+            recent_size=settings.recent_size,
+            chunk_size=chunk_size,
+            device=settings.device,
+            threads=settings.threads,
+            kernels=settings.kernels,
+            on_layer=shown.update,
+        )
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=True)
+    return table
+
+
+def _ms(seconds: Spread) -> list[str]:
+    return [f"{1e3 * value:.2f}" for value in (seconds.median, seconds.least, seconds.most)]
+
+
+def _settings_line(engine: Engine) -> str:
+    plan = engine.plan
+    return f"KV {engine.kv}, {plan.num_retrieval} of {plan.num_retrieval + plan.num_streaming} heads retrieval"
+
+
+def _report(name: str, settings: ChatSettings, engine: Engine, **more: object) -> dict[str, object]:
+    plan = engine.plan
+    return {
+        "benchmark": name,
+        "model": settings.model,
+        "kv": engine.kv,
+        "retrieval_heads": plan.num_retrieval,
+        "streaming_heads": plan.num_streaming,
+        "sink_size": plan.sink_size,
+        "recent_size": plan.recent_size,
+        **more,
+        "machine": machine_facts(
+            threads=settings.threads or torch.get_num_threads(), device=str(engine.transformer.device)
+        ),
+    }

@@ -1,0 +1,197 @@
+"""The compiled share of the KV cache: storing new keys and values, and attention over ring, chunk and blocks.
+
+Owns the description of one layer's cache for the C side (`LayerCache`) and the working memory of attention. What
+the bytes mean is `kernels/blocks.py`, which of them a query sees `kernels/attention.py`; both hold here too.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duolocal.kernels.blocks import BlockLayout, Plane
+from duolocal.kernels.cpu.operations import CpuKernels
+from duolocal.kernels.cpu.structs import (
+    KEY_TILE,
+    MAX_DIM,
+    MAX_GROUP,
+    PLANE_KINDS,
+    DecodeArgs,
+    LayerCache,
+    PlaneArgs,
+    PrefillArgs,
+    StoreArgs,
+)
+
+TILE_ROWS = 192  # (query, query head) pairs that an item of prefill works on
+_SPANS_PER_THREAD = 8  # of a head's blocks, at most
+
+
+def unsupported(layout: BlockLayout, query_group: int) -> str | None:
+    """Return why the compiled attention cannot be used for these shapes, or None where it can."""
+    if layout.head_dim > MAX_DIM or layout.head_dim % 2:
+        return f"they take an even head_dim up to {MAX_DIM}, this model has {layout.head_dim}"
+    if query_group > MAX_GROUP:
+        return f"they take up to {MAX_GROUP} query heads per KV head, this model has {query_group}"
+    return None
+
+
+class CpuAttention:
+    """Attention of every layer over one cache's memory; the tensors given must stay where they are.
+
+    ring: float32 [2, num_layers, num_kv_heads, sink_size + recent_size, head_dim]; records: uint8 [num_records,
+    record_bytes]; table: int64 [rows, max_blocks]; start: int64 [1], the tokens before the new ones, read at every
+    call; retrieval: per layer and KV head; streaming_size: recent tokens that streaming heads see.
+    """
+
+    def __init__(
+        self,
+        kernels: CpuKernels,
+        layout: BlockLayout,
+        *,
+        ring: Tensor,
+        records: Tensor,
+        table: Tensor,
+        start: Tensor,
+        retrieval: Sequence[Sequence[bool]],
+        query_group: int,
+        sink_size: int,
+        recent_size: int,
+        streaming_size: int,
+    ) -> None:
+        assert unsupported(layout, query_group) is None
+        num_layers, num_kv_heads = len(retrieval), len(retrieval[0])
+        assert ring.shape == (2, num_layers, num_kv_heads, sink_size + recent_size, layout.head_dim), ring.shape
+        assert (
+            ring.dtype == torch.float32 and ring.is_contiguous() and records.is_contiguous() and table.is_contiguous()
+        )
+        assert start.dtype == table.dtype == torch.int64 and records.dtype == torch.uint8
+        self._kernels = kernels
+        self._group = query_group
+        self._heads, self._dim = num_kv_heads, layout.head_dim
+        self._kept = (ring, records, table, start)
+        flags = torch.tensor(retrieval)
+        rows = torch.where(flags, flags.flatten().cumsum(0).view(flags.shape) - 1, -1).contiguous()
+        widths = torch.where(flags, recent_size, streaming_size).contiguous()
+        self._rows, self._widths = rows, widths  # int64 [num_layers, num_kv_heads]
+        self._layers = [
+            LayerCache(
+                ring[0, layer].data_ptr(),
+                ring[1, layer].data_ptr(),
+                records.data_ptr(),
+                table.data_ptr(),
+                rows[layer].data_ptr(),
+                widths[layer].data_ptr(),
+                start.data_ptr(),
+                table.shape[1],
+                layout.record_bytes,
+                layout.block_size,
+                num_kv_heads,
+                query_group,
+                layout.head_dim,
+                sink_size,
+                recent_size,
+                _plane(layout, "key"),
+                _plane(layout, "value"),
+            )
+            for layer in range(num_layers)
+        ]
+        self._max_spans = _SPANS_PER_THREAD * kernels.num_threads
+        self._partial = torch.empty(num_kv_heads * (self._max_spans + 1) * query_group * (layout.head_dim + 2))
+        self._scratch = torch.empty(0)
+
+    def scratch_bytes(self) -> int:
+        """Return the working memory of a long chunk, for all threads."""
+        return 4 * self._kernels.num_threads * self._scratch_floats(self._tile(TILE_ROWS)) + self._partial.nbytes
+
+    def close_blocks(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Encode every block that k and v [q_len, num_kv_heads, head_dim] complete; runs before `write_ring`."""
+        self._store("close_blocks", layer, k, v)
+
+    def write_ring(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep in the ring what stays of the new tokens."""
+        self._store("write_ring", layer, k, v)
+
+    def decode(self, layer: int, q: Tensor) -> Tensor:
+        """Attend from one new token, whose key is in the ring; q [1, num_heads, head_dim] -> the same."""
+        self._check(q, 1, self._heads * self._group)
+        out = torch.empty_like(q)
+        args = DecodeArgs(self._address(layer), q.data_ptr(), out.data_ptr(), self._partial.data_ptr(), self._max_spans)
+        self._kernels.run("decode_attention", args, q, out, self)
+        self._kernels.run("merge", args, q, out, self)
+        return out
+
+    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from a chunk of new tokens that are not in the ring yet.
+
+        q [q_len, num_heads, head_dim]; k, v [q_len, num_kv_heads, head_dim] -> like q.
+        """
+        count = q.shape[0]
+        self._check(q, count, self._heads * self._group)
+        self._check(k, count, self._heads)
+        self._check(v, count, self._heads)
+        tile = min(self._tile(TILE_ROWS), count)
+        stride = self._scratch_floats(tile)
+        wanted = stride * self._kernels.num_threads
+        if self._scratch.numel() < wanted:
+            self._scratch = torch.empty(wanted)
+        out = torch.empty_like(q)
+        args = PrefillArgs(
+            self._address(layer),
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            self._scratch.data_ptr(),
+            stride,
+            count,
+            tile,
+        )
+        self._kernels.run("prefill_attention", args, q, k, v, out, self, self._scratch)
+        return out
+
+    def _store(self, name: str, layer: int, k: Tensor, v: Tensor) -> None:
+        self._check(k, k.shape[0], self._heads)
+        self._check(v, k.shape[0], self._heads)
+        args = StoreArgs(self._address(layer), k.data_ptr(), v.data_ptr(), k.shape[0])
+        self._kernels.run(name, args, k, v, self)
+
+    def _address(self, layer: int) -> int:
+        return ctypes.addressof(self._layers[layer])
+
+    def _check(self, x: Tensor, count: int, heads: int) -> None:
+        assert x.shape == (count, heads, self._dim) and x.dtype == torch.float32 and x.is_contiguous(), (
+            x.shape,
+            x.dtype,
+            (count, heads, self._dim),
+        )
+
+    def _tile(self, rows: int) -> int:
+        return max(1, rows // self._group)
+
+    def _scratch_floats(self, tile: int) -> int:
+        rows = tile * self._group
+        return rows * (3 * self._dim + KEY_TILE + 2) + 3 * self._dim * KEY_TILE
+
+
+def _plane(layout: BlockLayout, which: str) -> PlaneArgs:
+    plane: Plane = getattr(layout, which)
+    codes, scales = layout.spans(which)  # type: ignore[arg-type]
+    half = (scales.stop - scales.start) // 2  # scales first, then as many minima
+    return PlaneArgs(
+        PLANE_KINDS.index(_kind(plane)),
+        plane.groups,
+        plane.rotate,
+        codes.start,
+        scales.start,
+        scales.start + half,
+    )
+
+
+def _kind(plane: Plane) -> str:
+    if plane.kind == "float":
+        kinds = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+        assert plane.dtype in kinds, plane
+        return kinds[plane.dtype]
+    return "fp8" if plane.kind == "fp8" else f"int{plane.bits}"

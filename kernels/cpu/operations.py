@@ -1,0 +1,183 @@
+"""The compiled operations on tensors: checked, float32, run at once or recorded to be run again.
+
+Each allocates its result, fills in the arguments of its C function and hands both to the pool. Inside `record` it is
+also remembered, with its tensors: `Recording.run` repeats the whole list in one call, on whatever the same input
+buffers then hold. That is the decode step: nothing is allocated and Python is entered once per token.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duolocal.kernels.cpu.pool import ThreadPool, program, thread_pool
+from duolocal.kernels.cpu.structs import (
+    MAX_MATRICES,
+    EmbedArgs,
+    LinearArgs,
+    Matrix,
+    Op,
+    RmsNormArgs,
+    RopeArgs,
+    SiluArgs,
+)
+from duolocal.kernels.matrix import Affine
+from duolocal.kernels.matrix import Matrix as AnyMatrix
+
+
+class Recording:
+    """A list of operations and everything they point to."""
+
+    def __init__(self, pool: ThreadPool) -> None:
+        self._pool = pool
+        self.calls: list[tuple[str, ctypes.Structure]] = []
+        self._kept: list[object] = []
+        self._ops: ctypes.Array | None = None
+
+    def add(self, name: str, args: ctypes.Structure, kept: Sequence[object]) -> None:
+        self.calls.append((name, args))
+        self._kept.extend(kept)
+        self._ops = None
+
+    def run(self) -> None:
+        """Run all operations once more, in order."""
+        self._pool.run(self._program(), len(self.calls))
+
+    def timed(self) -> Sequence[int]:
+        """Run them and return the ticks before the first and after each."""
+        return self._pool.timed(self._program(), len(self.calls))
+
+    def _program(self) -> ctypes.Array:
+        if self._ops is None:
+            self._ops = program(self._pool, self.calls)
+        return self._ops
+
+
+class CpuKernels:
+    """The compiled kernels on a number of threads."""
+
+    name = "compiled"
+
+    def __init__(self, num_threads: int) -> None:
+        self.pool = thread_pool(num_threads)
+        self._recording: Recording | None = None
+
+    @property
+    def num_threads(self) -> int:
+        return self.pool.num_threads
+
+    @contextmanager
+    def record(self) -> Iterator[Recording]:
+        """Run and remember the operations inside."""
+        assert self._recording is None, "already recording"
+        self._recording = Recording(self.pool)
+        try:
+            yield self._recording
+        finally:
+            self._recording = None
+
+    def run(self, name: str, args: ctypes.Structure, *kept: object) -> None:
+        """Run one operation; `kept` are the objects whose memory it uses."""
+        if self._recording is not None:
+            self._recording.add(name, args, kept)
+        self.pool.run((Op * 1)(Op(self.pool.functions[name], ctypes.addressof(args))), 1)
+
+    def embed(self, weight: AnyMatrix, ids: Tensor) -> Tensor:
+        """Return rows `ids` [n] int64 of a matrix as [n, in_features] float32; the ids have been checked."""
+        packed = weight.packed()
+        assert packed.packing != "AWQ" and ids.dtype == torch.int64 and ids.is_contiguous()
+        out = torch.empty(ids.shape[0], packed.in_features)
+        args = EmbedArgs(Matrix.of(packed), ids.data_ptr(), out.data_ptr(), ids.shape[0])
+        self.run("embed", args, weight, ids, out)
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        """Scale every vector of x [..., n] to root mean square 1, then by weight [n]. As `pointwise.rms_norm`."""
+        if weight.ndim != 1 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
+            raise ValueError(f"rms_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)}: wanted [..., n] and [n]")
+        x, weight = _checked("rms_norm", x, weight)
+        out = torch.empty_like(x)
+        cols = x.shape[-1]
+        args = RmsNormArgs(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // cols, cols, eps)
+        self.run("rms_norm", args, x, weight, out)
+        return out
+
+    def linear(self, x: Tensor, layers: Sequence[Affine], *, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return x Wᵀ + b for each of up to four layers that read the same x.
+
+        x [n, in_features] -> [n, out_features] each. `residual` [n, out_features] is added to the result of a
+        single layer.
+        """
+        assert 1 <= len(layers) <= MAX_MATRICES and (residual is None or len(layers) == 1)
+        (x,) = _checked("linear", x)
+        args = LinearArgs(x=x.data_ptr(), num_rows=x.shape[0], count=len(layers))
+        kept: list[object] = [x, residual]
+        results = []
+        for i, layer in enumerate(layers):
+            packed = layer.weight.packed()
+            if x.ndim != 2 or x.shape[1] != packed.in_features:
+                raise ValueError(f"linear: x {tuple(x.shape)}: wanted [n, in_features {packed.in_features}]")
+            out = torch.empty(x.shape[0], packed.out_features)
+            args.w[i], args.y[i] = Matrix.of(packed), out.data_ptr()
+            if layer.bias is not None:
+                (bias,) = _checked("linear", layer.bias)
+                args.bias[i] = bias.data_ptr()
+                kept.append(bias)
+            kept += (layer.weight, packed, out)
+            results.append(out)
+        if residual is not None:
+            (residual,) = _checked("linear", residual)
+            if residual.shape != results[0].shape:
+                raise ValueError(f"linear: residual {tuple(residual.shape)}: wanted {tuple(results[0].shape)}")
+            args.residual = residual.data_ptr()
+            kept.append(residual)
+        if x.shape[0]:
+            self.run("linear", args, *kept)
+        return tuple(results)
+
+    def rotary_embedding(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the pairs (d, d + head_dim/2) of x [num_tokens, heads, head_dim]. As `pointwise.rotary_embedding`."""
+        if x.ndim != 3 or x.shape[-1] % 2 or cos.shape != (x.shape[0], x.shape[-1] // 2) or sin.shape != cos.shape:
+            raise ValueError(
+                f"rotary_embedding: x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: wanted "
+                "[num_tokens, heads, head_dim] and [num_tokens, head_dim/2]"
+            )
+        x, cos, sin = _checked("rotary_embedding", x, cos, sin)
+        out = torch.empty_like(x)
+        args = RopeArgs(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape)
+        self.run("rope", args, x, cos, sin, out)
+        return out
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return silu(gate) * up. As `pointwise.silu_mul`."""
+        if gate.shape != up.shape:
+            raise ValueError(f"silu_mul: gate {tuple(gate.shape)}, up {tuple(up.shape)}: wanted one shape")
+        gate, up = _checked("silu_mul", gate, up)
+        out = torch.empty_like(gate)
+        args = SiluArgs(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+        self.run("silu_mul", args, gate, up, out)
+        return out
+
+    def logits(self, hidden: Tensor, weight: AnyMatrix) -> Tensor:
+        """Return hidden [n, in_features] times the output matrix: float32 [n, out_features]."""
+        return self.linear(hidden, (_Plain(weight),))[0]
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A matrix as a layer without a bias."""
+
+    weight: AnyMatrix
+    bias: None = None
+
+
+def _checked(operation: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{operation}: {tensor.dtype} on {tensor.device}: compiled kernels want float32 on the CPU"
+            )
+    return tuple(tensor.contiguous() for tensor in tensors)

@@ -1,0 +1,415 @@
+// One layer's share of the KV cache: storing new keys and values, and attention over ring, chunk and blocks.
+//
+// A query at position i reads position j from the window (ring and chunk, as computed) when j <= i and
+// (j < sink or i - j < its head's width), and, in retrieval heads, from its block when j >= sink and
+// i - j >= width. The two sets are disjoint. Formats are only known to `decode_plane`.
+#pragma once
+#include "linear.h"
+#include "planes.h"
+#include "pool.h"
+
+#define MAX_DIM 256
+#define TILE 64  // keys looked at together: at least a block
+
+typedef struct {
+  float *keys, *values;     // the ring of this layer: [kv_heads, slots, dim]
+  uint8_t *records;         // [num_records, record_bytes]
+  const int64_t *table;     // [retrieval heads of this layer, table_stride]: the record of each block
+  const int64_t *rows;      // [kv_heads]: the row of `table`, or -1 in a streaming head
+  const int64_t *widths;    // [kv_heads]: recent tokens read from the window
+  const int64_t *start;     // how many tokens were there before the new ones
+  int64_t table_stride, record_bytes, block_size;
+  int64_t kv_heads, query_group, dim;
+  int64_t sink, recent;     // of the ring; retrieval heads have width == recent
+  plane key, value;
+} layer_cache;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+INLINE int64_t slot_of(const layer_cache *c, int64_t position) {
+  return position < c->sink ? position : c->sink + (position - c->sink) % c->recent;
+}
+
+// ---- storing ----
+
+typedef struct {
+  const layer_cache *cache;
+  const float *k, *v;  // [count, kv_heads, dim] of the new tokens
+  int64_t count;
+} store_args;
+
+// Encode every block whose last token is among the new ones. Runs before the ring is written.
+static void run_close_blocks(const void *args, pool *p, int64_t thread) {
+  const store_args *a = args;
+  const layer_cache *c = a->cache;
+  int64_t start = *c->start, first = start / c->block_size, last = (start + a->count) / c->block_size;
+  int64_t blocks = last - first;
+  if (blocks <= 0) return;
+  for (int64_t item; (item = next_item(p)) < blocks * c->kv_heads;) {
+    int64_t head = item / blocks, block = first + item % blocks;
+    if (c->rows[head] < 0) continue;
+    uint8_t *record = c->records + c->table[c->rows[head] * c->table_stride + block] * c->record_bytes;
+    for (int64_t t = 0; t < c->block_size; t++) {
+      int64_t position = block * c->block_size + t;
+      int64_t old = (head * (c->sink + c->recent) + slot_of(c, position)) * c->dim;
+      int64_t new = ((position - start) * c->kv_heads + head) * c->dim;
+      float x[MAX_DIM];
+      const float *k = position < start ? c->keys + old : a->k + new, *v = position < start ? c->values + old : a->v + new;
+      for (int64_t d = 0; d < c->dim; d++) x[d] = k[d];
+      encode_token(record, &c->key, c->dim, t, x);
+      for (int64_t d = 0; d < c->dim; d++) x[d] = v[d];
+      encode_token(record, &c->value, c->dim, t, x);
+    }
+  }
+}
+
+// Keep in the ring what stays of the new tokens.
+static void run_write_ring(const void *args, pool *p, int64_t thread) {
+  const store_args *a = args;
+  const layer_cache *c = a->cache;
+  int64_t start = *c->start, end = start + a->count;
+  for (int64_t head; (head = next_item(p)) < c->kv_heads;) {
+    for (int64_t position = start; position < end; position++) {
+      if (position >= c->sink && position < end - c->recent) {
+        position = most(position, end - c->recent - 1);
+        continue;
+      }
+      int64_t to = (head * (c->sink + c->recent) + slot_of(c, position)) * c->dim;
+      int64_t from = ((position - start) * c->kv_heads + head) * c->dim;
+      for (int64_t d = 0; d < c->dim; d++) {
+        c->keys[to + d] = a->k[from + d];
+        c->values[to + d] = a->v[from + d];
+      }
+    }
+  }
+}
+
+// ---- one new token ----
+
+// Keys and values of positions begin .. end - 1 stand one after the other in memory.
+typedef struct {
+  int64_t begin, end;
+} span;
+
+typedef struct {
+  const layer_cache *cache;
+  const float *q;    // [kv_heads * query_group, dim]
+  float *out;        // like q
+  float *partial;    // [kv_heads, max_spans + 1, query_group, dim + 2]: sums, then maximum and total weight
+  int64_t max_spans;  // of the blocks of a head; the window comes after them
+} decode_args;
+
+#define SPAN_TOKENS 512  // least tokens of blocks that are one item of work
+
+INLINE span block_tokens(const layer_cache *c, int64_t position) {
+  return (span){c->sink, most(c->sink, position - c->recent + 1)};
+}
+
+INLINE int64_t span_size(const decode_args *a, int64_t tokens) {
+  int64_t size = most((tokens + a->max_spans - 1) / a->max_spans, SPAN_TOKENS);
+  return (size + TILE - 1) / TILE * TILE;
+}
+
+// scores [group][TILE] = q [group][dim] times k [count][dim]; columns up to the next multiple of LANES become -inf.
+INLINE void score_tile(int64_t group, int64_t dim, const float *q, const float *k, int64_t count, float *scores) {
+  int64_t whole = dim / LANES * LANES;
+  for (int64_t g = 0; g < group; g++, q += dim, scores += TILE) {
+    for (int64_t t = 0; t < count; t += LANES) {
+      vf dots[LANES], sums;
+      for (int i = 0; i < LANES; i++) {
+        const float *key = k + least(t + i, count - 1) * dim;
+        vf acc = {0};
+        for (int64_t d = 0; d < whole; d += LANES) acc += load(key + d) * load(q + d);
+        dots[i] = acc;
+      }
+      sums = sum_each(dots);
+      store(scores + t, sums);
+      for (int64_t d = whole; d < dim; d++)
+        for (int i = 0; i < LANES; i++) scores[t + i] += k[least(t + i, count - 1) * dim + d] * q[d];
+      for (int64_t i = count; i < t + LANES; i++) scores[i] = -__builtin_inff();
+    }
+  }
+}
+
+// sums [rows][dim] += weights [rows][TILE] times v [count][dim]
+INLINE void add_values(int rows, int64_t dim, const float *weights, const float *v, int64_t count, float *sums, int64_t stride) {
+  int64_t d = 0;
+  for (; d + NR <= dim; d += NR) multiply_rows(rows, 2, weights, TILE, v + d, dim, count, sums + d, stride, 0);
+  for (; d + LANES <= dim; d += LANES) multiply_rows(rows, 1, weights, TILE, v + d, dim, count, sums + d, stride, 0);
+  for (; d < dim; d++)
+    for (int r = 0; r < rows; r++)
+      for (int64_t t = 0; t < count; t++) sums[r * stride + d] += weights[r * TILE + t] * v[t * dim + d];
+}
+
+#define MAX_GROUP 32
+
+// Attend from q [group][dim] to `count` keys and values: sums [group][dim], then each row's maximum and total weight.
+INLINE void attend_tile(int64_t group, int64_t dim, const float *q, const float *k, const float *v, int64_t count,
+                        float *sums, int64_t stride) {
+  float scores[MAX_GROUP * TILE] __attribute__((aligned(64)));
+  score_tile(group, dim, q, k, count, scores);
+  for (int64_t g = 0; g < group; g++) {
+    float *row = scores + g * TILE, *top = sums + g * stride + dim, *total = top + 1, before = *top;
+    vf tops = splat(before), weights = {0};
+    for (int64_t t = 0; t < count; t += LANES) tops = vmax(tops, load(row + t));
+    *top = max_of(tops);
+    for (int64_t t = 0; t < count; t += LANES) {
+      vf w = vexp(load(row + t) - *top);
+      store(row + t, w);
+      weights += w;
+    }
+    if (*top > before) {
+      float shrink = exp1(before - *top);
+      *total *= shrink;
+      for (int64_t d = 0; d < dim; d++) sums[g * stride + d] *= shrink;
+    }
+    *total += sum(weights);
+  }
+  int64_t g = 0;
+  for (; g + 4 <= group; g += 4) add_values(4, dim, scores + g * TILE, v, count, sums + g * stride, stride);
+  if (group - g == 3) add_values(3, dim, scores + g * TILE, v, count, sums + g * stride, stride);
+  if (group - g == 2) add_values(2, dim, scores + g * TILE, v, count, sums + g * stride, stride);
+  if (group - g == 1) add_values(1, dim, scores + g * TILE, v, count, sums + g * stride, stride);
+}
+
+static void attend_tile_any(int64_t group, int64_t dim, const float *q, const float *k, const float *v, int64_t count,
+                            float *sums, int64_t stride) {
+  if (dim == 64) attend_tile(group, 64, q, k, v, count, sums, stride);
+  else if (dim == 128) attend_tile(group, 128, q, k, v, count, sums, stride);
+  else attend_tile(group, dim, q, k, v, count, sums, stride);
+}
+
+// The queries of a KV head, scaled, and rotated like the keys they meet.
+INLINE void load_queries(const layer_cache *c, const float *q, int64_t head, int rotate, float *to) {
+  float scale = 1.0f / __builtin_sqrtf((float)c->dim);
+  for (int64_t g = 0; g < c->query_group; g++, to += c->dim) {
+    for (int64_t d = 0; d < c->dim; d++) to[d] = q[(head * c->query_group + g) * c->dim + d] * scale;
+    if (rotate) hadamard(to, c->dim);
+  }
+}
+
+INLINE void attend_slots(const layer_cache *c, int64_t head, const float *q, int64_t slot, int64_t count, float *sums,
+                         int64_t stride) {
+  int64_t at = (head * (c->sink + c->recent) + slot) * c->dim;
+  for (int64_t i = 0; i < count; i += TILE)
+    attend_tile_any(c->query_group, c->dim, q, c->keys + at + i * c->dim, c->values + at + i * c->dim,
+                    least(TILE, count - i), sums, stride);
+}
+
+static void run_decode_attention(const void *args, pool *p, int64_t thread) {
+  const decode_args *a = args;
+  const layer_cache *c = a->cache;
+  int64_t position = *c->start, dim = c->dim, group = c->query_group, stride = dim + 2;
+  span blocks = block_tokens(c, position);
+  int64_t size = span_size(a, blocks.end - blocks.begin), spans = (blocks.end - blocks.begin + size - 1) / size;
+  float q[MAX_GROUP * MAX_DIM], k[TILE * MAX_DIM], v[TILE * MAX_DIM];
+  for (int64_t item; (item = next_item(p)) < (spans + 1) * c->kv_heads;) {
+    int64_t head = item % c->kv_heads, which = item / c->kv_heads;  // 0: the window
+    if (which && c->rows[head] < 0) continue;
+    float *sums = a->partial + (head * (a->max_spans + 1) + which) * group * stride;
+    for (int64_t g = 0; g < group; g++) {
+      for (int64_t d = 0; d < dim; d++) sums[g * stride + d] = 0;
+      sums[g * stride + dim] = -__builtin_inff();
+      sums[g * stride + dim + 1] = 0;
+    }
+    load_queries(c, a->q, head, which && c->key.rotate, q);
+    if (!which) {
+      int64_t sinks = least(c->sink, position + 1), first = most(c->sink, position - c->widths[head] + 1);
+      attend_slots(c, head, q, 0, sinks, sums, stride);
+      if (first > position) continue;
+      int64_t from = slot_of(c, first), to = slot_of(c, position);  // both ends included
+      if (from <= to) {
+        attend_slots(c, head, q, from, to - from + 1, sums, stride);
+      } else {
+        attend_slots(c, head, q, from, c->sink + c->recent - from, sums, stride);
+        attend_slots(c, head, q, c->sink, to - c->sink + 1, sums, stride);
+      }
+      continue;
+    }
+    int64_t begin = blocks.begin + (which - 1) * size, end = least(blocks.end, begin + size);
+    const int64_t *table = c->table + c->rows[head] * c->table_stride;
+    while (begin < end) {
+      int64_t block = begin / c->block_size, first = begin % c->block_size;
+      int64_t count = least(TILE, least(end - begin, c->block_size - first));
+      const uint8_t *record = c->records + table[block] * c->record_bytes;
+      decode_plane(record, &c->key, dim, first, count, k);
+      decode_plane(record, &c->value, dim, first, count, v);
+      attend_tile_any(group, dim, q, k, v, count, sums, stride);
+      begin += count;
+    }
+  }
+}
+
+// Join the spans of every head: out = sum of weighted values over sum of weights.
+static void run_merge(const void *args, pool *p, int64_t thread) {
+  const decode_args *a = args;
+  const layer_cache *c = a->cache;
+  int64_t dim = c->dim, group = c->query_group, stride = dim + 2;
+  span blocks = block_tokens(c, *c->start);
+  int64_t size = span_size(a, blocks.end - blocks.begin), spans = (blocks.end - blocks.begin + size - 1) / size;
+  for (int64_t item; (item = next_item(p)) < c->kv_heads * group;) {
+    int64_t head = item / group, g = item % group;
+    const float *part = a->partial + (head * (a->max_spans + 1) * group + g) * stride;  // part 0: the window
+    int64_t parts = c->rows[head] < 0 ? 1 : spans + 1, apart = group * stride;
+    float top = part[dim], total = 0, sums[MAX_DIM];
+    for (int64_t i = 1; i < parts; i++) top = part[i * apart + dim] > top ? part[i * apart + dim] : top;
+    for (int64_t d = 0; d < dim; d++) sums[d] = 0;
+    for (int64_t i = parts - 1; i >= 0; i--) {
+      if (i == 0 && c->value.rotate && parts > 1) hadamard(sums, dim);
+      float share = exp1(part[i * apart + dim] - top);
+      total += part[i * apart + dim + 1] * share;
+      for (int64_t d = 0; d < dim; d++) sums[d] += part[i * apart + d] * share;
+    }
+    for (int64_t d = 0; d < dim; d++) a->out[item * dim + d] = sums[d] / total;
+  }
+}
+
+// ---- a chunk of new tokens ----
+
+typedef struct {
+  const layer_cache *cache;
+  const float *q;      // [count, kv_heads * query_group, dim]
+  const float *k, *v;  // [count, kv_heads, dim], not yet in the ring
+  float *out;          // like q
+  float *scratch;      // [threads, scratch_floats(...)]
+  int64_t scratch_stride;
+  int64_t count, tile;  // new tokens; queries per item of work
+} prefill_args;
+
+// What one item works on: rows are (query, query head) pairs, query by query.
+typedef struct {
+  int64_t rows, dim, group, first;  // `first`: position of the first query
+  float *q, *rotated, *sums, *scores, *k_t, *k, *v, *top, *total;
+} tile_state;
+
+// Attend to `count` keys from position `begin` on. Row r sees those in [low(i), high(i)) with i its position:
+// window == 0: [begin, i - width + 1); 1: sinks and causal; 2: the band of `width` and causal.
+static void attend_keys(const layer_cache *c, tile_state *s, const float *q, const float *k, int64_t k_stride, const float *v,
+                        int64_t v_stride, int64_t begin, int64_t count, int part, int64_t width) {
+  int64_t dim = s->dim;
+  int64_t padded = (count + NR - 1) / NR * NR;
+  transpose(k, k_stride, count, dim, s->k_t, TILE);
+  for (int64_t d = 0; d < dim; d++)
+    for (int64_t t = count; t < padded; t++) s->k_t[d * TILE + t] = 0;
+  for (int64_t t = 0; t < padded; t += NR) multiply(s->rows, q, dim, s->k_t + t, TILE, dim, s->scores + t, TILE, 1);
+  for (int64_t r = 0; r < s->rows; r++) {
+    int64_t i = s->first + r / s->group, low = 0, high = count;
+    if (part == 0) high = least(count, i - width + 1 - begin);
+    if (part >= 1) high = least(count, i + 1 - begin);
+    if (part == 2) low = most(0, i - width + 1 - begin);
+    float *scores = s->scores + r * TILE, highest = s->top[r];
+    if (high <= low) {
+      for (int64_t t = 0; t < padded; t++) scores[t] = 0;
+      continue;
+    }
+    for (int64_t t = 0; t < low; t++) scores[t] = -__builtin_inff();
+    for (int64_t t = high; t < padded; t++) scores[t] = -__builtin_inff();
+    vf tops = load(scores);
+    for (int64_t t = LANES; t < padded; t += LANES) tops = vmax(tops, load(scores + t));
+    float tile_top = max_of(tops);
+    vf weights = {0};
+    if (tile_top > highest) {
+      float shrink = exp1(highest - tile_top);
+      highest = tile_top;
+      s->top[r] = highest;
+      s->total[r] *= shrink;
+      float *sums = s->sums + r * dim;
+      for (int64_t d = 0; d < dim; d++) sums[d] *= shrink;
+    }
+    for (int64_t t = 0; t < padded; t += LANES) {
+      vf w = vexp(load(scores + t) - highest);
+      store(scores + t, w);
+      weights += w;
+    }
+    s->total[r] += sum(weights);
+  }
+  int64_t d = 0;
+  for (; d + NR <= dim; d += NR) multiply(s->rows, s->scores, TILE, v + d, v_stride, count, s->sums + d, dim, 0);
+  for (; d < dim; d++)
+    for (int64_t r = 0; r < s->rows; r++)
+      for (int64_t t = 0; t < count; t++) s->sums[r * dim + d] += s->scores[r * TILE + t] * v[t * v_stride + d];
+}
+
+// Window keys of positions begin .. end - 1, from the ring or from the chunk.
+static void attend_window(const prefill_args *a, tile_state *s, int64_t head, int64_t begin, int64_t end, int part,
+                          int64_t width) {
+  const layer_cache *c = a->cache;
+  int64_t start = *c->start;
+  while (begin < end) {
+    int64_t count = least(TILE, end - begin), stride = c->dim;
+    const float *k, *v;
+    if (begin < start) {
+      int64_t slot = slot_of(c, begin), limit = begin < c->sink ? c->sink : c->sink + c->recent;
+      count = least(count, least(start - begin, limit - slot));
+      k = c->keys + (head * (c->sink + c->recent) + slot) * c->dim;
+      v = c->values + (head * (c->sink + c->recent) + slot) * c->dim;
+    } else {
+      stride = c->kv_heads * c->dim;
+      k = a->k + (begin - start) * stride + head * c->dim;
+      v = a->v + (begin - start) * stride + head * c->dim;
+    }
+    attend_keys(c, s, s->q, k, stride, v, stride, begin, count, part, width);
+    begin += count;
+  }
+}
+
+static void run_prefill_attention(const void *args, pool *p, int64_t thread) {
+  const prefill_args *a = args;
+  const layer_cache *c = a->cache;
+  int64_t start = *c->start, dim = c->dim, group = c->query_group, most_rows = a->tile * group;
+  int64_t tiles = (a->count + a->tile - 1) / a->tile;
+  float *at = a->scratch + thread * a->scratch_stride;
+  tile_state s = {.dim = dim, .group = group};
+  s.q = at;
+  s.rotated = s.q + most_rows * dim;
+  s.sums = s.rotated + most_rows * dim;
+  s.scores = s.sums + most_rows * dim;
+  s.k_t = s.scores + most_rows * TILE;
+  s.k = s.k_t + dim * TILE;
+  s.v = s.k + dim * TILE;
+  s.top = s.v + dim * TILE;
+  s.total = s.top + most_rows;
+  float scale = 1.0f / __builtin_sqrtf((float)dim);
+  for (int64_t item; (item = next_item(p)) < tiles * c->kv_heads;) {
+    int64_t head = item % c->kv_heads, tile = tiles - 1 - item / c->kv_heads;  // the last see most: they come first
+    int64_t begin = tile * a->tile, queries = least(a->tile, a->count - begin), width = c->widths[head];
+    s.first = start + begin;
+    s.rows = queries * group;
+    int64_t last = s.first + queries - 1;
+    for (int64_t r = 0; r < s.rows; r++) {
+      const float *q = a->q + (((begin + r / group) * c->kv_heads + head) * group + r % group) * dim;
+      for (int64_t d = 0; d < dim; d++) s.q[r * dim + d] = q[d] * scale;
+      for (int64_t d = 0; d < dim; d++) s.sums[r * dim + d] = 0;
+      s.top[r] = -__builtin_inff();
+      s.total[r] = 0;
+    }
+    int64_t seen_end = last - width + 1;  // of the blocks, by any query of the tile
+    if (c->rows[head] >= 0 && seen_end > c->sink) {
+      const float *q = s.q;
+      if (c->key.rotate) {
+        for (int64_t i = 0; i < s.rows * dim; i++) s.rotated[i] = s.q[i];
+        for (int64_t r = 0; r < s.rows; r++) hadamard(s.rotated + r * dim, dim);
+        q = s.rotated;
+      }
+      const int64_t *table = c->table + c->rows[head] * c->table_stride;
+      for (int64_t position = c->sink; position < seen_end;) {
+        int64_t block = position / c->block_size, first = position % c->block_size;
+        int64_t count = least(TILE, least(seen_end - position, c->block_size - first));
+        const uint8_t *record = c->records + table[block] * c->record_bytes;
+        decode_plane(record, &c->key, dim, first, count, s.k);
+        decode_plane(record, &c->value, dim, first, count, s.v);
+        attend_keys(c, &s, q, s.k, dim, s.v, dim, position, count, 0, width);
+        position += count;
+      }
+      if (c->value.rotate)
+        for (int64_t r = 0; r < s.rows; r++) hadamard(s.sums + r * dim, dim);
+    }
+    attend_window(a, &s, head, 0, least(c->sink, last + 1), 1, width);
+    attend_window(a, &s, head, most(c->sink, s.first - width + 1), last + 1, 2, width);
+    for (int64_t r = 0; r < s.rows; r++) {
+      float *out = a->out + (((begin + r / group) * c->kv_heads + head) * group + r % group) * dim;
+      for (int64_t d = 0; d < dim; d++) out[d] = s.sums[r * dim + d] / s.total[r];
+    }
+  }
+}

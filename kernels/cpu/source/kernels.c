@@ -1,0 +1,29 @@
+// The compiled CPU kernels of duolocal, one translation unit. Called from kernels/cpu/*.py through ctypes.
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+#include "planes.h"
+#include "pool.h"
+#include "weights.h"
+
+enum operation_id { RMS_NORM, LINEAR, ROPE, SILU_MUL, EMBED, CLOSE_BLOCKS, WRITE_RING, DECODE_ATTENTION, MERGE, PREFILL_ATTENTION };
+
+void *duo_operation(int64_t id) {
+  static const operation table[] = {run_rms_norm,     run_linear,     run_rope,             run_silu_mul, run_embed,
+                                    run_close_blocks, run_write_ring, run_decode_attention, run_merge,    run_prefill_attention};
+  return (void *)table[id];
+}
+
+// The size of each structure, for Python to compare with its own.
+int64_t duo_size(int64_t id) {
+  static const int64_t sizes[] = {sizeof(pool),       sizeof(op),         sizeof(matrix),      sizeof(linear_args),
+                                  sizeof(rms_norm_args), sizeof(rope_args),  sizeof(silu_args),   sizeof(embed_args),
+                                  sizeof(plane),      sizeof(layer_cache), sizeof(store_args), sizeof(decode_args),
+                                  sizeof(prefill_args)};
+  return sizes[id];
+}
+
+int64_t duo_lanes(void) { return LANES; }
+
+// The clock of `pool.times`.
+int64_t duo_ticks(void) { return ticks(); }

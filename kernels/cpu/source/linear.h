@@ -1,0 +1,232 @@
+// y = x W^T (+ bias) (+ residual) with W in the bits of its file, for several W that read the same x.
+//
+// Few rows of x: every row of W is decoded once, straight into dot products. Many rows: W is decoded panel by panel
+// into the cache and multiplied there, so that the whole matrix never exists in float32.
+#pragma once
+#include "pool.h"
+#include "weights.h"
+
+#define MAX_MATRICES 4
+#define FEW_ROWS 12  // up to this many rows of x
+#define NR (2 * LANES)  // columns of a panel: output features
+#if LANES == 16
+#define MR 12
+#else
+#define MR 6
+#endif
+#define KC 256   // depth of a panel: input features; a multiple of every block size
+#define SLICE 1024  // input features decoded at a time for few rows
+
+typedef struct {
+  const float *x;         // [num_rows, cols]
+  int64_t num_rows;
+  int64_t count;          // matrices
+  const float *residual;  // null, or [num_rows, rows of the one matrix]
+  matrix w[MAX_MATRICES];
+  float *y[MAX_MATRICES];          // [num_rows, rows]
+  const float *bias[MAX_MATRICES];  // null, or [rows]
+} linear_args;
+
+// c [rows, vectors * LANES] += a [rows, depth] * b [depth, vectors * LANES]: `rows` and `vectors` (up to 2) are constants
+// wherever this is inlined, so that the sums stay in registers.
+INLINE void multiply_rows(int rows, int vectors, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
+                          int64_t depth, float *c, int64_t c_stride, int fresh) {
+  vf acc[MR][2];
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < vectors; j++) acc[i][j] = fresh ? splat(0) : load(c + i * c_stride + j * LANES);
+  for (int64_t k = 0; k < depth; k++) {
+    vf bk[2];
+    for (int j = 0; j < vectors; j++) bk[j] = load(b + k * b_stride + j * LANES);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < rows; i++) {
+      vf ai = splat(a[i * a_stride + k]);
+      for (int j = 0; j < vectors; j++) acc[i][j] += ai * bk[j];
+    }
+  }
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < vectors; j++) store(c + i * c_stride + j * LANES, acc[i][j]);
+}
+
+// The same for any number of rows.
+static void multiply(int64_t rows, const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth,
+                     float *c, int64_t c_stride, int fresh) {
+  int64_t i = 0;
+  for (; i + MR <= rows; i += MR)
+    multiply_rows(MR, 2, a + i * a_stride, a_stride, b, b_stride, depth, c + i * c_stride, c_stride, fresh);
+  for (; i + 4 <= rows; i += 4)
+    multiply_rows(4, 2, a + i * a_stride, a_stride, b, b_stride, depth, c + i * c_stride, c_stride, fresh);
+  for (; i < rows; i++)
+    multiply_rows(1, 2, a + i * a_stride, a_stride, b, b_stride, depth, c + i * c_stride, c_stride, fresh);
+}
+
+// to [cols][to_stride] <- from [rows][from_stride], transposed.
+INLINE void transpose(const float *from, int64_t from_stride, int64_t rows, int64_t cols, float *to, int64_t to_stride) {
+  const int T = 8;
+  typedef v8 v8_u __attribute__((aligned(4)));
+  int64_t r = 0;
+  for (; r + T <= rows; r += T) {
+    int64_t c = 0;
+    for (; c + T <= cols; c += T) {
+      v8 a[8], b[8];
+      for (int i = 0; i < 8; i++) a[i] = *(const v8_u *)(from + (r + i) * from_stride + c);
+#define LOW(x, y) __builtin_shufflevector(x, y, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH(x, y) __builtin_shufflevector(x, y, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW2(x, y) __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH2(x, y) __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15)
+      for (int i = 0; i < 4; i++) {
+        b[2 * i] = LOW(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = HIGH(a[2 * i], a[2 * i + 1]);
+      }
+      for (int i = 0; i < 2; i++) {
+        a[4 * i] = LOW2(b[4 * i], b[4 * i + 2]);
+        a[4 * i + 1] = HIGH2(b[4 * i], b[4 * i + 2]);
+        a[4 * i + 2] = LOW2(b[4 * i + 1], b[4 * i + 3]);
+        a[4 * i + 3] = HIGH2(b[4 * i + 1], b[4 * i + 3]);
+      }
+      for (int i = 0; i < 4; i++) {
+        *(v8_u *)(to + (c + i) * to_stride + r) = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        *(v8_u *)(to + (c + i + 4) * to_stride + r) = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+      }
+#undef LOW
+#undef HIGH
+#undef LOW2
+#undef HIGH2
+    }
+    for (; c < cols; c++)
+      for (int i = 0; i < T; i++) to[c * to_stride + r + i] = from[(r + i) * from_stride + c];
+  }
+  for (; r < rows; r++)
+    for (int64_t c = 0; c < cols; c++) to[c * to_stride + r] = from[r * from_stride + c];
+}
+
+// panel [count][NR] <- columns first .. first + count - 1 of rows `row` .. row + NR - 1; rows beyond the last are 0.
+static void pack_panel(const matrix *w, int64_t row, int64_t first, int64_t count, float *panel) {
+  if (w->format == AWQ) {
+    awq_decode(w, row / 8, NR, first, count, panel, NR);
+    return;
+  }
+  float decoded[8][KC];
+  for (int64_t r = 0; r < NR; r += 8) {
+    for (int64_t i = 0; i < 8; i++) {
+      if (row + r + i < w->rows) {
+        decode_row(w, row + r + i, first, count, decoded[i]);
+      } else {
+        for (int64_t c = 0; c < count; c++) decoded[i][c] = 0.0f;
+      }
+    }
+    transpose(decoded[0], KC, 8, count, panel + r, NR);
+  }
+}
+
+INLINE float start_value(const linear_args *a, int64_t which, int64_t row, int64_t out) {
+  float value = a->bias[which] ? a->bias[which][out] : 0.0f;
+  if (a->residual) value += a->residual[row * a->w[which].rows + out];
+  return value;
+}
+
+// One panel of output features for all rows of x.
+static void linear_panel(const linear_args *a, int64_t which, int64_t row) {
+  const matrix *w = &a->w[which];
+  float *y = a->y[which];
+  float panel[KC * NR] __attribute__((aligned(64)));
+  int64_t width = w->rows - row < NR ? w->rows - row : NR;
+  int plain = !a->bias[which] && !a->residual && width == NR;
+  if (!plain)
+    for (int64_t i = 0; i < a->num_rows; i++)
+      for (int64_t j = 0; j < width; j++) y[i * w->rows + row + j] = start_value(a, which, i, row + j);
+  for (int64_t first = 0; first < w->cols; first += KC) {
+    int64_t depth = w->cols - first < KC ? w->cols - first : KC;
+    pack_panel(w, row, first, depth, panel);
+    if (width == NR) {
+      multiply(a->num_rows, a->x + first, w->cols, panel, NR, depth, y + row, w->rows, plain && first == 0);
+      continue;
+    }
+    for (int64_t i = 0; i < a->num_rows; i += MR) {
+      int64_t rows = a->num_rows - i < MR ? a->num_rows - i : MR;
+      float tile[MR * NR];
+      multiply(rows, a->x + i * w->cols + first, w->cols, panel, NR, depth, tile, NR, 1);
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < width; j++) y[(i + r) * w->rows + row + j] += tile[r * NR + j];
+    }
+  }
+}
+
+// Rows first .. last - 1 of W for one row of x.
+static void linear_one_row(const linear_args *a, int64_t which, int64_t first, int64_t last) {
+  const matrix *w = &a->w[which];
+  int64_t units = w->cols / UNIT;
+  for (int64_t row = first; row < last; row += ROWS_AT_ONCE) {
+    const uint8_t *data = w->data + row * w->row_bytes;
+    int64_t second = row + 1 < last;
+    float y[2] = {0, 0};
+    dots[w->format](data, second ? w->row_bytes : 0, a->x, units, y);
+    for (int64_t r = 0; r <= second; r++) {
+      for (int64_t col = units * UNIT; col < w->cols; col++) y[r] += dense_at(w, data + r * w->row_bytes, col) * a->x[col];
+      a->y[which][row + r] = y[r] + start_value(a, which, 0, row + r);
+    }
+  }
+}
+
+// Rows first .. last - 1 of W for a few rows of x: each is decoded once.
+static void linear_few_rows(const linear_args *a, int64_t which, int64_t first, int64_t last) {
+  const matrix *w = &a->w[which];
+  float decoded[SLICE];
+  for (int64_t row = first; row < last; row++) {
+    float y[FEW_ROWS] = {0};
+    for (int64_t at = 0; at < w->cols; at += SLICE) {
+      int64_t count = w->cols - at < SLICE ? w->cols - at : SLICE, whole = count / LANES * LANES;
+      decode_row(w, row, at, count, decoded);
+      for (int64_t i = 0; i < a->num_rows; i++) {
+        const float *x = a->x + i * w->cols + at;
+        vf acc[2] = {0};
+        int64_t k = 0;
+        for (; k + 2 * LANES <= whole; k += 2 * LANES)
+          for (int j = 0; j < 2; j++) acc[j] += load(decoded + k + j * LANES) * load(x + k + j * LANES);
+        if (k < whole) acc[0] += load(decoded + k) * load(x + k);
+        y[i] += sum(acc[0] + acc[1]);
+        for (k = whole; k < count; k++) y[i] += decoded[k] * x[k];
+      }
+    }
+    for (int64_t i = 0; i < a->num_rows; i++) a->y[which][i * w->rows + row] = y[i] + start_value(a, which, i, row);
+  }
+}
+
+// Channels of AWQ_CHANNELS / 8 words for a few rows of x.
+static void linear_awq(const linear_args *a, int64_t which, int64_t word) {
+  const matrix *w = &a->w[which];
+  for (int64_t i = 0; i < a->num_rows; i++) {
+    float y[AWQ_CHANNELS];
+    awq_dot(w, word, a->x + i * w->cols, y);
+    for (int64_t j = 0; j < AWQ_CHANNELS && 8 * word + j < w->rows; j++)
+      a->y[which][i * w->rows + 8 * word + j] = y[j] + start_value(a, which, i, 8 * word + j);
+  }
+}
+
+// Rows of W that are one item of work.
+INLINE int64_t rows_per_item(const linear_args *a, const matrix *w, int64_t threads) {
+  if (a->num_rows > FEW_ROWS) return NR;
+  if (w->format == AWQ) return AWQ_CHANNELS;
+  int64_t rows = w->rows / (4 * threads) / 8 * 8;
+  return rows < 16 ? 16 : rows > 512 ? 512 : rows;
+}
+
+static void run_linear(const void *args, pool *p, int64_t thread) {
+  const linear_args *a = args;
+  for (;;) {
+    int64_t item = next_item(p), which = 0;
+    for (; which < a->count; which++) {
+      int64_t per_item = rows_per_item(a, &a->w[which], p->num_threads);
+      int64_t items = (a->w[which].rows + per_item - 1) / per_item;
+      if (item < items) break;
+      item -= items;
+    }
+    if (which == a->count) return;
+    const matrix *w = &a->w[which];
+    int64_t per_item = rows_per_item(a, w, p->num_threads), first = item * per_item;
+    int64_t last = first + per_item < w->rows ? first + per_item : w->rows;
+    if (a->num_rows > FEW_ROWS) linear_panel(a, which, first);
+    else if (w->format == AWQ) linear_awq(a, which, first / 8);
+    else if (a->num_rows == 1) linear_one_row(a, which, first, last);
+    else linear_few_rows(a, which, first, last);
+  }
+}

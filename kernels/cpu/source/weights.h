@@ -1,0 +1,286 @@
+// Weights in the bits of their file: decoding, and dot products that decode on the way.
+//
+// A row of a GGUF weight is a run of blocks; every format here is read in units of 32 neighbouring input features.
+// Layouts: ggml's ggml-common.h (block_q4_0 ... block_q6_K), and AutoAWQ's GEMM layout.
+#pragma once
+#include "simd.h"
+
+enum format { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, AWQ, NUM_FORMATS };
+
+#define UNIT 32
+#define PER_UNIT (UNIT / LANES)
+
+typedef struct {
+  const uint8_t *data;    // [rows, row_bytes]; AWQ: int32 [cols, rows / 8]
+  int64_t format;
+  int64_t rows;           // out_features
+  int64_t cols;           // in_features
+  int64_t row_bytes;
+  const uint8_t *zeros;   // AWQ: int32 [cols / group, rows / 8]
+  const uint8_t *scales;  // AWQ: float16 [cols / group, rows]
+  int64_t group;          // AWQ: input features per scale
+} matrix;
+
+// 32 values from 16 bytes: the low nibbles first, then the high ones.
+INLINE void nibbles(const uint8_t *p, vf *w) {
+  for (int i = 0; i < PER_UNIT / 2; i++) {
+    vb c = *(const vb_u *)(p + i * LANES);
+    w[i] = from_u8(c & 15);
+    w[i + PER_UNIT / 2] = from_u8(c >> 4);
+  }
+}
+
+// The same times scale, plus minimum.
+INLINE void scaled_nibbles(const uint8_t *p, float scale, float minimum, vf *w) {
+  nibble_table table = nibbles_times(scale, minimum);
+  for (int i = 0; i < PER_UNIT / 2; i++) look_up(table, *(const vb_u *)(p + i * LANES), &w[i], &w[i + PER_UNIT / 2]);
+}
+
+// The same with a fifth bit per value: bit j of the word belongs to value j.
+INLINE void five_bits(const uint8_t *p, uint32_t high, vf *w) {
+  nibbles(p, w);
+  for (int i = 0; i < PER_UNIT; i++) {
+    vu bit;
+    for (int j = 0; j < LANES; j++) bit[j] = (uint32_t)j;
+    vu fifth = (((vu){0} + (high >> (i * LANES))) >> bit) & 1;
+    w[i] += __builtin_convertvector((vi)(fifth << 4), vf);
+  }
+}
+
+INLINE void scale_by(vf *w, float scale, float minimum) {
+  for (int i = 0; i < PER_UNIT; i++) w[i] = w[i] * scale + minimum;
+}
+
+INLINE void unit_f32(const uint8_t *row, int64_t u, vf *w) {
+  for (int i = 0; i < PER_UNIT; i++) w[i] = load((const float *)row + u * UNIT + i * LANES);
+}
+
+INLINE void unit_f16(const uint8_t *row, int64_t u, vf *w) {
+  for (int i = 0; i < PER_UNIT; i++) w[i] = from_half(*(const vhf_u *)(row + 2 * (u * UNIT + i * LANES)));
+}
+
+INLINE void unit_bf16(const uint8_t *row, int64_t u, vf *w) {
+  for (int i = 0; i < PER_UNIT; i++) w[i] = from_bfloat(*(const vh_u *)(row + 2 * (u * UNIT + i * LANES)));
+}
+
+INLINE void unit_q8_0(const uint8_t *row, int64_t u, vf *w) {
+  const uint8_t *p = row + 34 * u;
+  float d = half_at(p);
+  for (int i = 0; i < PER_UNIT; i++) w[i] = from_i8(*(const vsb_u *)(p + 2 + i * LANES)) * d;
+}
+
+INLINE void unit_q4_0(const uint8_t *row, int64_t u, vf *w) {
+  const uint8_t *p = row + 18 * u;
+  float d = half_at(p);
+  scaled_nibbles(p + 2, d, -8.0f * d, w);
+}
+
+INLINE void unit_q4_1(const uint8_t *row, int64_t u, vf *w) {
+  const uint8_t *p = row + 20 * u;
+  scaled_nibbles(p + 4, half_at(p), half_at(p + 2), w);
+}
+
+INLINE void unit_q5_0(const uint8_t *row, int64_t u, vf *w) {
+  const uint8_t *p = row + 22 * u;
+  float d = half_at(p);
+  five_bits(p + 6, *(const u32_u *)(p + 2), w);
+  scale_by(w, d, -16.0f * d);
+}
+
+INLINE void unit_q5_1(const uint8_t *row, int64_t u, vf *w) {
+  const uint8_t *p = row + 24 * u;
+  five_bits(p + 8, *(const u32_u *)(p + 4), w);
+  scale_by(w, half_at(p), half_at(p + 2));
+}
+
+// Scale and minimum of the s-th sub-block of Q4_K and Q5_K (their packing: quant/gguf.py).
+INLINE void k_scale(const uint8_t *p, int s, float *scale, float *minimum) {
+  const uint8_t *q = p + 4;
+  int sc, m;
+  if (s < 4) {
+    sc = q[s] & 63;
+    m = q[s + 4] & 63;
+  } else {
+    sc = (q[s + 4] & 15) | ((q[s - 4] >> 6) << 4);
+    m = (q[s + 4] >> 4) | ((q[s] >> 6) << 4);
+  }
+  *scale = half_at(p) * (float)sc;
+  *minimum = -half_at(p + 2) * (float)m;
+}
+
+// 32 values of one sub-block of Q4_K or Q5_K: sub-blocks 2i and 2i + 1 are the low and high nibbles of 32 bytes.
+INLINE void k_nibbles(const uint8_t *p, int s, vf *w) {
+  for (int i = 0; i < PER_UNIT; i++) {
+    vb c = *(const vb_u *)(p + 32 * (s / 2) + i * LANES);
+    w[i] = from_u8(s & 1 ? c >> 4 : c & 15);
+  }
+}
+
+INLINE void unit_q4_k(const uint8_t *row, int64_t u, vf *w) {
+  const uint8_t *p = row + 144 * (u / 8);
+  float scale, minimum;
+  k_scale(p, u % 8, &scale, &minimum);
+  k_nibbles(p + 16, u % 8, w);
+  scale_by(w, scale, minimum);
+}
+
+INLINE void unit_q5_k(const uint8_t *row, int64_t u, vf *w) {
+  const uint8_t *p = row + 176 * (u / 8);
+  int s = u % 8;
+  float scale, minimum;
+  k_scale(p, s, &scale, &minimum);
+  k_nibbles(p + 48, s, w);
+  for (int i = 0; i < PER_UNIT; i++) {
+    vb high = (*(const vb_u *)(p + 16 + i * LANES) >> s) & 1;
+    w[i] += from_u8(high << 4);
+  }
+  scale_by(w, scale, minimum);
+}
+
+INLINE void unit_q6_k(const uint8_t *row, int64_t u, vf *w) {
+  const uint8_t *p = row + 210 * (u / 8);
+  int s = u % 8, run = s / 4, part = s % 4;  // 2 runs of 4 units; a pair of high bits for each
+  const uint8_t *low = p + 64 * run + 32 * (part % 2), *high = p + 128 + 32 * run;
+  const int8_t *scales = (const int8_t *)(p + 192) + 2 * s;
+  float d = half_at(p + 208);
+  for (int i = 0; i < PER_UNIT; i++) {
+    vb c = *(const vb_u *)(low + i * LANES), h = (*(const vb_u *)(high + i * LANES) >> (2 * part)) & 3;
+    c = (part < 2 ? c & 15 : c >> 4) | (h << 4);
+    w[i] = (from_u8(c) - 32.0f) * (d * (float)scales[i * LANES / 16]);
+  }
+}
+
+typedef void (*decode_fn)(const uint8_t *row, int64_t first, int64_t units, float *out);
+typedef void (*dot_fn)(const uint8_t *row, int64_t row_bytes, const float *x, int64_t units, float *y);
+
+#define ROWS_AT_ONCE 2
+
+// decode_*: units first .. first + units - 1 of a row. dot_*: two rows times x, added to y[0] and y[1].
+#define DEFINE_FORMAT(name)                                                                               \
+  static void decode_##name(const uint8_t *row, int64_t first, int64_t units, float *out) {               \
+    for (int64_t u = 0; u < units; u++) {                                                                 \
+      vf w[PER_UNIT];                                                                                     \
+      unit_##name(row, first + u, w);                                                                     \
+      for (int i = 0; i < PER_UNIT; i++) store(out + u * UNIT + i * LANES, w[i]);                         \
+    }                                                                                                     \
+  }                                                                                                       \
+  static void dot_##name(const uint8_t *row, int64_t row_bytes, const float *x, int64_t units, float *y) { \
+    vf a[PER_UNIT] = {0}, b[PER_UNIT] = {0};                                                              \
+    for (int64_t u = 0; u < units; u++) {                                                                 \
+      vf w[PER_UNIT], v[PER_UNIT];                                                                        \
+      unit_##name(row, u, w);                                                                             \
+      unit_##name(row + row_bytes, u, v);                                                                 \
+      for (int i = 0; i < PER_UNIT; i++) {                                                                \
+        vf xi = load(x + u * UNIT + i * LANES);                                                           \
+        a[i] += w[i] * xi;                                                                                \
+        b[i] += v[i] * xi;                                                                                \
+      }                                                                                                   \
+    }                                                                                                     \
+    vf sa = a[0], sb = b[0];                                                                              \
+    for (int i = 1; i < PER_UNIT; i++) {                                                                  \
+      sa += a[i];                                                                                         \
+      sb += b[i];                                                                                         \
+    }                                                                                                     \
+    y[0] += sum(sa);                                                                                      \
+    y[1] += sum(sb);                                                                                      \
+  }
+
+DEFINE_FORMAT(f32)
+DEFINE_FORMAT(f16)
+DEFINE_FORMAT(bf16)
+DEFINE_FORMAT(q8_0)
+DEFINE_FORMAT(q4_0)
+DEFINE_FORMAT(q4_1)
+DEFINE_FORMAT(q5_0)
+DEFINE_FORMAT(q5_1)
+DEFINE_FORMAT(q4_k)
+DEFINE_FORMAT(q5_k)
+DEFINE_FORMAT(q6_k)
+
+static const decode_fn decoders[NUM_FORMATS] = {decode_f32,  decode_f16,  decode_bf16, decode_q8_0, decode_q4_0, decode_q4_1,
+                                                decode_q5_0, decode_q5_1, decode_q4_k, decode_q5_k, decode_q6_k, 0};
+static const dot_fn dots[NUM_FORMATS] = {dot_f32,  dot_f16,  dot_bf16, dot_q8_0, dot_q4_0, dot_q4_1,
+                                         dot_q5_0, dot_q5_1, dot_q4_k, dot_q5_k, dot_q6_k, 0};
+
+// One value of a 16- or 32-bit row: what is left of a row that is no whole number of units.
+INLINE float dense_at(const matrix *w, const uint8_t *row, int64_t col) {
+  if (w->format == F32) return ((const float *)row)[col];
+  if (w->format == F16) return half_at(row + 2 * col);
+  return bfloat_at(row + 2 * col);
+}
+
+// Decode columns first .. first + count - 1 of one row; `first` is a multiple of 32.
+static void decode_row(const matrix *w, int64_t row, int64_t first, int64_t count, float *out) {
+  const uint8_t *data = w->data + row * w->row_bytes;
+  int64_t units = count / UNIT;
+  decoders[w->format](data, first / UNIT, units, out);
+  for (int64_t col = units * UNIT; col < count; col++) out[col] = dense_at(w, data, first + col);
+}
+
+// AWQ: the i-th nibble of an int32, from below, holds this output channel of its eight.
+static const int awq_channel[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+#define AWQ_CHANNELS (8 * LANES)  // output channels that LANES packed words hold
+
+// LANES words from word `at` of the row `words`, of which `count` are there.
+INLINE vi awq_words(const int32_t *words, int64_t at, int64_t count) {
+  if (at + LANES <= count) return *(const vi_u *)(words + at);
+  vi w = {0};
+  for (int64_t i = 0; at + i < count; i++) w[i] = words[at + i];
+  return w;
+}
+
+// Scales and zeros of one group: lane c of vector i is channel 8c + awq_channel[i] of the words from `word` on.
+INLINE void awq_group(const matrix *w, int64_t group, int64_t word, vf *scale, vf *zero) {
+  int64_t words = w->rows / 8;
+  vi z = awq_words((const int32_t *)w->zeros + group * words, word, words);
+  const uint8_t *scales = w->scales + 2 * group * w->rows;
+  for (int i = 0; i < 8; i++) {
+    zero[i] = __builtin_convertvector((vi)((vu)z >> (4 * i)) & 15, vf);
+    for (int c = 0; c < LANES; c++) {
+      int64_t channel = 8 * (word + c) + awq_channel[i];
+      scale[i][c] = channel < w->rows ? half_at(scales + 2 * channel) : 0.0f;
+    }
+  }
+}
+
+// y[0 .. AWQ_CHANNELS - 1] = the channels of the words from `word` on, times x [cols].
+static void awq_dot(const matrix *w, int64_t word, const float *x, float *y) {
+  int64_t words = w->rows / 8;
+  vf total[8] = {0};
+  for (int64_t first = 0, group = 0; first < w->cols; first += w->group, group++) {
+    vf scale[8], zero[8], acc[8] = {0};
+    float x_sum = 0;
+    for (int64_t k = first; k < first + w->group; k++) {
+      vi q = awq_words((const int32_t *)w->data + k * words, word, words);
+      for (int i = 0; i < 8; i++) acc[i] += __builtin_convertvector((vi)((vu)q >> (4 * i)) & 15, vf) * x[k];
+      x_sum += x[k];
+    }
+    awq_group(w, group, word, scale, zero);
+    for (int i = 0; i < 8; i++) total[i] += (acc[i] - zero[i] * x_sum) * scale[i];
+  }
+  for (int i = 0; i < 8; i++)
+    for (int c = 0; c < LANES; c++) y[8 * c + awq_channel[i]] = total[i][c];
+}
+
+// out[k][0 .. channels - 1] for input features first .. first + count - 1, the channels from 8 * word on; rows of
+// `out` are `stride` floats apart; `channels` is a multiple of 8.
+static void awq_decode(const matrix *w, int64_t word, int64_t channels, int64_t first, int64_t count, float *out,
+                       int64_t stride) {
+  int64_t words = w->rows / 8;
+  for (int64_t k = first; k < first + count; k++, out += stride) {
+    const int32_t *data = (const int32_t *)w->data + k * words, *zeros = (const int32_t *)w->zeros + k / w->group * words;
+    const uint8_t *scales = w->scales + 2 * (k / w->group) * w->rows;
+    for (int64_t c = 0; c < channels / 8; c++) {
+      if (word + c >= words) {
+        for (int i = 0; i < 8; i++) out[8 * c + i] = 0.0f;
+        continue;
+      }
+      uint32_t q = (uint32_t)data[word + c], z = (uint32_t)zeros[word + c];
+      for (int i = 0; i < 8; i++) {
+        int j = awq_channel[i];
+        float code = (float)((int)(q >> 4 * i & 15) - (int)(z >> 4 * i & 15));
+        out[8 * c + j] = code * half_at(scales + 2 * (8 * (word + c) + j));
+      }
+    }
+  }
+}
