@@ -40,13 +40,13 @@ def engine(*, retrieval: tuple[bool, bool] = (True, False), tie: bool = False, k
 def record_steps(ours: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Return a list that will hold (position, tokens) of every forward pass."""
     steps: list[tuple[int, int]] = []
-    forward = ours._forward
+    forward = ours.step
 
     def recorded(token_ids: Sequence[int]) -> torch.Tensor:
         steps.append((ours.position, len(token_ids)))
         return forward(token_ids)
 
-    monkeypatch.setattr(ours, "_forward", recorded)
+    monkeypatch.setattr(ours, "step", recorded)
     return steps
 
 
@@ -85,14 +85,14 @@ def test_decode_leaves_the_cache_as_filled(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_first_token_of_a_run_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = engine()
     clock = [0.0]
-    forward = ours._forward
+    forward = ours.step
 
     def slow(ids: list[int]) -> object:
         # A step after the step of the text's token costs 1 s, that step itself 1000 s.
         clock[0] += 1000.0 if ours.position == 30 else 1.0
         return forward(ids)
 
-    monkeypatch.setattr(ours, "_forward", slow)
+    monkeypatch.setattr(ours, "step", slow)
     monkeypatch.setattr(decode_module.time, "perf_counter", lambda: clock[0])
     (result,) = measure_decode(ours, TOKENS, [30], num_tokens=4, repeats=2)
     assert result.token_s == Spread(1.0, 1.0, 1.0, 2)

@@ -242,7 +242,7 @@ class Engine:
         self._cancel.clear()
         done = 0
         for chunk in _chunks(token_ids, self.chunk_size):
-            self._forward(chunk)
+            self.step(chunk)
             done += len(chunk)
             yield done
 
@@ -265,7 +265,7 @@ class Engine:
         answer: list[int] = []
         hidden = None
         for chunk in _chunks(token_ids, self.chunk_size):
-            hidden = self._forward(chunk)
+            hidden = self.step(chunk)
         while True:
             assert hidden is not None
             logits = self.transformer.logits(hidden[-1:])[0]
@@ -282,7 +282,7 @@ class Engine:
             yield token
             if self.finish_reason is not None:
                 return
-            hidden = self._forward([token])
+            hidden = self.step([token])
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Append tokens and return the logits after each: [num_tokens, vocab_size] float32.
@@ -296,7 +296,30 @@ class Engine:
         self._check_fits(token_ids)
         self._cancel.clear()
         for chunk in _chunks(token_ids, self.chunk_size):
-            yield self.transformer.logits(self._forward(chunk))
+            yield self.transformer.logits(self.step(chunk))
+
+    @torch.inference_mode()
+    def step(self, token_ids: Sequence[int]) -> Tensor:
+        """Append tokens that fit, in one piece, whole or not at all; return hidden states [q_len, hidden_size].
+
+        What prefill and decode are made of; raises Cancelled between layers after `cancel`.
+        """
+        start = self.position
+        device = self.transformer.device
+        self.cache.begin(len(token_ids))
+        try:
+            hidden = self.transformer.hidden(
+                torch.tensor(token_ids, dtype=torch.int64, device=device),
+                torch.arange(start, start + len(token_ids), device=device),
+                self.cache,
+                before_layer=self._raise_if_cancelled,
+            )
+        except BaseException:
+            self.cache.rollback()
+            raise
+        self.cache.commit()
+        self.token_ids.extend(token_ids)
+        return hidden
 
     def cancel(self) -> None:
         """Stop the prefill or generation that is running (safe from a signal handler or another thread)."""
@@ -323,26 +346,6 @@ class Engine:
                 f"{self.context - self.position:,} are free; a context of "
                 f"{self.position + len(token_ids):,} or more is needed"
             )
-
-    @torch.inference_mode()
-    def _forward(self, token_ids: Sequence[int]) -> Tensor:
-        """Append one chunk to the cache, whole or not at all; return hidden states [q_len, hidden_size]."""
-        start = self.position
-        device = self.transformer.device
-        self.cache.begin(len(token_ids))
-        try:
-            hidden = self.transformer.hidden(
-                torch.tensor(token_ids, dtype=torch.int64, device=device),
-                torch.arange(start, start + len(token_ids), device=device),
-                self.cache,
-                before_layer=self._raise_if_cancelled,
-            )
-        except BaseException:
-            self.cache.rollback()
-            raise
-        self.cache.commit()
-        self.token_ids.extend(token_ids)
-        return hidden
 
     def _raise_if_cancelled(self, _layer: int) -> None:
         if self._cancel.is_set():

@@ -49,6 +49,11 @@ def add_bench_parsers(what: "argparse._SubParsersAction[_P]", add_model_options:
     _repeats(prefill, 3)
     add_model_options(prefill, context=False)
 
+    profile = add("profile", "where a decode step and a prefill chunk spend their time, operation by operation")
+    _contexts(profile, "512,8K")
+    _repeats(profile, 50)
+    add_model_options(profile, context=False)
+
     load = add("load", "time from nothing to a first token, in fresh processes")
     _repeats(load, 5)
     load.add_argument("--cold", action="store_true", help="drop the model file from the page cache before each run")
@@ -112,6 +117,10 @@ def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Con
         from duolocal.terminal.bench_speed_view import bench_decode
 
         return bench_decode(settings, console, progress, contexts=contexts, num_tokens=num_tokens, repeats=repeats)
+    if options.action == "profile":
+        from duolocal.terminal.bench_profile_view import bench_profile
+
+        return bench_profile(settings, console, progress, contexts=contexts, repeats=repeats)
     if options.action == "prefill":
         chunk_sizes = parse_sizes(options.chunk_sizes, "--chunk-sizes")
         from duolocal.terminal.bench_speed_view import bench_prefill

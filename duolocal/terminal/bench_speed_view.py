@@ -39,7 +39,7 @@ def bench_decode(
     """Print the decode speed at the ascending `contexts`; return the exit code."""
     source = fetch(settings, progress)
     token_ids = text_ids(load_tokenizer(source), contexts[-1] + 1)
-    engine = _load(source, settings, progress, context=contexts[-1] + num_tokens + 1)
+    engine = load_engine(source, settings, progress, context=contexts[-1] + num_tokens + 1)
     table = _table("context", "ms/token", "min", "max", "tokens/s", "GB/s")
     results = []
     with StillLine(progress) as line:
@@ -75,7 +75,7 @@ def bench_prefill(
     """Print the prefill speed at the ascending `contexts` and `chunk_sizes`; return the exit code."""
     source = fetch(settings, progress)
     token_ids = text_ids(load_tokenizer(source), contexts[-1])
-    engine = _load(source, settings, progress, context=max(16, contexts[-1]), chunk_size=chunk_sizes[-1])
+    engine = load_engine(source, settings, progress, context=max(16, contexts[-1]), chunk_size=chunk_sizes[-1])
     with StillLine(progress) as line:
         results = measure_prefill(engine, token_ids, contexts, chunk_sizes, repeats=repeats, on_step=line.show)
     table = _table("context", "chunk", "tokens/s", "min", "max")
@@ -133,7 +133,7 @@ def fetch(settings: ChatSettings, progress: Console) -> ModelSource:
         return open_model(resolve(settings.model, on_progress=shown.update))
 
 
-def _load(
+def load_engine(
     source: ModelSource, settings: ChatSettings, progress: Console, *, context: int, chunk_size: int | None = None
 ) -> Engine:
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:

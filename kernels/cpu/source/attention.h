@@ -189,6 +189,10 @@ INLINE void load_queries(const layer_cache *c, const float *q, int64_t head, int
   }
 }
 
+INLINE void prefetch_scales(const layer_cache *c, const uint8_t *record) {
+  for (int64_t at = c->key.scales_at; at < c->record_bytes; at += 64) __builtin_prefetch(record + at);
+}
+
 INLINE void attend_slots(const layer_cache *c, int64_t head, const float *q, int64_t slot, int64_t count, float *sums,
                          int64_t stride) {
   int64_t at = (head * (c->sink + c->recent) + slot) * c->dim;
@@ -233,8 +237,10 @@ static void run_decode_attention(const void *args, pool *p, int64_t thread) {
       int64_t block = begin / c->block_size, first = begin % c->block_size;
       int64_t count = least(TILE, least(end - begin, c->block_size - first));
       const uint8_t *record = c->records + table[block] * c->record_bytes;
-      decode_plane(record, &c->key, dim, first, count, k);
-      decode_plane(record, &c->value, dim, first, count, v);
+      int64_t ahead = begin + count < end ? (table[(begin + count) / c->block_size] - table[block]) * c->record_bytes : 0;
+      prefetch_scales(c, record + ahead);
+      decode_plane(record, &c->key, dim, first, count, ahead, k);
+      decode_plane(record, &c->value, dim, first, count, ahead, v);
       attend_tile_any(group, dim, q, k, v, count, sums, stride);
       begin += count;
     }
@@ -397,8 +403,8 @@ static void run_prefill_attention(const void *args, pool *p, int64_t thread) {
         int64_t block = position / c->block_size, first = position % c->block_size;
         int64_t count = least(TILE, least(seen_end - position, c->block_size - first));
         const uint8_t *record = c->records + table[block] * c->record_bytes;
-        decode_plane(record, &c->key, dim, first, count, s.k);
-        decode_plane(record, &c->value, dim, first, count, s.v);
+        decode_plane(record, &c->key, dim, first, count, 0, s.k);
+        decode_plane(record, &c->value, dim, first, count, 0, s.v);
         attend_keys(c, &s, q, s.k, dim, s.v, dim, position, count, 0, width);
         position += count;
       }

@@ -76,10 +76,11 @@ INLINE int64_t code_bytes(int64_t kind, int64_t dim) {
 
 // out [count][dim] <- tokens first .. first + count - 1 of a record; a rotated plane stays rotated.
 INLINE void decode_plane_of(const uint8_t *record, const plane *pl, int64_t kind, int64_t dim, int64_t first, int64_t count,
-                            float *out) {
+                            int64_t ahead, float *out) {
   int64_t bytes = code_bytes(kind, dim), groups = kind >= PLANE_INT8 ? pl->groups : 1, size = dim / groups;
   for (int64_t token = first; token < first + count; token++, out += dim) {
     const uint8_t *codes = record + pl->codes_at + token * bytes;
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + b + ahead);
     const uint8_t *scales = record + pl->scales_at + 2 * token * groups, *minima = record + pl->minima_at + 2 * token * groups;
     if (kind == PLANE_INT4) {
       decode_nibbles(codes, dim, groups, scales, minima, out);
@@ -92,12 +93,14 @@ INLINE void decode_plane_of(const uint8_t *record, const plane *pl, int64_t kind
   }
 }
 
-static void decode_plane(const uint8_t *record, const plane *pl, int64_t dim, int64_t first, int64_t count, float *out) {
+// `ahead` bytes from here lies the record that is read next.
+static void decode_plane(const uint8_t *record, const plane *pl, int64_t dim, int64_t first, int64_t count, int64_t ahead,
+                         float *out) {
 #define OF_KIND(kind)                                                             \
   case kind:                                                                      \
-    if (dim == 64) decode_plane_of(record, pl, kind, 64, first, count, out);       \
-    else if (dim == 128) decode_plane_of(record, pl, kind, 128, first, count, out); \
-    else decode_plane_of(record, pl, kind, dim, first, count, out);                \
+    if (dim == 64) decode_plane_of(record, pl, kind, 64, first, count, ahead, out);       \
+    else if (dim == 128) decode_plane_of(record, pl, kind, 128, first, count, ahead, out); \
+    else decode_plane_of(record, pl, kind, dim, first, count, ahead, out);                \
     break;
   switch (pl->kind) {
     OF_KIND(PLANE_F32)

@@ -154,9 +154,12 @@ typedef void (*decode_fn)(const uint8_t *row, int64_t first, int64_t units, floa
 typedef void (*dot_fn)(const uint8_t *row, int64_t row_bytes, const float *x, int64_t units, float *y);
 
 #define ROWS_AT_ONCE 2
+#ifndef PREFETCH
+#define PREFETCH 4096
+#endif
 
 // decode_*: units first .. first + units - 1 of a row. dot_*: two rows times x, added to y[0] and y[1].
-#define DEFINE_FORMAT(name)                                                                               \
+#define DEFINE_FORMAT(name, unit_bytes)                                                                            \
   static void decode_##name(const uint8_t *row, int64_t first, int64_t units, float *out) {               \
     for (int64_t u = 0; u < units; u++) {                                                                 \
       vf w[PER_UNIT];                                                                                     \
@@ -168,6 +171,8 @@ typedef void (*dot_fn)(const uint8_t *row, int64_t row_bytes, const float *x, in
     vf a[PER_UNIT] = {0}, b[PER_UNIT] = {0};                                                              \
     for (int64_t u = 0; u < units; u++) {                                                                 \
       vf w[PER_UNIT], v[PER_UNIT];                                                                        \
+      __builtin_prefetch(row + u * (unit_bytes) + PREFETCH);                                              \
+      __builtin_prefetch(row + row_bytes + u * (unit_bytes) + PREFETCH);                                  \
       unit_##name(row, u, w);                                                                             \
       unit_##name(row + row_bytes, u, v);                                                                 \
       for (int i = 0; i < PER_UNIT; i++) {                                                                \
@@ -185,17 +190,17 @@ typedef void (*dot_fn)(const uint8_t *row, int64_t row_bytes, const float *x, in
     y[1] += sum(sb);                                                                                      \
   }
 
-DEFINE_FORMAT(f32)
-DEFINE_FORMAT(f16)
-DEFINE_FORMAT(bf16)
-DEFINE_FORMAT(q8_0)
-DEFINE_FORMAT(q4_0)
-DEFINE_FORMAT(q4_1)
-DEFINE_FORMAT(q5_0)
-DEFINE_FORMAT(q5_1)
-DEFINE_FORMAT(q4_k)
-DEFINE_FORMAT(q5_k)
-DEFINE_FORMAT(q6_k)
+DEFINE_FORMAT(f32, 128)
+DEFINE_FORMAT(f16, 64)
+DEFINE_FORMAT(bf16, 64)
+DEFINE_FORMAT(q8_0, 34)
+DEFINE_FORMAT(q4_0, 18)
+DEFINE_FORMAT(q4_1, 20)
+DEFINE_FORMAT(q5_0, 22)
+DEFINE_FORMAT(q5_1, 24)
+DEFINE_FORMAT(q4_k, 18)
+DEFINE_FORMAT(q5_k, 22)
+DEFINE_FORMAT(q6_k, 26)
 
 static const decode_fn decoders[NUM_FORMATS] = {decode_f32,  decode_f16,  decode_bf16, decode_q8_0, decode_q4_0, decode_q4_1,
                                                 decode_q5_0, decode_q5_1, decode_q4_k, decode_q5_k, decode_q6_k, 0};
