@@ -17,6 +17,7 @@ from duolocal.bench import peer_list
 from duolocal.bench.child import Child, runner_command
 from duolocal.bench.compare import DUOLOCAL, RunnerSpec, fastest, ratios
 from duolocal.bench.peer_list import (
+    FLASH_QUANTIZED,
     LLAMA_CPP,
     REQUANTIZED,
     TRANSFORMERS,
@@ -244,6 +245,21 @@ def test_the_list_can_be_cut(tiny_gguf: Path) -> None:
         DUOLOCAL,
         DUOLOCAL,
     ]
+
+
+def test_flash_attention_with_quantized_kv_has_a_limit_of_its_own(tiny_gguf: Path) -> None:
+    choice = PeerChoice(peers=(LLAMA_CPP,), requantized=False, limits={FLASH_QUANTIZED: 16})
+    limits = {s.name: s.limit for s in specs_of(tiny_gguf, choice) if s.peer == LLAMA_CPP}
+    assert limits == {
+        "llama.cpp fa f16": None,
+        "llama.cpp fa q8_0": 16,
+        "llama.cpp fa q4_0": 16,
+        "llama.cpp f16": None,
+        "llama.cpp q8_0/f16": None,
+        "llama.cpp q4_0/f16": None,
+    }
+    below = PeerChoice(peers=(LLAMA_CPP,), requantized=False, limits={FLASH_QUANTIZED: 2})
+    assert not {"llama.cpp fa q8_0", "llama.cpp fa q4_0"} & {s.name for s in specs_of(tiny_gguf, below)}
 
 
 def test_runners_that_do_not_fit_together_are_refused_before_any_is_loaded(tiny_gguf: Path) -> None:

@@ -17,7 +17,10 @@ from duolocal.settings import ChatSettings
 
 LLAMA_CPP, REQUANTIZED, TRANSFORMERS = "llama.cpp", "llama.cpp Q4_0", "transformers"
 PEERS = (LLAMA_CPP, TRANSFORMERS)
-DEFAULT_LIMITS = {TRANSFORMERS: 8192}  # tokens: its prefill takes many times longer
+# Tokens: beyond these a run would take hours. On CPUs llama.cpp with flash attention and quantized KV is slower than
+# with its other settings, in prefill many times.
+FLASH_QUANTIZED = "llama.cpp-fa-quantized"
+DEFAULT_LIMITS = {TRANSFORMERS: 8192, FLASH_QUANTIZED: 4096}
 _PACKAGES = {LLAMA_CPP: ("llama_cpp",), TRANSFORMERS: ("transformers", "accelerate", "gguf")}
 _KV_SHARE = {"f16": 1.0, "q8_0": 8.5 / 16, "q4_0": 4.5 / 16}  # of 16 bits
 KV_NAMES = tuple(_KV_SHARE)
@@ -99,11 +102,13 @@ def runner_specs(
             continue
         for path, name in ((source.path, LLAMA_CPP), (q4_0, REQUANTIZED)):
             if path is not None:
-                specs += _llama_cpp(path, name, choice, room(LLAMA_CPP), threads)
+                specs += _llama_cpp(path, name, choice, room(LLAMA_CPP), threads, shortest=min(contexts))
     return specs
 
 
-def _llama_cpp(path: Path, peer: str, choice: PeerChoice, context: int, threads: int) -> list[RunnerSpec]:
+def _llama_cpp(
+    path: Path, peer: str, choice: PeerChoice, context: int, threads: int, *, shortest: int
+) -> list[RunnerSpec]:
     specs = []
     for flash in choice.flash:
         for kv in choice.kv:
@@ -111,8 +116,11 @@ def _llama_cpp(path: Path, peer: str, choice: PeerChoice, context: int, threads:
             setting = f"fa {kv}" if flash else kv if kv == value else f"{kv}/{value}"
             options = {"path": str(path), "context": context, "threads": threads}
             options |= {"flash": flash, "key": kv, "value": value}
-            command = runner_command("llama_cpp")
-            specs.append(RunnerSpec(f"{peer} {setting}", peer, command, options, choice.limit(LLAMA_CPP)))
+            limits = [choice.limit(LLAMA_CPP), choice.limit(FLASH_QUANTIZED) if flash and kv != "f16" else None]
+            limit = min((limit for limit in limits if limit is not None), default=None)
+            if limit is not None and limit < shortest:
+                continue
+            specs.append(RunnerSpec(f"{peer} {setting}", peer, runner_command("llama_cpp"), options, limit))
     return specs
 
 

@@ -18,7 +18,9 @@ Needs: pip install "duolocal[peers]". All settings at 32K take hours and some Gi
 --llama-kv and --no-requantized leave some out.
 """
 _LISTS = {"--llama-flash": ("on", "off"), "--llama-kv": ("f16", "q8_0", "q4_0")}
-_PEER_NAMES = ("llama.cpp", "transformers")  # as in duolocal.bench.peer_list, which is not imported for --help
+# As in duolocal.bench.peer_list, which is not imported for --help.
+_PEER_NAMES = ("llama.cpp", "transformers")
+_LIMITED = (*_PEER_NAMES, "llama.cpp-fa-quantized")
 
 _P = TypeVar("_P", bound=argparse.ArgumentParser)
 
@@ -76,7 +78,7 @@ def add_bench_parsers(what: "argparse._SubParsersAction[_P]", add_model_options:
         action="append",
         default=[],
         metavar="PEER=SIZE",
-        help="longest context of a peer (default: transformers=8K)",
+        help="longest context of a peer (default: transformers=8K llama.cpp-fa-quantized=4K)",
     )
     for option, values in _LISTS.items():
         meaning = "flash attention" if option == "--llama-flash" else "KV formats"
@@ -182,6 +184,6 @@ def _words(text: str, option: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 def _limit(text: str) -> tuple[str, int]:
     peer, _, size = text.partition("=")
-    if peer not in _PEER_NAMES or not size:
+    if peer not in _LIMITED or not size:
         raise SettingsError(f"--limit is {text!r}: give for example {_PEER_NAMES[-1]}=8K")
     return peer, parse_tokens(size, "--limit")

@@ -11,6 +11,8 @@ from rich.table import Table
 from duolocal.bench.compare import DUOLOCAL, RunnerResult, best_of, comparison, fastest, peers_of, ratios
 from duolocal.bench.machine import machine_facts, physical_cores
 from duolocal.bench.peer_list import (
+    FLASH_QUANTIZED,
+    LLAMA_CPP,
     TRANSFORMERS,
     PeerChoice,
     check_model,
@@ -164,7 +166,8 @@ def _footnotes(run: PeersRun, choice: PeerChoice, contexts: Sequence[int]) -> li
             "llama.cpp settings: fa is flash attention, then the KV format; q8_0/f16: keys q8_0, values f16 (it "
             "quantizes values only with flash attention). × peak of the fastest: against its smallest setting."
         )
-    for peer in choice.peers:
+    flash_quantized = any(choice.flash) and any(kv != "f16" for kv in choice.kv) and LLAMA_CPP in choice.peers
+    for peer in (*choice.peers, *((FLASH_QUANTIZED,) if flash_quantized else ())):
         limit = choice.limit(peer)
         if limit is not None and limit < contexts[-1]:
             longest = format_tokens(contexts[-1])

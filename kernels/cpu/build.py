@@ -35,6 +35,7 @@ FLAGS = (
     "-nostdlib",
     "-g0",
 )
+_NEEDED = {"x86_64": ("avx2", "fma", "f16c")}  # instruction sets, as /proc/cpuinfo names them
 _TIMEOUT_S = 600
 
 
@@ -46,6 +47,9 @@ def unsupported() -> str | None:
         return f"they have been tried on Linux only, this is {platform.system()}"
     if platform.machine() not in ("x86_64", "aarch64"):
         return f"they are written for x86_64 and aarch64, this is {platform.machine()}"
+    missing = [name for name in _NEEDED.get(platform.machine(), ()) if name not in _cpu().split()]
+    if missing:
+        return f"this CPU lacks {', '.join(missing)}"
     return None
 
 
