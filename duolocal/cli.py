@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from duolocal import __version__
 from duolocal.errors import DuoLocalError, SettingsError
-from duolocal.settings import DTYPES, ChatSettings, parse_tokens
+from duolocal.settings import DTYPES, ChatSettings, parse_threads, parse_tokens
 from duolocal.terminal.bench_options import add_bench_parsers, run_bench
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _add_measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=_MODEL_HELP)
     parser.add_argument("--tokens", default="2K", metavar="N", help="length of the text (default: 2K)")
     parser.add_argument("--text", metavar="PATH", help="a text to read (default: prose that comes with Python)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    _add_machine_options(parser)
 
 
 def _add_passkey_options(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +142,10 @@ def _add_model_options(parser: argparse.ArgumentParser, *, context: bool = True)
     )
     group.add_argument("--sink-size", metavar="N", help="first tokens that streaming heads keep")
     group.add_argument("--recent-size", metavar="N", help="last tokens that streaming heads keep")
+    _add_machine_options(group)
+
+
+def _add_machine_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     group.add_argument("--threads", metavar="N", help="CPU threads (default: one per physical core)")
     group.add_argument(
@@ -278,9 +282,13 @@ def _settings(options: argparse.Namespace) -> ChatSettings:
         device=options.device,
         dtype=getattr(options, "dtype", "auto"),
         rope=getattr(options, "rope", None),
-        threads=count("threads"),
+        threads=_threads(options),
         kernels=getattr(options, "kernels", "auto"),
     )
+
+
+def _threads(options: argparse.Namespace) -> int | None:
+    return None if options.threads is None else parse_threads(options.threads)
 
 
 def _sampling(options: argparse.Namespace) -> "Sampling":
@@ -413,7 +421,9 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _kv_measure(options: argparse.Namespace) -> int:
-    settings = ChatSettings(model=options.model, device=options.device)
+    settings = ChatSettings(
+        model=options.model, device=options.device, threads=_threads(options), kernels=options.kernels
+    )
     num_tokens = parse_tokens(options.tokens, "--tokens")
     from duolocal.documents import load_document
 

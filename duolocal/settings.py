@@ -24,6 +24,7 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
 _MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers in the block tables
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_THREADS = 256  # of one pool
 KERNELS = ("auto", "compiled", "torch")
 
 
@@ -49,6 +50,14 @@ def parse_tokens(text: str, option: str = "--context") -> int:
 def parse_bytes(text: str, option: str) -> int:
     """Read a number of bytes: `24GiB` and `24G` are x 1024^3, `24GB` is x 1000^3; raises SettingsError."""
     return _parse(text, _BYTE_UNITS, option, "a size such as 24GiB, 500MB or 1073741824")
+
+
+def parse_threads(text: str) -> int:
+    """Read a number of CPU threads; raises SettingsError."""
+    count = int(text) if text.strip().isascii() and text.strip().isdigit() else 0
+    if not 1 <= count <= MAX_THREADS:
+        raise SettingsError(f"--threads is {text!r}: give a number from 1 to {MAX_THREADS}")
+    return count
 
 
 def format_tokens(count: int) -> str:

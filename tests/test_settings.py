@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duolocal.errors import SettingsError
-from duolocal.settings import ChatSettings, format_tokens, parse_bytes, parse_tokens
+from duolocal.kernels.cpu import structs
+from duolocal.settings import MAX_THREADS, ChatSettings, format_tokens, parse_bytes, parse_threads, parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,10 @@ def test_settings_that_cannot_be_used(change: dict, message: str) -> None:
     with pytest.raises(SettingsError) as raised:
         ChatSettings(**{"model": "a", **change})
     assert str(raised.value) == message
+
+
+def test_threads_are_a_number_that_a_pool_can_have() -> None:
+    assert (parse_threads("1"), parse_threads(" 16 "), MAX_THREADS) == (1, 16, structs.MAX_THREADS)
+    for text in ("0", "-1", "1.5", "two", "", str(MAX_THREADS + 1)):
+        with pytest.raises(SettingsError, match="--threads is .*: give a number from 1 to 256"):
+            parse_threads(text)

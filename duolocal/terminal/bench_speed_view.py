@@ -149,6 +149,7 @@ def load_engine(
             threads=settings.threads,
             kernels=settings.kernels,
             on_layer=shown.update,
+            on_build=shown.compiling,
         )
 
 

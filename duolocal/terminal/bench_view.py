@@ -79,7 +79,10 @@ def measure_kv_formats(
             chunk_size=settings.chunk_size,
             device=settings.device,
             dtype=settings.dtype,
+            threads=settings.threads,
+            kernels=settings.kernels,
             on_layer=shown.update,
+            on_build=shown.compiling,
         )
         token_ids = load_tokenizer(source).encode(text if text is not None else sample_text())[:num_tokens]
         if len(token_ids) < num_tokens:
@@ -95,6 +98,7 @@ def measure_kv_formats(
                 device=engine.transformer.device,
                 dtype=engine.transformer.dtype,
                 chunk_size=engine.chunk_size,
+                kernels=engine.transformer.kernels,
                 on_progress=shown.update,
             )
         )

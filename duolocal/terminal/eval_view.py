@@ -54,7 +54,10 @@ def eval_passkey(
                 source,
                 context=num_tokens + ROOM_TO_ANSWER,
                 device=settings.device,
+                threads=settings.threads,
+                kernels=settings.kernels,
                 on_layer=shown.update,
+                on_build=shown.compiling,
                 **choice,
             )
         if name == "chosen":

@@ -105,6 +105,10 @@ class Bar:
     def describe(self, description: str) -> None:
         self._progress.update(self._task, description=description)
 
+    def compiling(self) -> None:
+        """Say that the kernels are being built: the `on_build` of a load."""
+        self.describe("compiling the CPU kernels, once for this machine")
+
 
 @contextmanager
 def bar(console: Console, description: str, unit: str) -> Iterator[Bar]:

@@ -41,9 +41,6 @@ def start(settings: ChatSettings, *, system: str | None, progress: Console) -> S
             shown.describe("measuring KV formats, once for this model")
             shown.update(done, total, unit="tokens")
 
-        def building() -> None:
-            shown.describe("compiling the CPU kernels, once for this machine")
-
         engine = Engine.load(
             source,
             context=settings.context or min(source.config.max_positions, DEFAULT_CONTEXT),
@@ -59,7 +56,7 @@ def start(settings: ChatSettings, *, system: str | None, progress: Console) -> S
             kernels=settings.kernels,
             on_layer=shown.update,
             on_measure=measuring,
-            on_build=building,
+            on_build=shown.compiling,
         )
         session = ChatSession(engine, tokenizer, system=system)
     plan = engine.plan
