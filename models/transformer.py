@@ -115,7 +115,8 @@ class Transformer:
         assert isinstance(self.kernels, CpuKernels)
         step = self._recorded
         if step is None or step.cache is not cache:
-            token_ids = token_ids.clone()
+            with torch.inference_mode(False):  # later steps write into these, in whatever mode
+                token_ids, cos, sin = token_ids.clone(), cos.clone(), sin.clone()
             with self.kernels.record() as recording:
                 hidden = self._layers(token_ids, positions, cos, sin, cache, before_layer)
             self._recorded = _RecordedStep(cache, recording, token_ids, cos, sin, hidden)

@@ -5,9 +5,11 @@ import os
 # Before torch loads: threads that wander between cores make timings and the CPU kernels several times slower.
 os.environ.setdefault("OMP_PROC_BIND", "true")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from duolocal.models.registry import DEFAULT_MODEL, cached_path
@@ -25,3 +27,12 @@ def smollm2_path() -> Path:
     if path is None:
         pytest.skip(f"{DEFAULT_MODEL} is not cached: run `duolocal models fetch {DEFAULT_MODEL}`")
     return path
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Keep torch to one thread, as the engine does beside compiled kernels: both would want the same cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

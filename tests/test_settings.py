@@ -96,5 +96,5 @@ def test_settings_that_cannot_be_used(change: dict, message: str) -> None:
 def test_threads_are_a_number_that_a_pool_can_have() -> None:
     assert (parse_threads("1"), parse_threads(" 16 "), MAX_THREADS) == (1, 16, structs.MAX_THREADS)
     for text in ("0", "-1", "1.5", "two", "", str(MAX_THREADS + 1)):
-        with pytest.raises(SettingsError, match="--threads is .*: give a number from 1 to 256"):
+        with pytest.raises(SettingsError, match=r"--threads is .*: give a number from 1 to 256"):
             parse_threads(text)

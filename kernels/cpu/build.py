@@ -70,7 +70,7 @@ def build(*, on_build: Callable[[], None] | None = None) -> Path:
     Raises KernelError where the compiler fails or the cache folder cannot be written.
     """
     path = library_path()
-    if path.exists():
+    if _intact(path):
         return path
     if on_build is not None:
         on_build()
@@ -103,16 +103,29 @@ def compile_to(path: Path, flags: tuple[str, ...]) -> None:
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
         raise KernelError(f"the kernels do not compile on this machine ({reason.strip()}); use --kernels torch")
+    with path.open("ab") as file:
+        file.write(hashlib.sha256(path.read_bytes()).digest())  # what `_intact` looks for
 
 
 @cache
 def load(path: Path) -> ctypes.CDLL:
-    """Open a built library; raise KernelError where this CPU lacks what it needs."""
+    """Open a built library; raise KernelError where it is damaged or this CPU lacks what it needs."""
+    if not _intact(path):  # the system's loader crashes on a file that ends too early
+        raise KernelError(f"{path}: the kernels are damaged; delete the file, or use --kernels torch")
     try:
         # Now, not lazily: a missing function must be an error here and not a crash later.
         return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
     except OSError as error:
         raise KernelError(f"the kernels do not run on this CPU ({error}); use --kernels torch") from error
+
+
+def _intact(path: Path) -> bool:
+    """Return whether a library is there and whole: its last 32 bytes are the SHA-256 of all before them."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 
 def _cpu() -> str:

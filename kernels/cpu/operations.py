@@ -124,6 +124,8 @@ class CpuKernels:
             args.w[i], args.y[i] = Matrix.of(packed), out.data_ptr()
             if layer.bias is not None:
                 (bias,) = _checked("linear", layer.bias)
+                if bias.shape != (packed.out_features,):
+                    raise ValueError(f"linear: bias {tuple(bias.shape)}: wanted [out_features {packed.out_features}]")
                 args.bias[i] = bias.data_ptr()
                 kept.append(bias)
             kept += (layer.weight, packed, out)

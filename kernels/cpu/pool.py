@@ -2,11 +2,13 @@
 
 import atexit
 import ctypes
+import os
 import threading
 from collections.abc import Sequence
 from ctypes import byref, c_int64, c_void_p
 from functools import cache
 
+from duolocal.errors import KernelError
 from duolocal.kernels.cpu.build import build, load
 from duolocal.kernels.cpu.structs import MAX_THREADS, OPERATIONS, Op, Pool, check
 from duolocal.kernels.cpu.threads import bind, bound, cpu_of
@@ -50,9 +52,15 @@ class ThreadPool:
             self._pool.asleep[number] = 1
             thread.start()
         self._caller_cpu = cpu_of(0)
+        self._process = os.getpid()
 
     def run(self, ops: ctypes.Array, count: int) -> None:
-        """Run the first `count` operations of an array of `Op`, each by all threads."""
+        """Run the first `count` operations of an array of `Op`, each by all threads.
+
+        Raises KernelError in a forked child, where the other threads do not exist.
+        """
+        if os.getpid() != self._process:
+            raise KernelError("the kernels' threads did not survive fork(): load the engine in the child process")
         with self._lock, bound(self._caller_cpu):
             if self._library.duo_claim(self._address):
                 for number in range(1, self.num_threads):
