@@ -1,5 +1,5 @@
 """The compiled CPU kernels: C in `source/`, built once per machine, run by threads that share each operation.
 
-`build.py` makes the library, `library.py` is its interface in ctypes, `pool.py` owns the threads, `operations.py`
-has one checked function per operation. Everything computes in float32.
+`build.py` makes the library, `structs.py` mirrors its structures, `pool.py` and `threads.py` own the threads,
+`operations.py` and `attention.py` have one checked function per operation. Everything computes in float32.
 """

@@ -61,12 +61,17 @@ class ThreadPool:
         """
         if os.getpid() != self._process:
             raise KernelError("the kernels' threads did not survive fork(): load the engine in the child process")
+        assert not self._pool.stop, "the pool is closed"
         with self._lock, bound(self._caller_cpu):
-            if self._library.duo_claim(self._address):
-                for number in range(1, self.num_threads):
-                    if self._pool.asleep[number]:
-                        self._wake[number].release()
-            self._library.duo_run(self._address, byref(ops), count)
+            try:
+                if self._library.duo_claim(self._address):
+                    for number in range(1, self.num_threads):
+                        if self._pool.asleep[number]:
+                            self._wake[number].release()
+                self._library.duo_run(self._address, byref(ops), count)
+            except BaseException:  # Ctrl-C before the start: the workers may sleep again
+                self._pool.busy = 0
+                raise
 
     def timed(self, ops: ctypes.Array, count: int) -> Sequence[int]:
         """Run like `run` and return the ticks of the clock before the first and after every operation."""
@@ -100,9 +105,13 @@ class ThreadPool:
                 self._wake[number].acquire()
 
 
-@cache
 def thread_pool(num_threads: int) -> ThreadPool:
     """Return the process's pool of that many threads; raises KernelError where the kernels cannot be built."""
+    return _pool_of(num_threads, os.getpid())
+
+
+@cache
+def _pool_of(num_threads: int, _process: int) -> ThreadPool:
     pool = ThreadPool(load(build()), num_threads)
     atexit.register(pool.close)
     return pool

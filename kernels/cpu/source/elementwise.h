@@ -89,8 +89,6 @@ typedef struct {
   int64_t count;
 } embed_args;
 
-static void decode_row(const matrix *w, int64_t row, int64_t first, int64_t count, float *out);
-
 static void run_embed(const void *args, pool *p, int64_t thread) {
   const embed_args *a = args;
   for (int64_t i; (i = next_item(p)) < a->count;) decode_row(&a->w, a->ids[i], 0, a->w.cols, a->y + i * a->w.cols);

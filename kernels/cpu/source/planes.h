@@ -154,7 +154,7 @@ static void encode_token(uint8_t *record, const plane *pl, int64_t dim, int64_t 
   if (pl->rotate) hadamard(x, dim);
   switch (pl->kind) {
     case PLANE_F32:
-      for (int64_t d = 0; d < dim; d++) ((float *)codes)[d] = x[d];
+      for (int64_t d = 0; d < dim; d++) ((float *)codes)[d] = clamp(x[d], -0x1.fffffep127f, 0x1.fffffep127f);
       return;
     case PLANE_F16:
       for (int64_t d = 0; d < dim; d++) put_half(codes + 2 * d, clamp(x[d], -65504.0f, 65504.0f));

@@ -28,6 +28,7 @@ typedef vb vb_u __attribute__((aligned(1)));
 typedef vsb vsb_u __attribute__((aligned(1)));
 typedef vh vh_u __attribute__((aligned(1)));
 typedef vhf vhf_u __attribute__((aligned(1)));
+typedef float float_u __attribute__((aligned(1)));
 typedef _Float16 half_u __attribute__((aligned(1)));
 typedef uint16_t u16_u __attribute__((aligned(1)));
 typedef uint32_t u32_u __attribute__((aligned(1)));

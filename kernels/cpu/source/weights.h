@@ -209,7 +209,7 @@ static const dot_fn dots[NUM_FORMATS] = {dot_f32,  dot_f16,  dot_bf16, dot_q8_0,
 
 // One value of a 16- or 32-bit row: what is left of a row that is no whole number of units.
 INLINE float dense_at(const matrix *w, const uint8_t *row, int64_t col) {
-  if (w->format == F32) return ((const float *)row)[col];
+  if (w->format == F32) return ((const float_u *)row)[col];
   if (w->format == F16) return half_at(row + 2 * col);
   return bfloat_at(row + 2 * col);
 }
