@@ -201,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         # Read when torch is imported. Two threads left to wander have been seen to share one core, 40 times slower.
         os.environ.setdefault("OMP_PROC_BIND", "true")
+    import duolocal.kernels.cpu.threads  # noqa: F401  before torch: it notes which cores we may use
+
     program = "python chat.py" if Path(sys.argv[0]).name == "chat.py" else "duolocal"
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv), program)

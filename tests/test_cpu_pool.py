@@ -186,7 +186,7 @@ def test_threads_take_cores_first_and_then_their_second_threads(monkeypatch: pyt
     monkeypatch.setattr(threads, "_ALLOWED", (0, 1, 2, 3))
     monkeypatch.setattr(threads, "distinct_cores", lambda: [0, 2])
     assert [threads.cpu_of(number) for number in range(6)] == [0, 2, 1, 3, None, None]
-    assert threads.default_threads() == 2
+    assert threads.default_threads(Path("/no quota")) == 2
 
 
 def test_the_affinity_is_not_believed_once_torch_has_bound_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,3 +304,22 @@ def test_the_caller_keeps_its_cores_and_so_do_its_child_processes() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_PROC_BIND"}
     done = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "most"), [("max 100000\n", 10**6), ("200000 100000\n", 2), ("150000 100000\n", 1), ("50000 100000\n", 1)]
+)
+def test_threads_stay_within_a_containers_quota(tmp_path: Path, text: str, most: int) -> None:
+    file = tmp_path / "cpu.max"
+    assert threads.default_threads(file) == len(threads.distinct_cores())  # no such file
+    file.write_text(text)
+    assert threads.default_threads(file) == min(most, len(threads.distinct_cores()))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
+def test_children_started_unbound_get_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Affinity(monkeypatch, now={1})
+    monkeypatch.setattr(threads, "_ALLOWED", (0, 1, 2))
+    with threads.unbound():
+        assert process.now == {0, 1, 2}
+    assert process.now == {1}

@@ -18,8 +18,8 @@ import psutil
 
 import duolocal
 from duolocal import errors
-from duolocal.bench.machine import unbound
 from duolocal.errors import DuoLocalError
+from duolocal.kernels.cpu.threads import unbound
 
 _TAIL_LINES = 3
 _TAIL_CHARACTERS = 400

@@ -1,47 +1,19 @@
 """What a figure depends on: processor, cores, versions, commit; and the memory of this process.
 
-Loads no torch. Import it before torch where you can: see `unbound`.
+Loads no torch.
 """
 
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
 import duolocal
-
-# Under OMP_PROC_BIND, loading torch ties the main thread to the first core, and a child would inherit that.
-_CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-_BINDS = os.environ.get("OMP_PROC_BIND", "false").lower() not in ("", "false")
-_CPUS_ARE_OURS = not _BINDS or "torch" not in sys.modules
-
-
-@contextmanager
-def unbound() -> Iterator[None]:
-    """Start processes inside: they get all cores that this process was given, wherever its main thread is tied to."""
-    if _CPUS is None:
-        yield
-        return
-    bound = os.sched_getaffinity(0)
-    # The kernel takes from a mask that is too wide what is allowed.
-    os.sched_setaffinity(0, _CPUS if _CPUS_ARE_OURS else range(os.cpu_count() or 1))
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, bound)
-
-
-def physical_cores() -> int:
-    """Return the cores that this process may use, counting the two threads of a core once."""
-    with unbound():
-        allowed = len(os.sched_getaffinity(0)) if _CPUS is not None else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+from duolocal.kernels.cpu.threads import default_threads
 
 
 def machine_facts(*, threads: int | None = None, device: str = "cpu") -> dict[str, object]:
@@ -50,7 +22,7 @@ def machine_facts(*, threads: int | None = None, device: str = "cpu") -> dict[st
         "cpu": _cpu_name(),
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
-        "usable_cores": physical_cores(),
+        "usable_cores": default_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
         "device": device,

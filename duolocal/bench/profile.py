@@ -119,9 +119,11 @@ def profile_decode(engine: Engine, token_id: int, *, repeats: int) -> StepProfil
     assert step is not None
     with kernels.record() as head:
         engine.transformer.logits(hidden)
-    attention_bytes = bytes_per_token(engine)[1]
-    operations = _shares(kernels, step, repeats, attention_bytes=attention_bytes)
-    operations += _shares(kernels, head, repeats, only="lm_head")
+    # In turn, as in real steps: what one reads drives the other's weights out of the cache.
+    of_step, of_head = _timed((step, head), repeats)
+    tick_s = _tick_s(kernels)
+    operations = _shares(step, of_step, tick_s, attention_bytes=bytes_per_token(engine)[1])
+    operations += _shares(head, of_head, tick_s, only="lm_head")
     engine.restore(moment)
     return _profile(1, moment.num_tokens, whole_s, operations)
 
@@ -142,7 +144,8 @@ def profile_prefill(engine: Engine, token_ids: Sequence[int], *, repeats: int) -
         with kernels.record() as chunk:
             ids, positions = torch.tensor(token_ids), torch.arange(start, start + count)
             engine.transformer.hidden(ids, positions, engine.cache)
-        operations = _shares(kernels, chunk, repeats, attention_flop=_attention_flop(engine, start, count))
+        (runs,) = _timed((chunk,), repeats)
+        operations = _shares(chunk, runs, _tick_s(kernels), attention_flop=_attention_flop(engine, start, count))
     finally:
         engine.cache.rollback()
     return _profile(count, start, whole_s, operations)
@@ -153,21 +156,25 @@ def _profile(tokens: int, position: int, whole_s: Sequence[float], operations: S
     return StepProfile(tokens, position, statistics.median(whole_s), tuple(ordered))
 
 
+def _timed(recordings: Sequence[Recording], repeats: int) -> list[list[list[int]]]:
+    """Run the recordings in turn; return for each and every run the ticks of its operations."""
+    runs: list[list[list[int]]] = [[] for _ in recordings]
+    for _ in range(repeats):
+        for found, recording in zip(runs, recordings, strict=True):
+            found.append([after - before for before, after in itertools.pairwise(recording.timed())])
+    return runs
+
+
 def _shares(
-    kernels: CpuKernels,
     recording: Recording,
-    repeats: int,
+    runs: Sequence[Sequence[int]],
+    tick_s: float,
     *,
     only: str | None = None,
     attention_bytes: int = 0,
     attention_flop: int = 0,
 ) -> list[OperationShare]:
-    """Time every operation of a recording `repeats` times and add up the medians by name."""
-    tick_s = _tick_s(kernels)
-    runs = []
-    for _ in range(repeats):
-        ticks = recording.timed()
-        runs.append([after - before for before, after in itertools.pairwise(ticks)])
+    """Add up the medians of a recording's operations by name."""
     found: dict[str, OperationShare] = {}
     for i, (name, args) in enumerate(_named(recording)):
         name = only or name

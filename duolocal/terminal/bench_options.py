@@ -102,8 +102,6 @@ def _repeats(parser: argparse.ArgumentParser, default: int) -> None:
 
 def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Console", progress: "Console") -> int:
     """Measure what `options` ask for; return the exit code. Raises DuoLocalError."""
-    import duolocal.bench.machine  # noqa: F401  before torch, see there
-
     if options.action == "memory":
         from duolocal.terminal.bench_view import bench_memory
 

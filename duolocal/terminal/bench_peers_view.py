@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from duolocal.bench.compare import DUOLOCAL, RunnerResult, best_of, comparison, fastest, peers_of, ratios
-from duolocal.bench.machine import machine_facts, physical_cores
+from duolocal.bench.machine import machine_facts
 from duolocal.bench.peer_list import (
     FLASH_QUANTIZED,
     LLAMA_CPP,
@@ -27,6 +27,7 @@ from duolocal.bench.peers import METHOD, PeersRun, measure_peers
 from duolocal.bench.text import text_ids
 from duolocal.engine.memory import available_bytes
 from duolocal.errors import SettingsError
+from duolocal.kernels.cpu.threads import default_threads
 from duolocal.settings import ChatSettings, format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.bench_speed_view import fetch
@@ -54,7 +55,7 @@ def bench_peers(
         raise SettingsError(f"--json is {json_file}: there is no folder {json_file.parent}")
     source = fetch(settings, progress)
     check_model(source, choice.peers)
-    threads = settings.threads or physical_cores()
+    threads = settings.threads or default_threads()
     q4_0 = None
     if has_requantized(source, choice):
         if not requantized_path(source).is_file():

@@ -5,6 +5,7 @@ main thread to one core, and afterwards the system no longer tells which cores w
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +15,9 @@ def _affinity() -> tuple[int, ...]:
     if not hasattr(os, "sched_getaffinity"):
         return tuple(range(os.cpu_count() or 1))
     allowed = sorted(os.sched_getaffinity(0))
-    if len(allowed) == 1 and "OMP_PROC_BIND" in os.environ:
-        # Perhaps torch came first. What a container or taskset leaves us is not known then: binding to a core
-        # outside it fails, and that thread stays unbound.
+    if len(allowed) == 1 and "torch" in sys.modules and "OMP_PROC_BIND" in os.environ:
+        # What a container or taskset leaves us is not known any more: binding to a core outside it fails, and that
+        # thread stays unbound.
         return tuple(range(os.cpu_count() or 1))
     return tuple(allowed)
 
@@ -38,9 +39,18 @@ def distinct_cores(allowed: tuple[int, ...] = _ALLOWED, sysfs: Path = Path("/sys
     return cores
 
 
-def default_threads() -> int:
-    """Return one thread per physical core: a core's second thread shares its arithmetic."""
-    return max(1, len(distinct_cores()))
+def default_threads(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Return one thread per physical core, whose second thread shares its arithmetic, within a container's quota."""
+    return max(1, min(len(distinct_cores()), _quota(quota)))
+
+
+def _quota(file: Path) -> int:
+    """Return how many cores' time a container may use; as many as there are where nothing limits it."""
+    try:
+        quota, period = file.read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no cgroup 2, or "max"
+        return os.cpu_count() or 1
 
 
 def cpu_of(thread: int) -> int | None:
@@ -56,6 +66,20 @@ def bind(thread: int) -> None:
     if cpu is not None:
         with suppress(OSError):
             os.sched_setaffinity(0, {cpu})
+
+
+@contextmanager
+def unbound() -> Iterator[None]:
+    """Start processes inside: they get all cores that this process was given, wherever its main thread is bound to."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(_ALLOWED))  # the kernel takes from a mask that is too wide what is allowed
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @contextmanager
