@@ -101,10 +101,6 @@ class CpuAttention:
         self._partial = torch.empty(num_kv_heads * (self._max_spans + 1) * query_group * (layout.head_dim + 2))
         self._scratch = torch.empty(0)
 
-    def scratch_bytes(self) -> int:
-        """Return the working memory of a long chunk, for all threads."""
-        return 4 * self._kernels.num_threads * self._scratch_floats(self._tile(TILE_ROWS)) + self._partial.nbytes
-
     def close_blocks(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Encode every block that k and v [q_len, num_kv_heads, head_dim] complete; runs before `write_ring`."""
         self._store("close_blocks", layer, k, v)
@@ -131,7 +127,7 @@ class CpuAttention:
         self._check(q, count, self._heads * self._group)
         self._check(k, count, self._heads)
         self._check(v, count, self._heads)
-        tile = min(self._tile(TILE_ROWS), count)
+        tile = min(max(1, TILE_ROWS // self._group), count)
         stride = self._scratch_floats(tile)
         wanted = stride * self._kernels.num_threads
         if self._scratch.numel() < wanted:
@@ -166,9 +162,6 @@ class CpuAttention:
             x.dtype,
             (count, heads, self._dim),
         )
-
-    def _tile(self, rows: int) -> int:
-        return max(1, rows // self._group)
 
     def _scratch_floats(self, tile: int) -> int:
         rows = tile * self._group

@@ -107,18 +107,6 @@ INLINE vf vexp(vf x) {
 
 INLINE float exp1(float x) { return vexp(splat(x))[0]; }
 
-// Natural logarithm of a positive normal number; relative error below 3e-7 away from 1.
-INLINE float log1(float x) {
-  union { float f; uint32_t u; } bits = {x};
-  int e = (int)(bits.u >> 23) - 127;
-  bits.u = (bits.u & 0x007fffff) | 0x3f800000;
-  float m = bits.f;
-  if (m > 1.41421356f) { m *= 0.5f; e += 1; }
-  float f = (m - 1.0f) / (m + 1.0f), s = f * f;
-  float p = 2.0f * f * (1.0f + s * (0.333333333f + s * (0.2f + s * (0.142857143f + s * (0.111111111f + s * 0.0909090909f)))));
-  return p + (float)e * 0.69314718056f;
-}
-
 // What a nibble becomes: nibble * scale + minimum. Sixteen lanes hold all sixteen values, and a permutation looks them up.
 typedef struct {
 #if LANES == 16
