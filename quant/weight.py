@@ -92,14 +92,7 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x Wᵀ + b with W in its own bits.
-
-    x [..., in_features] and y [..., out_features] have the compute dtype; W is dequantized once per call, so a
-    prefill chunk pays for it once.
-    """
+    """The parts of y = x Wᵀ + b, W in its own bits; multiplying is the kernels' business."""
 
     weight: Weight
     bias: Tensor | None = None  # [out_features], compute dtype
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight.dequantize(x.dtype), self.bias)

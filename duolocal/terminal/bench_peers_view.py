@@ -30,7 +30,7 @@ from duolocal.errors import SettingsError
 from duolocal.kernels.cpu.threads import default_threads
 from duolocal.settings import ChatSettings, format_tokens
 from duolocal.terminal import figures
-from duolocal.terminal.bench_speed_view import fetch
+from duolocal.terminal.bench_speed_view import fetch_and_open
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.still import StillLine
 from duolocal.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def bench_peers(
     check_packages(choice.peers)
     if json_file is not None and not json_file.parent.is_dir():
         raise SettingsError(f"--json is {json_file}: there is no folder {json_file.parent}")
-    source = fetch(settings, progress)
+    source = fetch_and_open(settings, progress)
     check_model(source, choice.peers)
     threads = settings.threads or default_threads()
     q4_0 = None

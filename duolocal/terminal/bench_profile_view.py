@@ -11,8 +11,9 @@ from duolocal.bench.machine import machine_facts
 from duolocal.bench.profile import Ceilings, StepProfile, compiled_kernels, measure_ceilings, profile_decode
 from duolocal.bench.profile import profile_prefill as profile_chunk
 from duolocal.bench.text import text_ids
+from duolocal.engine.engine import DEFAULT_CHUNK_SIZE
 from duolocal.settings import ChatSettings
-from duolocal.terminal.bench_speed_view import fetch, load_engine
+from duolocal.terminal.bench_speed_view import fetch_and_open, load_engine
 from duolocal.terminal.still import StillLine
 from duolocal.tokenizer import load_tokenizer
 
@@ -21,8 +22,8 @@ def bench_profile(
     settings: ChatSettings, console: Console, progress: Console, *, contexts: Sequence[int], repeats: int
 ) -> int:
     """Print where a decode step and a prefill chunk spend their time at each length; return the exit code."""
-    source = fetch(settings, progress)
-    chunk = settings.chunk_size or 512
+    source = fetch_and_open(settings, progress)
+    chunk = DEFAULT_CHUNK_SIZE["cpu"]
     token_ids = text_ids(load_tokenizer(source), contexts[-1] + chunk + 1)
     engine = load_engine(source, settings, progress, context=contexts[-1] + chunk + 1)
     kernels = compiled_kernels(engine)

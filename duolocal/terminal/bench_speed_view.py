@@ -15,9 +15,9 @@ from duolocal.bench.text import text_ids
 from duolocal.bench.timing import Spread
 from duolocal.engine.engine import Engine
 from duolocal.models.loader import ModelSource, open_model
-from duolocal.models.registry import resolve
 from duolocal.settings import ChatSettings, format_tokens
 from duolocal.terminal import figures
+from duolocal.terminal.bench_view import fetch
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
 from duolocal.terminal.start import DEFAULT_CONTEXT
@@ -37,7 +37,7 @@ def bench_decode(
     repeats: int,
 ) -> int:
     """Print the decode speed at the ascending `contexts`; return the exit code."""
-    source = fetch(settings, progress)
+    source = fetch_and_open(settings, progress)
     token_ids = text_ids(load_tokenizer(source), contexts[-1] + 1)
     engine = load_engine(source, settings, progress, context=contexts[-1] + num_tokens + 1)
     table = _table("context", "ms/token", "min", "max", "tokens/s", "GB/s")
@@ -73,7 +73,7 @@ def bench_prefill(
     repeats: int,
 ) -> int:
     """Print the prefill speed at the ascending `contexts` and `chunk_sizes`; return the exit code."""
-    source = fetch(settings, progress)
+    source = fetch_and_open(settings, progress)
     token_ids = text_ids(load_tokenizer(source), contexts[-1])
     engine = load_engine(source, settings, progress, context=max(16, contexts[-1]), chunk_size=chunk_sizes[-1])
     with StillLine(progress) as line:
@@ -94,7 +94,7 @@ def bench_prefill(
 
 def bench_load(settings: ChatSettings, console: Console, progress: Console, *, repeats: int, cold: bool) -> int:
     """Print how long it takes from nothing to a first token; return the exit code."""
-    source = fetch(settings, progress)
+    source = fetch_and_open(settings, progress)
     path, token_ids = source.path, text_ids(load_tokenizer(source), PROMPT_TOKENS)
     del source  # its mapped pages could not be dropped
     options = {
@@ -127,10 +127,9 @@ def bench_load(settings: ChatSettings, console: Console, progress: Console, *, r
     return 0
 
 
-def fetch(settings: ChatSettings, progress: Console) -> ModelSource:
+def fetch_and_open(settings: ChatSettings, progress: Console) -> ModelSource:
     """Find or fetch the model and open it."""
-    with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
-        return open_model(resolve(settings.model, on_progress=shown.update))
+    return open_model(fetch(settings, progress))
 
 
 def load_engine(

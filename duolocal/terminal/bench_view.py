@@ -24,14 +24,15 @@ from duolocal.tokenizer import load_tokenizer
 MIN_MEASURED_TOKENS = 1024
 
 
-def _fetch(settings: ChatSettings, progress: Console) -> Path:
+def fetch(settings: ChatSettings, progress: Console) -> Path:
+    """Find or fetch the model's file."""
     with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
         return resolve(settings.model, on_progress=shown.update)
 
 
 def bench_memory(settings: ChatSettings, console: Console, progress: Console) -> int:
     """Print the bytes that the KV cache of these settings really takes; return the exit code."""
-    _fetch(settings, progress)
+    fetch(settings, progress)
     with bar(progress, f"loading {clean_line(settings.model)}", ""):
         report = memory_report(
             settings.model,
@@ -68,7 +69,7 @@ def measure_kv_formats(
     if num_tokens < MIN_MEASURED_TOKENS:
         # The recent tokens are exact in every format, so a short text would show no difference at all.
         raise SettingsError(f"--tokens is {num_tokens:,}: give {MIN_MEASURED_TOKENS:,} or more to see a difference")
-    path = _fetch(settings, progress)
+    path = fetch(settings, progress)
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
         source = open_model(path)
         engine = Engine.load(

@@ -19,7 +19,6 @@ from duolocal.kernels.cpu.structs import (
     EmbedArgs,
     LinearArgs,
     Matrix,
-    Op,
     RmsNormArgs,
     RopeArgs,
     SiluArgs,
@@ -83,7 +82,7 @@ class CpuKernels:
         """Run one operation; `kept` are the objects whose memory it uses."""
         if self._recording is not None:
             self._recording.add(name, args, kept)
-        self.pool.run((Op * 1)(Op(self.pool.functions[name], ctypes.addressof(args))), 1)
+        self.pool.run(program(self.pool, [(name, args)]), 1)
 
     def embed(self, weight: AnyMatrix, ids: Tensor) -> Tensor:
         """Return rows `ids` [n] int64 of a matrix as [n, in_features] float32; the ids have been checked."""

@@ -54,15 +54,17 @@ class ThreadPool:
         self._caller_cpu = cpu_of(0)
         self._process = os.getpid()
 
-    def run(self, ops: ctypes.Array, count: int) -> None:
+    def run(self, ops: ctypes.Array, count: int, *, times: ctypes.Array | None = None) -> None:
         """Run the first `count` operations of an array of `Op`, each by all threads.
 
-        Raises KernelError in a forked child, where the other threads do not exist.
+        times: [count + 1] int64 for the clock's ticks at the start and after every operation. Raises KernelError in a
+        forked child, where the other threads do not exist.
         """
         if os.getpid() != self._process:
             raise KernelError("the kernels' threads did not survive fork(): load the engine in the child process")
         assert not self._pool.stop, "the pool is closed"
         with self._lock, bound(self._caller_cpu):
+            self._pool.times = None if times is None else ctypes.addressof(times)
             try:
                 if self._library.duo_claim(self._address):
                     for number in range(1, self.num_threads):
@@ -76,11 +78,7 @@ class ThreadPool:
     def timed(self, ops: ctypes.Array, count: int) -> Sequence[int]:
         """Run like `run` and return the ticks of the clock before the first and after every operation."""
         times = (c_int64 * (count + 1))()
-        self._pool.times = ctypes.addressof(times)
-        try:
-            self.run(ops, count)
-        finally:
-            self._pool.times = None
+        self.run(ops, count, times=times)
         return list(times)
 
     def ticks(self) -> int:
