@@ -1,11 +1,26 @@
-"""What a model asks of its kernels: the plain-torch reference and the compiled CPU path both offer it."""
+"""What a model asks of its kernels: the plain-torch reference, the compiled CPU path and the GPU path all offer it."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from duolocal.kernels.matrix import Affine, Matrix
+
+
+class Norm(NamedTuple):
+    """An RMSNorm to be applied to what a product reads."""
+
+    weight: Tensor  # [in_features]
+    eps: float
+
+
+class Rotation(NamedTuple):
+    """The angles of RoPE for some tokens, each [num_tokens, head_dim/2]."""
+
+    cos: Tensor
+    sin: Tensor
 
 
 class Kernels(Protocol):
@@ -13,6 +28,11 @@ class Kernels(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def angle_dtype(self) -> torch.dtype:
+        """In which a Rotation is to be given."""
+        ...
 
     def embed(self, weight: Matrix, ids: Tensor) -> Tensor:
         """Return rows `ids` [n] int64 as [n, in_features] in the compute dtype."""
@@ -22,16 +42,18 @@ class Kernels(Protocol):
         """Scale every vector of x [..., n] to root mean square 1, then by weight [n]."""
         ...
 
-    def linear(self, x: Tensor, layers: Sequence[Affine], *, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+    def linear(
+        self, x: Tensor, layers: Sequence[Affine], *, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Return x Wᵀ + b [n, out_features] of every layer for x [n, in_features], plus `residual` for a single one."""
         ...
 
-    def rotary_embedding(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate the pairs (d, d + head_dim/2) of x [n, heads, head_dim] by cos and sin [n, head_dim/2]."""
+    def gated_linear(self, x: Tensor, gate: Affine, up: Affine, *, norm: Norm | None = None) -> Tensor:
+        """Return silu(gate(x)) * up(x) [n, out_features] for x [n, in_features]."""
         ...
 
-    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Return silu(gate) * up."""
+    def rotate(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Rotate the pairs (d, d + head_dim/2) of q and k, each [num_tokens, heads, head_dim]."""
         ...
 
     def logits(self, hidden: Tensor, weight: Matrix) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from duolocal.kernels.interface import Norm, Rotation
 from duolocal.kernels.matrix import Affine, Matrix
 from duolocal.kernels.pointwise import rms_norm, rotary_embedding, silu_mul
 
@@ -22,6 +23,7 @@ class TorchKernels:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.angle_dtype = dtype
 
     def embed(self, weight: Matrix, ids: Tensor) -> Tensor:
         """Return rows `ids` [n] as [n, in_features] in the compute dtype."""
@@ -30,17 +32,22 @@ class TorchKernels:
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         return rms_norm(x, weight, eps=eps)
 
-    def linear(self, x: Tensor, layers: Sequence[Affine], *, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+    def linear(
+        self, x: Tensor, layers: Sequence[Affine], *, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Return x Wᵀ + b [n, out_features] of every layer, plus `residual` for a single one."""
         assert residual is None or len(layers) == 1
+        if norm is not None:
+            x = rms_norm(x, norm.weight, eps=norm.eps)
         results = tuple(torch.nn.functional.linear(x, layer.weight.dequantize(x.dtype), layer.bias) for layer in layers)
         return results if residual is None else (residual + results[0],)
 
-    def rotary_embedding(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rotary_embedding(x, cos, sin)
+    def gated_linear(self, x: Tensor, gate: Affine, up: Affine, *, norm: Norm | None = None) -> Tensor:
+        """Return silu(gate(x)) * up(x) [n, out_features]."""
+        return silu_mul(*self.linear(x, (gate, up), norm=norm))
 
-    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        return silu_mul(gate, up)
+    def rotate(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        return rotary_embedding(q, *rotation), rotary_embedding(k, *rotation)
 
     def logits(self, hidden: Tensor, weight: Matrix) -> Tensor:
         """Return float32 [n, out_features]; beyond the result the memory needed does not grow with n."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duolocal.kernels.cpu.operations import CpuKernels, Recording
-from duolocal.kernels.interface import Kernels
+from duolocal.kernels.interface import Kernels, Norm, Rotation
 from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.config import ModelConfig
 from duolocal.models.rope import RotaryAngles
@@ -28,15 +28,23 @@ class Cache(Protocol):
         """Whether appending and attending, one token at a time, does nothing but run the model's own kernels."""
         ...
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Add the next tokens' k (RoPE applied) and v, each [q_len, num_kv_heads, head_dim], to `layer`."""
+    @property
+    def rotates(self) -> bool:
+        """Whether it applies RoPE itself, in the pass that stores; then append and attend are given the Rotation."""
         ...
 
-    def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
+    def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
+        """Add the next tokens' k and v, each [q_len, num_kv_heads, head_dim], to `layer`.
+
+        RoPE has been applied to k, unless `rotation` is given.
+        """
+        ...
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attend from q [q_len, num_heads, head_dim] at `positions` [q_len]; return q's shape and dtype.
 
-        Called after `append` of the same tokens. The scale is head_dim ** -0.5; query head h reads
-        KV head h // (num_heads // num_kv_heads).
+        Called after `append` of the same tokens, with the same rotation. The scale is head_dim ** -0.5; query head h
+        reads KV head h // (num_heads // num_kv_heads).
         """
         ...
 
@@ -65,7 +73,7 @@ class Transformer:
         self.device = device
         self.dtype = dtype
         self.kernels = TorchKernels(dtype) if kernels is None else kernels
-        self._angles = RotaryAngles(config, context, device=device, dtype=dtype)
+        self._angles = RotaryAngles(config, context, device=device, dtype=self.kernels.angle_dtype)
         self._recorded: _RecordedStep | None = None
 
     def hidden(
@@ -87,10 +95,10 @@ class Transformer:
                 f"hidden: token_ids {tuple(token_ids.shape)}, positions {tuple(positions.shape)}: "
                 "wanted [q_len] for both"
             )
-        cos, sin = self._angles(positions)  # one computation serves all layers
+        rotation = Rotation(*self._angles(positions))  # one computation serves all layers
         if token_ids.shape[0] == 1 and isinstance(self.kernels, CpuKernels) and cache.recordable:
-            return self._one_token(token_ids, positions, cos, sin, cache, before_layer)
-        return self._layers(token_ids, positions, cos, sin, cache, before_layer)
+            return self._one_token(token_ids, positions, rotation, cache, before_layer)
+        return self._layers(token_ids, positions, rotation, cache, before_layer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Multiply `hidden` [n, hidden_size] with the output matrix; return [n, vocab_size] float32."""
@@ -106,8 +114,7 @@ class Transformer:
         self,
         token_ids: Tensor,
         positions: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotation: Rotation,
         cache: Cache,
         before_layer: Callable[[int], None] | None,
     ) -> Tensor:
@@ -116,16 +123,16 @@ class Transformer:
         step = self._recorded
         if step is None or step.cache is not cache:
             with torch.inference_mode(False):  # later steps write into these, in whatever mode
-                token_ids, cos, sin = token_ids.clone(), cos.clone(), sin.clone()
+                token_ids, rotation = token_ids.clone(), Rotation(rotation.cos.clone(), rotation.sin.clone())
             with self.kernels.record() as recording:
-                hidden = self._layers(token_ids, positions, cos, sin, cache, before_layer)
-            self._recorded = _RecordedStep(cache, recording, token_ids, cos, sin, hidden)
+                hidden = self._layers(token_ids, positions, rotation, cache, before_layer)
+            self._recorded = _RecordedStep(cache, recording, token_ids, rotation, hidden)
             return hidden.clone()
         if before_layer is not None:
             before_layer(0)
         step.token_ids.copy_(token_ids)
-        step.cos.copy_(cos)
-        step.sin.copy_(sin)
+        step.rotation.cos.copy_(rotation.cos)
+        step.rotation.sin.copy_(rotation.sin)
         step.recording.run()
         return step.hidden.clone()
 
@@ -133,8 +140,7 @@ class Transformer:
         self,
         token_ids: Tensor,
         positions: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotation: Rotation,
         cache: Cache,
         before_layer: Callable[[int], None] | None,
     ) -> Tensor:
@@ -142,37 +148,35 @@ class Transformer:
         for layer, weights in enumerate(self.weights.layers):
             if before_layer is not None:
                 before_layer(layer)
-            x = self._attention(layer, weights, x, positions, cos, sin, cache)
+            x = self._attention(layer, weights, x, positions, rotation, cache)
             x = self._mlp(weights, x)
         return self.kernels.rms_norm(x, self.weights.norm, eps=self.config.norm_eps)
 
     def _attention(
-        self,
-        layer: int,
-        weights: LayerWeights,
-        x: Tensor,
-        positions: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: Cache,
+        self, layer: int, weights: LayerWeights, x: Tensor, positions: Tensor, rotation: Rotation, cache: Cache
     ) -> Tensor:
         config, eps, kernels = self.config, self.config.norm_eps, self.kernels
-        normed = kernels.rms_norm(x, weights.attention_norm, eps=eps)
-        q, k, v = kernels.linear(normed, (weights.q_proj, weights.k_proj, weights.v_proj))
+        q, k, v = kernels.linear(
+            x, (weights.q_proj, weights.k_proj, weights.v_proj), norm=Norm(weights.attention_norm, eps)
+        )
         q = q.unflatten(-1, (config.num_heads, config.head_dim))
         k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))
         v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))
         if weights.q_norm is not None and weights.k_norm is not None:
             q, k = kernels.rms_norm(q, weights.q_norm, eps=eps), kernels.rms_norm(k, weights.k_norm, eps=eps)
-        cache.append(layer, kernels.rotary_embedding(k, cos, sin), v)
-        attended = cache.attend(layer, kernels.rotary_embedding(q, cos, sin), positions)
+        if cache.rotates:
+            cache.append(layer, k, v, rotation)
+            attended = cache.attend(layer, q, positions, rotation)
+        else:
+            q, k = kernels.rotate(q, k, rotation)
+            cache.append(layer, k, v)
+            attended = cache.attend(layer, q, positions)
         return kernels.linear(attended.flatten(1), (weights.o_proj,), residual=x)[0]  # [q_len, hidden_size]
 
     def _mlp(self, weights: LayerWeights, x: Tensor) -> Tensor:
-        kernels = self.kernels
-        normed = kernels.rms_norm(x, weights.mlp_norm, eps=self.config.norm_eps)
-        gate, up = kernels.linear(normed, (weights.gate_proj, weights.up_proj))
-        return kernels.linear(kernels.silu_mul(gate, up), (weights.down_proj,), residual=x)[0]
+        kernels, norm = self.kernels, Norm(weights.mlp_norm, self.config.norm_eps)
+        gated = kernels.gated_linear(x, weights.gate_proj, weights.up_proj, norm=norm)
+        return kernels.linear(gated, (weights.down_proj,), residual=x)[0]
 
 
 @dataclass(frozen=True)
@@ -182,8 +186,7 @@ class _RecordedStep:
     cache: Cache
     recording: Recording
     token_ids: Tensor
-    cos: Tensor
-    sin: Tensor
+    rotation: Rotation
     hidden: Tensor
 
 

@@ -1,5 +1,6 @@
 """What all tests share: thread settings before torch, hypothesis profiles, the default model's file."""
 
+import importlib.util
 import os
 
 # Before torch loads: threads that wander between cores make timings and the CPU kernels several times slower.
@@ -13,6 +14,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from duolocal.models.registry import DEFAULT_MODEL, cached_path
+
+# Before triton is imported: without a CUDA device its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_triton_*.py"]
 
 # No deadline: one example's time says more about the load of the machine than about the code.
 settings.register_profile("default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])

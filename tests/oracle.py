@@ -68,7 +68,7 @@ class OracleCache:
     `plan_retrieval[layer][kv_head]` says which heads are retrieval heads; None: all.
     """
 
-    recordable = False
+    recordable = rotates = False
 
     def __init__(
         self,

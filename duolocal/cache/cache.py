@@ -22,6 +22,8 @@ from duolocal.cache.torch_path import TorchPath
 from duolocal.heads import HeadPlan
 from duolocal.kernels.blocks import BlockLayout
 from duolocal.kernels.cpu.operations import CpuKernels
+from duolocal.kernels.interface import Kernels, Rotation
+from duolocal.kernels.torch_kernels import TorchKernels
 
 # Retrieval heads keep at least this many recent tokens as computed. It is a constant, not the block size, so that
 # the block size cannot change results; block sizes up to it are possible because a block is complete before its
@@ -54,7 +56,7 @@ class CacheMemory:
 class DuoCache:
     """Keys and values of up to `context` tokens under a HeadPlan and a block layout.
 
-    kernels: the compiled CPU kernels to compute with, float32 only; None for plain torch.
+    kernels: what the model computes with, which decides how the cache computes; None for plain torch.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class DuoCache:
         context: int,
         device: torch.device,
         dtype: torch.dtype,
-        kernels: CpuKernels | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         assert layout.block_size <= MIN_EXACT_RECENT, layout.block_size
         self.plan = plan
@@ -89,11 +91,17 @@ class DuoCache:
         self.pool = BlockPool(
             layout, num_rows=plan.num_retrieval, max_blocks=context // layout.block_size, device=device
         )
-        self.start = torch.zeros(1, dtype=torch.int64)  # tokens before the open transaction, where kernels read it
-        self.recordable = kernels is not None
-        self._path: Path = TorchPath(self) if kernels is None else CompiledPath(self, kernels)
+        # Tokens before the open transaction, where kernels read it: the position of the new token of a decode step.
+        self.start = torch.zeros(1, dtype=torch.int64, device=device)
+        self.recordable = isinstance(kernels, CpuKernels)
+        self._path = _path(self, kernels)
         self._step: Step | None = None
         self._truncated_to: list[int] = []
+
+    @property
+    def rotates(self) -> bool:
+        """Whether RoPE is applied here, in the pass that stores, and not by the model."""
+        return self._path.rotates
 
     def begin(self, q_len: int) -> None:
         """Start to append `q_len` tokens; the caller has checked that they fit into the context."""
@@ -101,8 +109,8 @@ class DuoCache:
         start, end = self.num_tokens, self.num_tokens + q_len
         assert end <= self.context, (start, q_len, self.context)
         slots = self.ring.overwritten(start=start, count=q_len)
-        self.start[0] = start
-        self._step = Step(start, end, slots, self.ring.data[:, :, :, slots])
+        self.start.fill_(start)
+        self._step = Step(start, end, slots, self.ring.data[:, :, :, slots].clone())
         self.pool.grow(end // self.layout.block_size)
 
     def commit(self) -> None:
@@ -118,26 +126,29 @@ class DuoCache:
         self.pool.shrink(self.num_tokens // self.layout.block_size)
         self._step = None
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
         """Take the keys and values of the new tokens in one layer.
 
-        k, v: [q_len, num_kv_heads, head_dim] in the compute dtype, RoPE applied to k.
+        k, v: [q_len, num_kv_heads, head_dim] in the compute dtype. RoPE has been applied to k, or, where the cache
+        `rotates`, its angles are given.
         """
         step = self._step
         assert step is not None, "append outside begin and commit"
         wanted = (step.end - step.start, self.plan.num_kv_heads, self.layout.head_dim)
         assert tuple(k.shape) == tuple(v.shape) == wanted, (k.shape, v.shape, wanted)
+        assert (rotation is not None) == self.rotates
         self._path.append(layer, step, k, v)
 
-    def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attend from the new tokens to all that each may see.
 
         q: [q_len, num_heads, head_dim]; positions: int64 [q_len], the absolute positions of the tokens just
-        appended. Returns [q_len, num_heads, head_dim] in q's dtype.
+        appended; rotation: as in append. Returns [q_len, num_heads, head_dim] in q's dtype.
         """
         step = self._step
         assert step is not None, "attend outside begin and commit"
-        return self._path.attend(layer, step, q, positions)
+        assert (rotation is not None) == self.rotates
+        return self._path.attend(layer, step, q, positions, rotation)
 
     def snapshot(self) -> Snapshot:
         """Copy what `restore` needs; constant size."""
@@ -175,6 +186,16 @@ class DuoCache:
             retrieval_windows=ring_per_head * retrieval,
             streaming_windows=ring_per_head * (num_heads - retrieval),
         )
+
+
+def _path(cache: DuoCache, kernels: Kernels | None) -> Path:
+    if kernels is None or isinstance(kernels, TorchKernels):
+        return TorchPath(cache)
+    if isinstance(kernels, CpuKernels):
+        return CompiledPath(cache, kernels)
+    from duolocal.cache.gpu_path import GpuPath  # imports triton, which only a machine with a GPU need have
+
+    return GpuPath(cache)
 
 
 def exact_recent_size(plan: HeadPlan) -> int:

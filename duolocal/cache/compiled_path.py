@@ -7,6 +7,7 @@ from torch import Tensor
 from duolocal.cache.path import Step
 from duolocal.kernels.cpu.attention import CpuAttention
 from duolocal.kernels.cpu.operations import CpuKernels
+from duolocal.kernels.interface import Rotation
 
 if TYPE_CHECKING:
     from duolocal.cache.cache import DuoCache
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 class CompiledPath:
     """Appends and attends with `CpuAttention`; one token at a time it can be recorded and run again."""
+
+    rotates = False
 
     def __init__(self, cache: "DuoCache", kernels: CpuKernels) -> None:
         plan = cache.plan
@@ -38,7 +41,9 @@ class CompiledPath:
         if k.shape[0] == 1:
             self._attention.write_ring(layer, k, v)
 
-    def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, step: Step, q: Tensor, positions: Tensor, rotation: Rotation | None = None
+    ) -> Tensor:
         """Attend from q [q_len, num_heads, head_dim] at the step's positions."""
         k, v = step.k, step.v
         assert k is not None and v is not None

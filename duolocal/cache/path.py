@@ -1,9 +1,11 @@
-"""What computes inside a cache: one interface, a plain-torch path and a compiled one."""
+"""What computes inside a cache: one interface; a path in plain torch, one in compiled CPU kernels, one on the GPU."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from duolocal.kernels.interface import Rotation
 
 
 @dataclass
@@ -12,7 +14,7 @@ class Step:
 
     start: int
     end: int
-    slots: Tensor
+    slots: slice | Tensor
     saved: Tensor
     k: Tensor | None = None  # of the layer between its append and its attend
     v: Tensor | None = None
@@ -21,6 +23,11 @@ class Step:
 class Path(Protocol):
     """Stores new tokens and attends from them, one layer after the other: append, then attend."""
 
+    @property
+    def rotates(self) -> bool:
+        """Whether q and k come without RoPE and with a Rotation."""
+        ...
+
     def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None: ...
 
-    def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor) -> Tensor: ...
+    def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor, rotation: Rotation | None) -> Tensor: ...

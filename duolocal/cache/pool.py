@@ -40,6 +40,8 @@ class BlockPool:
     def grow(self, num_blocks: int) -> None:
         """Bring every row to `num_blocks` blocks; the caller has checked that they fit."""
         assert self.num_blocks <= num_blocks <= self.max_blocks, (self.num_blocks, num_blocks, self.max_blocks)
+        if num_blocks == self.num_blocks:  # most decode steps: nothing is launched
+            return
         wanted = (num_blocks - self.num_blocks) * self.num_rows
         taken = self._free[self._num_free - wanted : self._num_free].flip(0)
         # A row's new blocks are neighbours, so that a span of one head is read in sequence.

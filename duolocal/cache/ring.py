@@ -65,10 +65,11 @@ class Ring:
         self.data[0, layer, :, slots] = k[:, kept - start]
         self.data[1, layer, :, slots] = v[:, kept - start]
 
-    def overwritten(self, *, start: int, count: int) -> Tensor:
-        """Return the slots that storing positions start..start+count-1 overwrites, int64."""
+    def overwritten(self, *, start: int, count: int) -> slice | Tensor:
+        """Return the slots that storing positions start..start+count-1 overwrites, to index them with."""
         if count >= self.num_slots:
-            return self._slots
+            return slice(None)
         if count == 1:
-            return self.slots(torch.tensor([start], device=self._slots.device))
-        return self.slots(torch.arange(start, start + count, device=self._slots.device)).unique()
+            slot = start if start < self.sink_size else self.sink_size + (start - self.sink_size) % self.recent_size
+            return slice(slot, slot + 1)  # a view: no index travels to the device for a decode step
+        return self.slots(torch.arange(start, start + count)).unique().to(self._slots.device)

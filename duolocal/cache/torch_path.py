@@ -8,6 +8,7 @@ from torch import Tensor
 from duolocal.cache.path import Step
 from duolocal.kernels.attention import block_attention, merge, window_attention
 from duolocal.kernels.blocks import encode_blocks
+from duolocal.kernels.interface import Rotation
 
 if TYPE_CHECKING:
     from duolocal.cache.cache import DuoCache
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 class TorchPath:
     """Appends and attends with the operations of `kernels/attention.py` and `kernels/blocks.py`."""
+
+    rotates = False
 
     def __init__(self, cache: "DuoCache") -> None:
         self._cache = cache
@@ -39,7 +42,9 @@ class TorchPath:
         if step.end - step.start == 1:
             self._cache.ring.write(layer, step.k, step.v, start=step.start)
 
-    def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, step: Step, q: Tensor, positions: Tensor, rotation: Rotation | None = None
+    ) -> Tensor:
         """Attend from q [q_len, num_heads, head_dim] to all that each may see."""
         cache = self._cache
         assert step.k is not None and step.v is not None

@@ -19,7 +19,6 @@ from duolocal.engine.kv_choice import choose_kv
 from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
 from duolocal.errors import ContextOverflowError, SettingsError
 from duolocal.heads import HeadPlan, plan_heads
-from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.registry import resolve
@@ -185,7 +184,7 @@ class Engine:
             context=transformer.context,
             device=transformer.device,
             dtype=transformer.dtype,
-            kernels=transformer.kernels if isinstance(transformer.kernels, CpuKernels) else None,
+            kernels=transformer.kernels,
         )
         return cls(transformer, cache, source=source, kv=kv, chunk_size=chunk_size, notes=notes)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from duolocal.cache import DuoCache
 from duolocal.heads import uniform_plan
-from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.interface import Kernels
 from duolocal.models.loader import ModelSource
 from duolocal.models.registry import models_folder
@@ -133,7 +132,7 @@ def measure_kv(
             context=len(token_ids),
             device=device,
             dtype=dtype,
-            kernels=kernels if isinstance(kernels, CpuKernels) else None,
+            kernels=kernels,
         )
     tallies = {name: _Tally() for name in names}
     ids = torch.tensor(token_ids, dtype=torch.int64, device=device)

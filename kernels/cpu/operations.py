@@ -23,6 +23,7 @@ from duolocal.kernels.cpu.structs import (
     RopeArgs,
     SiluArgs,
 )
+from duolocal.kernels.interface import Norm, Rotation
 from duolocal.kernels.matrix import Affine
 from duolocal.kernels.matrix import Matrix as AnyMatrix
 
@@ -59,6 +60,7 @@ class CpuKernels:
     """The compiled kernels on a number of threads."""
 
     name = "compiled"
+    angle_dtype = torch.float32
 
     def __init__(self, num_threads: int) -> None:
         self.pool = thread_pool(num_threads)
@@ -104,13 +106,17 @@ class CpuKernels:
         self.run("rms_norm", args, x, weight, out)
         return out
 
-    def linear(self, x: Tensor, layers: Sequence[Affine], *, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+    def linear(
+        self, x: Tensor, layers: Sequence[Affine], *, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Return x Wᵀ + b for each of up to four layers that read the same x.
 
-        x [n, in_features] -> [n, out_features] each. `residual` [n, out_features] is added to the result of a
-        single layer.
+        x [n, in_features] -> [n, out_features] each. `norm` is applied to x first; `residual` [n, out_features] is
+        added to the result of a single layer.
         """
         assert 1 <= len(layers) <= MAX_MATRICES and (residual is None or len(layers) == 1)
+        if norm is not None:
+            x = self.rms_norm(x, norm.weight, eps=norm.eps)
         (x,) = _checked("linear", x)
         args = LinearArgs(x=x.data_ptr(), num_rows=x.shape[0], count=len(layers))
         kept: list[object] = [x, residual]
@@ -138,6 +144,14 @@ class CpuKernels:
         if x.shape[0]:
             self.run("linear", args, *kept)
         return tuple(results)
+
+    def gated_linear(self, x: Tensor, gate: Affine, up: Affine, *, norm: Norm | None = None) -> Tensor:
+        """Return silu(gate(x)) * up(x) [n, out_features]."""
+        return self.silu_mul(*self.linear(x, (gate, up), norm=norm))
+
+    def rotate(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Rotate q and k, each [num_tokens, heads, head_dim]."""
+        return self.rotary_embedding(q, *rotation), self.rotary_embedding(k, *rotation)
 
     def rotary_embedding(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate the pairs (d, d + head_dim/2) of x [num_tokens, heads, head_dim]. As `pointwise.rotary_embedding`."""
