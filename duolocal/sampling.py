@@ -89,12 +89,8 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._generator = torch.Generator(device="cpu")
-        if sampling.seed is None:
-            self.seed = self._generator.seed() % 2**63  # drawn, so that it can be told and used again
-        else:
-            self.seed = sampling.seed
-        self._generator.manual_seed(self.seed)
+        self._generator = seeded_generator(sampling)
+        self.seed = self._generator.initial_seed()  # drawn or given: it can be told and used again
         self._seen = torch.zeros(0, dtype=torch.bool)  # [vocab_size]
         self._counted = 0  # ids of the history that are in _seen
         self._last = -1  # the last of them
@@ -108,16 +104,15 @@ class Sampler:
         """
         assert logits.dim() == 1, f"logits are {tuple(logits.shape)}, wanted [vocab_size]"
         if logits.numel() == 0 or not math.isfinite(peak := float(logits.max())):  # max is NaN if any is
-            seen = "none" if logits.numel() == 0 else f"{peak}"
-            raise DuoLocalError(
-                f"the model computed logits that cannot be sampled (their maximum is {seen}); the weights may be "
-                "damaged or the compute type too narrow: try --dtype float32"
-            )
+            raise cannot_be_sampled("none" if logits.numel() == 0 else f"{peak}")
         if self.sampling.repetition_penalty != 1.0:
             logits = self._penalise(logits.to("cpu", torch.float64), history)
         if self.sampling.greedy:
             return int(logits.argmax())
         values, ids = filter_logits(logits, self.sampling)
+        if ids is not None:  # in order of id, so that a draw does not depend on which filters were used
+            ids, order = ids.sort()
+            values = values[order]
         weights = values.softmax(0).cumsum(0)
         drawn = torch.rand((), generator=self._generator, dtype=torch.float64) * weights[-1]
         # the first whose cumulated weight exceeds the draw: never one of weight 0
@@ -138,6 +133,21 @@ class Sampler:
         penalty = self.sampling.repetition_penalty
         changed = torch.where(logits < 0, logits * penalty, logits / penalty)
         return torch.where(self._seen, changed, logits)
+
+
+def seeded_generator(sampling: Sampling) -> torch.Generator:
+    """Return a generator on the CPU with the settings' seed, or with a drawn one that can be asked for."""
+    generator = torch.Generator(device="cpu")
+    seed = generator.seed() % 2**63 if sampling.seed is None else sampling.seed
+    return generator.manual_seed(seed)
+
+
+def cannot_be_sampled(peak: str) -> DuoLocalError:
+    """Return the error for logits whose maximum is `peak`."""
+    return DuoLocalError(
+        f"the model computed logits that cannot be sampled (their maximum is {peak}); the weights may be "
+        "damaged or the compute type too narrow: try --dtype float32"
+    )
 
 
 def filter_logits(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -150,11 +150,11 @@ def test_cancelling_in_any_layer_of_any_chunk_keeps_whole_chunks(before: int, la
         calls += 1
         check(current)
 
-    check = engine._raise_if_cancelled
-    engine._raise_if_cancelled = cancel_at  # type: ignore[method-assign, assignment]
+    check = engine.raise_if_cancelled
+    engine.raise_if_cancelled = cancel_at  # type: ignore[method-assign, assignment]
     with pytest.raises(Cancelled):
         list(engine.prefill(ids(256, seed=3)))
-    engine._raise_if_cancelled = check  # type: ignore[method-assign]
+    engine.raise_if_cancelled = check  # type: ignore[method-assign]
     assert engine.token_ids == [*ids(before), *ids(256, seed=3)[: 64 * chunk]]
     fresh = make_engine()
     list(fresh.prefill(engine.token_ids))

@@ -99,6 +99,11 @@ class DuoCache:
         self._truncated_to: list[int] = []
 
     @property
+    def capturable(self) -> bool:
+        """Whether a decode step reads nothing on the host, so that it can be captured as a graph or queued whole."""
+        return self._path.capturable
+
+    @property
     def rotates(self) -> bool:
         """Whether RoPE is applied here, in the pass that stores, and not by the model."""
         return self._path.rotates

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class CompiledPath:
     """Appends and attends with `CpuAttention`; one token at a time it can be recorded and run again."""
 
-    rotates = False
+    rotates = capturable = False
 
     def __init__(self, cache: "DuoCache", kernels: CpuKernels) -> None:
         plan = cache.plan
@@ -41,9 +41,7 @@ class CompiledPath:
         if k.shape[0] == 1:
             self._attention.write_ring(layer, k, v)
 
-    def attend(
-        self, layer: int, step: Step, q: Tensor, positions: Tensor, rotation: Rotation | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attend from q [q_len, num_heads, head_dim] at the step's positions."""
         k, v = step.k, step.v
         assert k is not None and v is not None

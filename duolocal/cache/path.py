@@ -24,6 +24,11 @@ class Path(Protocol):
     """Stores new tokens and attends from them, one layer after the other: append, then attend."""
 
     @property
+    def capturable(self) -> bool:
+        """Whether a decode step reads nothing on the host."""
+        ...
+
+    @property
     def rotates(self) -> bool:
         """Whether q and k come without RoPE and with a Rotation."""
         ...

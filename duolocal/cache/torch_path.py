@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class TorchPath:
     """Appends and attends with the operations of `kernels/attention.py` and `kernels/blocks.py`."""
 
-    rotates = False
+    rotates = capturable = False
 
     def __init__(self, cache: "DuoCache") -> None:
         self._cache = cache
@@ -42,9 +42,7 @@ class TorchPath:
         if step.end - step.start == 1:
             self._cache.ring.write(layer, step.k, step.v, start=step.start)
 
-    def attend(
-        self, layer: int, step: Step, q: Tensor, positions: Tensor, rotation: Rotation | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attend from q [q_len, num_heads, head_dim] to all that each may see."""
         cache = self._cache
         assert step.k is not None and step.v is not None

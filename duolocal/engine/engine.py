@@ -4,16 +4,18 @@ Owns one model, one cache and the tokens in it: chunked prefill, the decode loop
 nothing of text, templates or terminals; it yields, and its caller consumes.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from duolocal.cache import CacheMemory, DuoCache, Snapshot
+from duolocal.engine.decoder import Decoder, GpuDecoder, HostDecoder
 from duolocal.engine.kernels import choose_kernels
 from duolocal.engine.kv_choice import choose_kv
 from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
@@ -25,12 +27,13 @@ from duolocal.models.registry import resolve
 from duolocal.models.rope import extended, parse_rope_scaling
 from duolocal.models.transformer import Transformer
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, KV_FORMATS, kv_layout
-from duolocal.sampling import Sampler, Sampling
+from duolocal.sampling import Sampling
 
 DEFAULT_CHUNK_SIZE = {"cpu": 512, "cuda": 4096}  # tokens
 MIN_CONTEXT = 16  # tokens
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+Result = TypeVar("Result")
 FinishReason = Literal["stop", "length", "context"]
 
 
@@ -72,6 +75,7 @@ class Engine:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._cancel = threading.Event()
+        self._gpu_decoder: GpuDecoder | None = None
 
     @classmethod
     def load(
@@ -260,28 +264,24 @@ class Engine:
         self._check_fits(token_ids)
         self._cancel.clear()
         self.finish_reason = None
-        sampler = Sampler(sampling)
-        answer: list[int] = []
+        decoder = self._decoder(sampling)
         hidden = None
         for chunk in _chunks(token_ids, self.chunk_size):
             hidden = self.step(chunk)
-        while True:
-            assert hidden is not None
-            logits = self.transformer.logits(hidden[-1:])[0]
-            # The penalty looks at the answer only: over a long document it would forbid the document's own words.
-            token = sampler(logits, answer)
+        assert hidden is not None
+        token = decoder.first(hidden[-1:])
+        for count in itertools.count(1):
             if token in eos_ids:
                 self.finish_reason = "stop"
                 return
-            answer.append(token)
-            if len(answer) == sampling.max_tokens:
+            if count == sampling.max_tokens:
                 self.finish_reason = "length"
             elif self.position == self.context:
                 self.finish_reason = "context"
             yield token
             if self.finish_reason is not None:
                 return
-            hidden = self.step([token])
+            token = decoder.next(token)
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Append tokens and return the logits after each: [num_tokens, vocab_size] float32.
@@ -297,28 +297,39 @@ class Engine:
         for chunk in _chunks(token_ids, self.chunk_size):
             yield self.transformer.logits(self.step(chunk))
 
-    @torch.inference_mode()
     def step(self, token_ids: Sequence[int]) -> Tensor:
         """Append tokens that fit, in one piece, whole or not at all; return hidden states [q_len, hidden_size].
 
         What prefill and decode are made of; raises Cancelled between layers after `cancel`.
         """
-        start = self.position
-        device = self.transformer.device
-        self.cache.begin(len(token_ids))
-        try:
-            hidden = self.transformer.hidden(
+        start, device = self.position, self.transformer.device
+        return self.append(
+            token_ids,
+            lambda: self.transformer.hidden(
                 torch.tensor(token_ids, dtype=torch.int64, device=device),
                 torch.arange(start, start + len(token_ids), device=device),
                 self.cache,
-                before_layer=self._raise_if_cancelled,
-            )
+                before_layer=self.raise_if_cancelled,
+            ),
+        )
+
+    @torch.inference_mode()
+    def append(self, token_ids: Sequence[int], compute: Callable[[], Result]) -> Result:
+        """Run `compute`, which appends these tokens to the cache; where it raises, none is appended."""
+        self.cache.begin(len(token_ids))
+        try:
+            result = compute()
         except BaseException:
             self.cache.rollback()
             raise
         self.cache.commit()
         self.token_ids.extend(token_ids)
-        return hidden
+        return result
+
+    def raise_if_cancelled(self, _layer: int = 0) -> None:
+        """Raise Cancelled after `cancel`."""
+        if self._cancel.is_set():
+            raise Cancelled
 
     def cancel(self) -> None:
         """Stop the prefill or generation that is running (safe from a signal handler or another thread)."""
@@ -346,9 +357,12 @@ class Engine:
                 f"{self.position + len(token_ids):,} or more is needed"
             )
 
-    def _raise_if_cancelled(self, _layer: int) -> None:
-        if self._cancel.is_set():
-            raise Cancelled
+    def _decoder(self, sampling: Sampling) -> Decoder:
+        if not self.cache.capturable:
+            return HostDecoder(self, sampling)
+        if self._gpu_decoder is None:
+            self._gpu_decoder = GpuDecoder(self)  # kept: it holds the graphs
+        return self._gpu_decoder.restart(sampling)
 
 
 def _chunks(token_ids: Sequence[int], chunk_size: int) -> Iterator[Sequence[int]]:
