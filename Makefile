@@ -16,17 +16,32 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test lint clean distclean
+.PHONY: help chat test gpu-check lint clean distclean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 
 chat: $(VENV)/.installed ## chat with the default model; options in ARGS
 	@$(PY) chat.py $(ARGS)
 
+# Triton's interpreter is slow and keeps to one core; the CPU kernels want all cores for themselves.
 test: $(VENV)/.developed ## run all tests; pytest options in ARGS
 	@$(BIN)/duolocal models fetch $(MODEL)
+ifdef ARGS
 	$(PY) -m pytest $(ARGS)
+else
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -k "triton or bench_gpu"
+	$(PY) -m pytest -k "not triton and not bench_gpu"
+endif
+
+# On a machine that may have no network: with its own python3 where that sees a GPU, else with our environment.
+gpu-check: ## test and measure the GPU kernels on a CUDA device; options in ARGS
+	@for python in python3 $(PY); do \
+	  if $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    exec $$python -m duolocal.bench gpu $(ARGS); \
+	  fi; \
+	done; \
+	echo "gpu-check: neither python3 nor $(PY) has a torch that sees a CUDA device: nothing was measured"
 
 lint: $(VENV)/.developed ## check style, types and the floors
 	$(BIN)/ruff check .

@@ -130,7 +130,7 @@ def _encode_plane(x: Tensor, plane: Plane) -> tuple[Tensor, Tensor | None]:
     if plane.kind == "float":
         assert plane.dtype is not None
         # Saturate: an overflow to infinity would poison the whole context.
-        limit = torch.finfo(plane.dtype).max
+        limit = min(torch.finfo(plane.dtype).max, torch.finfo(x.dtype).max)
         return x.clamp(-limit, limit).to(plane.dtype).contiguous().view(torch.uint8).view(num_blocks, -1), None
     work = x if x.dtype == torch.float64 else x.float()
     if plane.kind == "fp8":

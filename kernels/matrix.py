@@ -45,6 +45,65 @@ class PackedMatrix:
     group_size: int = 0
 
 
+# Input features whose codes lie together in a `GroupedMatrix`.
+GROUPED_RUN = 32
+# The feature, of 16, that each of 16 bytes of codes holds.
+GROUPED_ORDER = tuple(8 * a + 2 * m + b for m in range(4) for a in range(2) for b in range(2))
+
+
+@dataclass(frozen=True)
+class GroupedMatrix:
+    """A matrix [out_features, in_features] in planes, as GPU kernels read it; in_features is a multiple of 32.
+
+    codes: uint8 [out_features, in_features * bits / 8]. Of 8 bits, 16 bytes hold 16 neighbouring input features; of
+    4 bits, 32: the first 16 in the low nibbles, the next 16 in the high ones. Feature 8a + 2m + b of 16 (a, b < 2,
+    m < 4) is byte 4m + 2a + b: a thread that takes 16 bytes as four words, and 16-bit activations as words of two
+    neighbours, finds what belongs together at one m, and both are loads of 16 bytes (`GROUPED_ORDER`). scales:
+    float16 [out_features, groups]; a group is in_features / groups neighbouring features, a multiple of 32. A value
+    is scale * (code - zero), or scale * code + minimum, in float32, rounded once to the wanted dtype. The zero is
+    `zeros` uint8 [out_features, groups] (of 4 bits only) or `zero` everywhere; the minimum `minima` float16
+    [out_features, groups]. All contiguous, on one device.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    zero: int = 0
+    zeros: Tensor | None = None
+    minima: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.bits in (4, 8)
+        assert self.codes.dtype == torch.uint8 and self.codes.dim() == 2
+        assert self.scales.dtype == torch.float16 and self.scales.shape[0] == self.codes.shape[0]
+        assert self.in_features % self.scales.shape[1] == 0 and self.group_size % GROUPED_RUN == 0
+        assert self.zeros is None or (self.zeros.dtype == torch.uint8 and self.zeros.shape == self.scales.shape)
+        assert self.minima is None or (self.minima.dtype == torch.float16 and self.minima.shape == self.scales.shape)
+        assert self.minima is None or (self.zeros is None and self.zero == 0)
+        assert self.bits == 4 or (self.zeros is None and self.minima is None)
+        assert 0 <= self.zero < 1 << self.bits and not (self.zeros is not None and self.zero)
+        planes = (self.codes, self.scales, self.zeros, self.minima)
+        assert all(plane is None or plane.is_contiguous() for plane in planes)
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1] * 8 // self.bits
+
+    @property
+    def group_size(self) -> int:
+        """Input features that share a scale and an offset."""
+        return self.in_features // self.scales.shape[1]
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """Zeros or minima, whichever there are."""
+        return self.minima if self.zeros is None else self.zeros
+
+
 class Matrix(Protocol):
     """A matrix [out_features, in_features] in whatever bits it is kept."""
 

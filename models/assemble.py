@@ -82,29 +82,41 @@ def assemble(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    arrange: Callable[[Weight], Weight] | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> ModelWeights:
     """Load layer by layer; `on_layer` is called with (layers done, layers in all) after each.
 
-    Nothing is dequantized: matrices stay in the bits of the file, norm weights and biases are `dtype`.
+    Nothing is dequantized: matrices stay in the bits of the file, unless `arrange` makes of each what the kernels
+    prefer; norm weights and biases are `dtype`.
     """
+
+    def weight(role: Role) -> Weight:
+        found = source.weight(role, device)
+        return found if arrange is None else arrange(found)
+
     layers = []
     for index in range(config.num_layers):
-        layers.append(_layer(config, source, index, device, dtype))
+        layers.append(_layer(config, source, weight, index, device, dtype))
         if on_layer is not None:
             on_layer(index + 1, config.num_layers)
     outer = {role.name: role for role in outer_roles(config)}
-    embedding = source.weight(outer["embedding.weight"], device)
+    embedding = weight(outer["embedding.weight"])
     return ModelWeights(
         embedding=embedding,
         layers=tuple(layers),
         norm=source.vector(outer["norm.weight"], device, dtype),
-        lm_head=embedding if config.tie_embeddings else source.weight(outer["lm_head.weight"], device),
+        lm_head=embedding if config.tie_embeddings else weight(outer["lm_head.weight"]),
     )
 
 
 def _layer(
-    config: ModelConfig, source: TensorSource, index: int, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    source: TensorSource,
+    weight: Callable[[Role], Weight],
+    index: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> LayerWeights:
     found = {role.name: role for role in layer_roles(config, index)}
 
@@ -113,7 +125,7 @@ def _layer(
 
     def linear(name: str) -> Linear:
         bias = f"{name}.bias"
-        return Linear(source.weight(found[f"{name}.weight"], device), vector(bias) if bias in found else None)
+        return Linear(weight(found[f"{name}.weight"]), vector(bias) if bias in found else None)
 
     return LayerWeights(
         attention_norm=vector("attention_norm.weight"),

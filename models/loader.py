@@ -22,6 +22,7 @@ from duolocal.models.gguf import open_gguf
 from duolocal.models.gguf_weights import GGUFWeights, main_format, read_config
 from duolocal.models.safetensors_folder import FolderWeights, header_bytes, open_shards, read_folder_config
 from duolocal.models.weights import ModelWeights
+from duolocal.quant.weight import Weight
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
@@ -45,14 +46,18 @@ class ModelSource:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        arrange: Callable[[Weight], Weight] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> ModelWeights:
         """Return the weights, matrices in the bits of the file on `device`, norm weights and biases in `dtype`.
 
-        On the CPU matrices are views of the memory-mapped file wherever their layout allows it. `on_layer` is
-        called with (layers done, layers in all). Raises ModelFileError where the file cannot be read.
+        On the CPU matrices are views of the memory-mapped file wherever their layout allows it. `arrange` is applied
+        to every matrix as soon as it is read. `on_layer` is called with (layers done, layers in all). Raises
+        ModelFileError where the file cannot be read.
         """
-        return assemble(self.config, self.tensors, device=torch.device(device), dtype=dtype, on_layer=on_layer)
+        return assemble(
+            self.config, self.tensors, device=torch.device(device), dtype=dtype, arrange=arrange, on_layer=on_layer
+        )
 
 
 def open_model(path: str | Path) -> ModelSource:

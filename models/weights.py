@@ -1,5 +1,6 @@
 """What a loader hands to the Transformer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,3 +33,20 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [hidden_size]
     lm_head: Weight  # [vocab_size, hidden_size]
+
+    def matrices(self) -> Iterator[Weight]:
+        """Yield every matrix once."""
+        for layer in self.layers:
+            for linear in (
+                layer.q_proj,
+                layer.k_proj,
+                layer.v_proj,
+                layer.o_proj,
+                layer.gate_proj,
+                layer.up_proj,
+                layer.down_proj,
+            ):
+                yield linear.weight
+        yield self.embedding
+        if self.lm_head is not self.embedding:
+            yield self.lm_head

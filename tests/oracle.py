@@ -88,14 +88,14 @@ class OracleCache:
         self.k = [empty for _ in range(config.num_layers)]  # [kv_len, num_kv_heads, head_dim] float64 per layer
         self.v = [empty for _ in range(config.num_layers)]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, rotation: object = None) -> None:
         """Add the next tokens' k and v [q_len, num_kv_heads, head_dim]."""
         assert k.shape == v.shape
         assert k.shape[1:] == self.k[layer].shape[1:]
         self.k[layer] = torch.cat((self.k[layer], k.detach().to("cpu", torch.float64)))
         self.v[layer] = torch.cat((self.v[layer], v.detach().to("cpu", torch.float64)))
 
-    def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: object = None) -> Tensor:
         """Attend from q [q_len, num_heads, head_dim]; return its shape, dtype and device."""
         out = oracle_attention(
             q,

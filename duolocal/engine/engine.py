@@ -16,7 +16,7 @@ from torch import Tensor
 
 from duolocal.cache import CacheMemory, DuoCache, Snapshot
 from duolocal.engine.decoder import Decoder, GpuDecoder, HostDecoder
-from duolocal.engine.kernels import choose_kernels
+from duolocal.engine.kernels import arrangement, choose_kernels, undecoded_note
 from duolocal.engine.kv_choice import choose_kv
 from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
 from duolocal.errors import ContextOverflowError, SettingsError
@@ -31,6 +31,7 @@ from duolocal.sampling import Sampling
 
 DEFAULT_CHUNK_SIZE = {"cpu": 512, "cuda": 4096}  # tokens
 MIN_CONTEXT = 16  # tokens
+WARM_UP_TOKENS = 32  # of a short chunk, such as a question
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 Result = TypeVar("Result")
@@ -133,6 +134,9 @@ class Engine:
             sink_size=sink_size,
             recent_size=recent_size,
         )
+        chosen, kernels_note = choose_kernels(
+            kernels, config, device=where, dtype=compute, num_threads=threads, on_build=on_build
+        )
         check_fits = partial(
             check_memory,
             config,
@@ -142,14 +146,12 @@ class Engine:
             chunk_size=chunk_size,
             device=where,
             dtype=compute,
+            kernels=chosen.name,
             available=available_bytes(where),
         )
         # The smallest format stands for "auto" until the weights that it is measured with are loaded.
         check_fits(kv=KV_FORMATS[-1] if kv == "auto" else kv)
-        chosen, kernels_note = choose_kernels(
-            kernels, config, device=where, dtype=compute, num_threads=threads, on_build=on_build
-        )
-        weights = source.load(device=where, dtype=compute, on_layer=on_layer)
+        weights = source.load(device=where, dtype=compute, arrange=arrangement(chosen, compute), on_layer=on_layer)
         kv_note = None
         if kv == "auto":
             kv, kv_note = choose_kv(
@@ -163,8 +165,12 @@ class Engine:
             )
             check_fits(kv=kv)
         transformer = Transformer(config, weights, context=context, device=where, dtype=compute, kernels=chosen)
-        notes = [note for note in (rope_note, heads_note, kv_note, kernels_note) if note]
-        return cls.build(transformer, plan, kv=kv, chunk_size=chunk_size, source=source, notes=notes)
+        slow_note = undecoded_note(chosen, weights)
+        notes = [note for note in (rope_note, heads_note, kv_note, kernels_note, slow_note) if note]
+        engine = cls.build(transformer, plan, kv=kv, chunk_size=chunk_size, source=source, notes=notes)
+        if engine.cache.capturable:
+            engine.warm_up()
+        return engine
 
     @classmethod
     def build(
@@ -212,25 +218,8 @@ class Engine:
 
     def memory(self) -> EngineMemory:
         """Return the bytes really allocated."""
-        weights = self.transformer.weights
-        matrices = [
-            linear.weight
-            for layer in weights.layers
-            for linear in (
-                layer.q_proj,
-                layer.k_proj,
-                layer.v_proj,
-                layer.o_proj,
-                layer.gate_proj,
-                layer.up_proj,
-                layer.down_proj,
-            )
-        ]
-        matrices.append(weights.embedding)
-        if weights.lm_head is not weights.embedding:
-            matrices.append(weights.lm_head)
         return EngineMemory(
-            weights=sum(matrix.nbytes for matrix in matrices),
+            weights=sum(matrix.nbytes for matrix in self.transformer.weights.matrices()),
             cache=self.cache.memory(),
             dense_16bit=dense_16bit_bytes(self.config, self.context),
         )
@@ -330,6 +319,13 @@ class Engine:
         """Raise Cancelled after `cancel`."""
         if self._cancel.is_set():
             raise Cancelled
+
+    def warm_up(self) -> None:
+        """Run a chunk, a short one and a decode step on an empty context, so that all kernels are compiled."""
+        assert self.position == 0
+        for count in (self.chunk_size, WARM_UP_TOKENS, 1):
+            self.step([0] * min(count, self.context))
+            self.reset()
 
     def cancel(self) -> None:
         """Stop the prefill or generation that is running (safe from a signal handler or another thread)."""

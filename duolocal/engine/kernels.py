@@ -1,6 +1,9 @@
 """Which kernels an engine computes with: chosen once from what is asked for and what the machine and model allow."""
 
+import importlib.util
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -11,7 +14,15 @@ from duolocal.kernels.cpu.structs import MAX_THREADS
 from duolocal.kernels.interface import Kernels
 from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.config import ModelConfig
+from duolocal.models.weights import ModelWeights
+from duolocal.paths import cache_folder
+from duolocal.quant.awq import AWQWeight
+from duolocal.quant.gguf import GGUFWeight
+from duolocal.quant.grouped import group
 from duolocal.quant.kv import kv_layout
+from duolocal.quant.weight import DenseWeight, Weight
+
+MIN_CAPABILITY = (8, 0)  # Ampere: the oldest GPU whose kernels are compiled and checked in CI
 
 
 def choose_kernels(
@@ -25,32 +36,82 @@ def choose_kernels(
 ) -> tuple[Kernels, str | None]:
     """Return the kernels `name` ("auto", "compiled" or "torch") stands for, and a line when auto had to take torch.
 
-    num_threads: None for one per physical core. `on_build` is called before kernels are compiled, which takes
-    seconds and happens once per machine. torch's own threads are set to what does not compete with ours. Raises
-    SettingsError where compiled kernels are asked for and cannot be had, KernelError where building them fails.
+    Compiled are C kernels on a CPU and Triton kernels on a GPU. num_threads: None for one per physical core.
+    `on_build` is called before kernels are compiled, which takes seconds and happens once per machine (a GPU's are
+    compiled when they first run: `Engine.warm_up`). On a CPU torch's own threads are set to what does not compete
+    with ours. Raises SettingsError where compiled kernels are asked for and cannot be had, KernelError where building
+    them fails.
     """
     if name not in ("auto", "compiled", "torch"):
         raise SettingsError(f"kernels {name!r} are unknown: use auto, compiled or torch")
     if num_threads is not None and not 1 <= num_threads <= MAX_THREADS:
         raise SettingsError(f"threads is {num_threads}: give 1 to {MAX_THREADS}")
-    reason = _unsupported(config, device, dtype)
+    reason = _unsupported_cpu(config, dtype) if device.type == "cpu" else _unsupported_gpu(config, device, dtype)
     if name == "compiled" and reason is not None:
         raise SettingsError(f"compiled kernels cannot be used: {reason}; use --kernels torch")
     if name == "torch" or reason is not None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        fell_back = name == "auto" and device.type == "cpu"
-        return TorchKernels(dtype), f"the slow torch kernels compute here: {reason}" if fell_back else None
+        return TorchKernels(dtype), f"the slow torch kernels compute here: {reason}" if name == "auto" else None
+    if device.type == "cuda":
+        folder = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton")))
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a newer triton's default would not be what is tested
+        if on_build is not None and not (folder.is_dir() and any(folder.iterdir())):
+            on_build()
+        from duolocal.kernels.gpu.operations import TritonKernels  # imports triton
+
+        return TritonKernels(dtype), None
     build.build(on_build=on_build)
     # All heavy work is in our threads; torch's would compete with them for the same cores.
     torch.set_num_threads(1)
     return CpuKernels(num_threads or threads.default_threads()), None
 
 
-def _unsupported(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return f"they are for the CPU, the device is {device.type}"
+def arrangement(kernels: Kernels, dtype: torch.dtype) -> Callable[[Weight], Weight] | None:
+    """Return what `kernels` want done to every matrix when it is loaded; None: nothing."""
+    if kernels.name != "triton":
+        return None
+
+    def arrange(weight: Weight) -> Weight:
+        if isinstance(weight, DenseWeight):
+            return DenseWeight(weight.tensor.to(dtype))  # once, not at every product
+        return group(weight)
+
+    return arrange
+
+
+def undecoded_note(kernels: Kernels, weights: ModelWeights) -> str | None:
+    """Return a line naming the formats of matrices that `kernels` cannot decode on the way, or None."""
+    if kernels.name != "triton":
+        return None
+    formats = sorted({matrix.format for matrix in weights.matrices() if isinstance(matrix, GGUFWeight | AWQWeight)})
+    if not formats:
+        return None
+    return (
+        f"weights in {', '.join(formats)} are decoded anew at every step on a GPU, which is slow: "
+        "an AWQ model, or a file in Q4_0, Q4_1 or Q8_0, is faster"
+    )
+
+
+def _unsupported_cpu(config: ModelConfig, dtype: torch.dtype) -> str | None:
     if dtype != torch.float32:
         return f"they compute in float32, --dtype is {str(dtype).removeprefix('torch.')}"
     layout = kv_layout("32", head_dim=config.head_dim, dtype=dtype)
     return build.unsupported() or attention.unsupported(layout, config.num_heads // config.num_kv_heads)
+
+
+def _unsupported_gpu(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"they compute in 16 bits, --dtype is {str(dtype).removeprefix('torch.')}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    group_size = config.num_heads // config.num_kv_heads
+    if config.head_dim % 16 or config.head_dim > 256 or group_size > 16:
+        return (
+            "they take a head_dim that is a multiple of 16 up to 256 and up to 16 query heads per KV head, "
+            f"this model has {config.head_dim} and {group_size}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return "they need compute capability {}.{}, this GPU has {}.{}".format(*MIN_CAPABILITY, *capability)
+    return None

@@ -20,6 +20,7 @@ from duolocal.quant.kv import KV_FORMATS, kv_layout
 
 # Dequantizing a matrix holds its codes, a partial result and the result at once.
 DEQUANTIZE_COPIES = 3
+GPU_SPAN = 32768  # tokens of blocks decoded at a time: SPAN of kernels/gpu/library_attention.py, which imports triton
 GIB = 2**30
 
 
@@ -46,23 +47,43 @@ def memory_needs(
     context: int,
     chunk_size: int,
     dtype: torch.dtype,
+    kernels: str,
 ) -> MemoryNeeds:
-    """Return the bytes that `context` tokens need, prefilled `chunk_size` at a time."""
+    """Return the bytes that `context` tokens need, prefilled `chunk_size` at a time by the kernels of that name."""
     num_blocks = plan.num_retrieval * (context // layout.block_size)
     bookkeeping = 16  # block table and free list, int64 each
     slots = plan.sink_size + exact_recent_size(plan)
     windows = 2 * config.num_layers * config.num_kv_heads * slots * config.head_dim * dtype.itemsize
-    matrix = config.hidden_size * max(config.intermediate_size, VOCAB_TILE) * dtype.itemsize * DEQUANTIZE_COPIES
-    attention_width = config.num_heads * config.head_dim
-    activations = chunk_size * (6 * config.hidden_size + 3 * config.intermediate_size + 6 * attention_width) * 4
-    span = config.num_kv_heads * min(KEY_SPAN, context) * config.head_dim * 4 * 6
-    scores = config.num_heads * min(QUERY_TILE, chunk_size) * min(KEY_SPAN, context) * 4 * 2
     return MemoryNeeds(
         weights=weight_bytes,
         blocks=num_blocks * (layout.record_bytes + bookkeeping),
         windows=windows,
-        transient=matrix + activations + span + scores + config.vocab_size * 4 * 4,
+        transient=_transient(config, plan, chunk_size=chunk_size, context=context, dtype=dtype, kernels=kernels),
     )
+
+
+def _transient(
+    config: ModelConfig, plan: HeadPlan, *, chunk_size: int, context: int, dtype: torch.dtype, kernels: str
+) -> int:
+    """Return the most bytes that a prefill chunk holds beside weights and cache."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    logits = config.vocab_size * 8 * 8  # of one token; sampling copies them in float64 a few times
+    if kernels == "triton":
+        group = config.num_heads // config.num_kv_heads
+        retrieval = max(map(sum, plan.retrieval)) * config.head_dim  # of the layer that has most
+        # q, k, v before and after RoPE; the window's result; see library_attention.py for what blocks take.
+        attention = chunk_size * (4 * (q_size + kv_size) + 8 * q_size + retrieval * (24 * group + 4))
+        attention += 4 * retrieval * min(GPU_SPAN, context)
+        mlp = chunk_size * inner * 6 + hidden * inner * 2  # gate, up and their product; a matrix decoded
+        return max(attention, mlp) + chunk_size * hidden * 8 + logits
+    activations = chunk_size * (6 * hidden + 3 * inner + 6 * q_size) * 4 + logits
+    if kernels == "compiled":  # decode weights and keys in the cache of the processor
+        return activations
+    matrix = hidden * max(inner, VOCAB_TILE) * dtype.itemsize * DEQUANTIZE_COPIES
+    span = config.num_kv_heads * min(KEY_SPAN, context) * config.head_dim * 4 * 6
+    scores = config.num_heads * min(QUERY_TILE, chunk_size) * min(KEY_SPAN, context) * 4 * 2
+    return activations + matrix + span + scores
 
 
 def dense_16bit_bytes(config: ModelConfig, context: int) -> int:
@@ -90,6 +111,7 @@ def check_memory(
     chunk_size: int,
     device: torch.device,
     dtype: torch.dtype,
+    kernels: str,
     available: int,
 ) -> None:
     """Refuse a context that would not fit, naming the numbers and the nearest settings that do.
@@ -100,7 +122,14 @@ def check_memory(
     def needs(format_name: str, tokens: int) -> MemoryNeeds:
         layout = kv_layout(format_name, head_dim=config.head_dim, dtype=dtype)
         return memory_needs(
-            config, plan, layout, weight_bytes=weight_bytes, context=tokens, chunk_size=chunk_size, dtype=dtype
+            config,
+            plan,
+            layout,
+            weight_bytes=weight_bytes,
+            context=tokens,
+            chunk_size=chunk_size,
+            dtype=dtype,
+            kernels=kernels,
         )
 
     needed = needs(kv, context)

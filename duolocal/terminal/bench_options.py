@@ -56,6 +56,20 @@ def add_bench_parsers(what: "argparse._SubParsersAction[_P]", add_model_options:
     _repeats(profile, 50)
     add_model_options(profile, context=False)
 
+    gpu = add("gpu", "test and measure the GPU kernels on this machine's CUDA device, with random weights")
+    gpu.add_argument(
+        "--out", default="benchmarks/results", metavar="DIR", help="for the JSON and the logs (default: %(default)s)"
+    )
+    gpu.add_argument("--minutes", default="9", metavar="N", help="end within so many minutes (default: %(default)s)")
+    gpu.add_argument(
+        "--sections",
+        default="a,b,c,d,e,f,g",
+        metavar="LIST",
+        help="a device, b tests, c kernels, d decode, e prefill, f under memory caps, g tuning (default: %(default)s)",
+    )
+    # It has a model of its own.
+    gpu.set_defaults(model="random", kv="int4", heads="0.5", device="cuda", threads=None)
+
     load = add("load", "time from nothing to a first token, in fresh processes")
     _repeats(load, 5)
     load.add_argument("--cold", action="store_true", help="drop the model file from the page cache before each run")
@@ -106,6 +120,10 @@ def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Con
         from duolocal.terminal.bench_view import bench_memory
 
         return bench_memory(settings, console, progress)
+    if options.action == "gpu":
+        from duolocal.terminal.bench_gpu_view import bench_gpu
+
+        return bench_gpu(Path(options.out).expanduser(), minutes=options.minutes, letters=options.sections)
     repeats = parse_tokens(options.repeats, "--repeats")
     if options.action == "load":
         from duolocal.terminal.bench_speed_view import bench_load

@@ -107,7 +107,7 @@ class Bar:
 
     def compiling(self) -> None:
         """Say that the kernels are being built: the `on_build` of a load."""
-        self.describe("compiling the CPU kernels, once for this machine")
+        self.describe("compiling the kernels, once for this machine")
 
 
 @contextmanager

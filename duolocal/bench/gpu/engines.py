@@ -1,0 +1,86 @@
+"""Engines for the sections that run the whole random model."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from duolocal.bench.gpu.measure import Bench
+from duolocal.bench.gpu.random_model import all_retrieval, half_retrieval
+from duolocal.bench.synthetic import fill_with_random_tokens
+from duolocal.engine.engine import Engine
+from duolocal.heads import HeadPlan
+from duolocal.kernels.gpu.operations import TritonKernels
+from duolocal.models.transformer import Transformer
+from duolocal.models.weights import ModelWeights
+from duolocal.quant.kv import DEFAULT_BLOCK_SIZE
+from duolocal.sampling import Sampling
+
+PLANS = {"50%": half_retrieval, "all": all_retrieval}
+_WARM_TOKENS = 4  # the first token's step, the first of its kind, the capture, one replay
+
+
+def engine_for(
+    bench: Bench, weights: ModelWeights, *, heads: str, context: int, kv: str = "int4", chunk_size: int = 4096
+) -> Engine:
+    """Return an engine with room for `context` tokens; heads: a name of PLANS."""
+    sizes, config = bench.sizes, bench.sizes.config
+    plan: HeadPlan = PLANS[heads](
+        config.num_layers, config.num_kv_heads, sink_size=sizes.sink_size, recent_size=sizes.recent_size
+    )
+    transformer = Transformer(
+        config,
+        weights,
+        context=context,
+        device=bench.device,
+        dtype=bench.dtype,
+        kernels=TritonKernels(bench.dtype),
+    )
+    return Engine.build(transformer, plan, kv=kv, chunk_size=chunk_size)
+
+
+def fill(engine: Engine, num_tokens: int, *, seed: int) -> None:
+    """Replace what is in the engine's context by `num_tokens` tokens of random keys and values."""
+    engine.reset()
+    fill_with_random_tokens(engine.cache, num_tokens, seed=seed)
+    engine.token_ids.extend([0] * num_tokens)
+
+
+def warm_tokens(engine: Engine, num_tokens: int) -> Iterator[int]:
+    """Return an iterator over `num_tokens` greedy tokens of a decode loop that is warm: what follows is replayed."""
+    sampling = Sampling(temperature=0, repetition_penalty=1.0, max_tokens=num_tokens + _WARM_TOKENS)
+    tokens = engine.generate([1], sampling, eos_ids=frozenset())
+    for _ in range(_WARM_TOKENS):
+        next(tokens)
+    return tokens
+
+
+def tokens_s(engine: Engine, num_tokens: int) -> list[float]:
+    """Return the seconds of each of `num_tokens` greedy tokens after those that warm up; the context grows.
+
+    The clock is the host's and sees all that a user waits for: launching, sampling and reading the id.
+    """
+    tokens = warm_tokens(engine, num_tokens)
+    times = []
+    for _ in range(num_tokens):
+        began = time.perf_counter()
+        next(tokens)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def room_to_decode(num_tokens: int) -> int:
+    """Return how many tokens decoding `num_tokens` warm ones appends at most."""
+    return num_tokens + _WARM_TOKENS + 1
+
+
+def reserved_for(context: int, num_tokens: int) -> int:
+    """Return the tokens to reserve for `num_tokens` decoded ones after `context`, in whole blocks."""
+    return -(-(context + room_to_decode(num_tokens)) // DEFAULT_BLOCK_SIZE) * DEFAULT_BLOCK_SIZE
+
+
+def random_ids(bench: Bench, count: int) -> Sequence[int]:
+    """Return random token ids."""
+    generator = torch.Generator().manual_seed(bench.seed)
+    ids: list[int] = torch.randint(bench.sizes.config.vocab_size, (count,), generator=generator).tolist()
+    return ids

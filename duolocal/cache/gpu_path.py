@@ -1,0 +1,72 @@
+"""The cache's arithmetic in Triton kernels on the GPU, 16-bit.
+
+A decode step reads its position, its lengths and its blocks from device memory only, so that it can be captured as a
+CUDA graph and replayed while the context grows.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from duolocal.cache.path import Step
+from duolocal.kernels.gpu.append import append_token
+from duolocal.kernels.gpu.decode import decode_attention
+from duolocal.kernels.gpu.layer_cache import LayerCache
+from duolocal.kernels.gpu.pointwise import rotate
+from duolocal.kernels.gpu.prefill import prefill_attention
+from duolocal.kernels.gpu.store import close_blocks, write_ring
+from duolocal.kernels.interface import Rotation
+
+if TYPE_CHECKING:
+    from duolocal.cache.cache import DuoCache
+
+
+class GpuPath:
+    """Appends and attends with the kernels of `kernels/gpu`; RoPE is applied in the pass that stores."""
+
+    rotates = capturable = True
+
+    def __init__(self, cache: "DuoCache") -> None:
+        plan, device = cache.plan, cache.device
+        self._layers: list[LayerCache] = []
+        first_row = 0
+        for layer, flags in enumerate(plan.retrieval):
+            heads = [head for head, retrieval in enumerate(flags) if retrieval]
+            rows = [heads.index(head) if retrieval else -1 for head, retrieval in enumerate(flags)]
+            widths = [cache.exact_recent if retrieval else plan.recent_size for retrieval in flags]
+            self._layers.append(
+                LayerCache(
+                    ring_k=cache.ring.data[0, layer],
+                    ring_v=cache.ring.data[1, layer],
+                    records=cache.pool.records,
+                    table=cache.pool.table[first_row : first_row + len(heads)],
+                    retrieval_heads=torch.tensor(heads, dtype=torch.int32, device=device),
+                    rows=torch.tensor(rows, dtype=torch.int32, device=device),
+                    widths=torch.tensor(widths, dtype=torch.int32, device=device),
+                    start=cache.start,
+                    layout=cache.layout,
+                    query_group=cache.query_group,
+                    sink_size=plan.sink_size,
+                    recent_size=cache.exact_recent,
+                )
+            )
+            first_row += len(heads)
+
+    def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
+        """Take k and v [q_len, num_kv_heads, head_dim]; they are stored by `attend`, together with their use."""
+        step.k, step.v = k, v
+
+    def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor, rotation: Rotation | None) -> Tensor:
+        """Store the layer's new keys and values, and attend from q [q_len, num_heads, head_dim]."""
+        cache, k, v = self._layers[layer], step.k, step.v
+        assert k is not None and v is not None and rotation is not None
+        step.k = step.v = None
+        if q.shape[0] == 1:
+            q_rotated, q_blocks = append_token(cache, q, k, v, *rotation)
+            return decode_attention(cache, q_rotated, q_blocks)
+        q, k = rotate(q, k, *rotation)
+        close_blocks(cache, k, v, step.start)
+        out = prefill_attention(cache, q, k, v, step.start)
+        write_ring(cache, k, v, step.start)
+        return out

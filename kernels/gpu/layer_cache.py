@@ -1,0 +1,58 @@
+"""One layer's share of a cache, as GPU kernels see it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from duolocal.kernels.blocks import BlockLayout
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The memory of one layer; all tensors are on one device and stay where they are.
+
+    ring_k, ring_v: [num_kv_heads, sink_size + recent_size, head_dim], contiguous, compute dtype; position p lies in
+    slot p (p < sink_size) or sink_size + (p - sink_size) % recent_size. records: uint8 [num_records, record_bytes].
+    table: int64 [num_retrieval, max_blocks], the record of each block of the retrieval heads of THIS layer, in order
+    of head (a view of the cache's table); -1 where no block is yet. retrieval_heads: int32 [num_retrieval], their
+    numbers, rising. rows: int32 [num_kv_heads], the row of `table` of each KV head, -1 for a streaming head.
+    widths: int32 [num_kv_heads], how many recent tokens each head reads from the ring: recent_size for a retrieval
+    head, at most that for a streaming head. start: int64 [1], tokens in the cache before the new ones.
+    """
+
+    ring_k: Tensor
+    ring_v: Tensor
+    records: Tensor
+    table: Tensor
+    retrieval_heads: Tensor
+    rows: Tensor
+    widths: Tensor
+    start: Tensor
+    layout: BlockLayout
+    query_group: int
+    sink_size: int
+    recent_size: int
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.ring_k.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_kv_heads * self.query_group
+
+    @property
+    def num_retrieval(self) -> int:
+        return self.table.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.ring_k.shape[2]
+
+    @property
+    def num_slots(self) -> int:
+        return self.ring_k.shape[1]
+
+    @property
+    def max_blocks(self) -> int:
+        return self.table.shape[1]
