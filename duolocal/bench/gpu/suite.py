@@ -131,12 +131,11 @@ def run_suite(
     }
     with files.log.open("ab") as log:
         for at, section in enumerate(sections):
-            later_s = sum(other.least_s for other in sections[at + 1 :])
             left_s = deadline - time.monotonic()
-            limit_s = min(section.most_s, max(left_s - later_s, section.least_s))
+            limit_s = allotted(section, sections[at + 1 :], left_s)
             entry: dict[str, Any] = {"status": "running", "limit_s": round(limit_s, 1), "records": []}
             report["sections"][section.name] = entry
-            if left_s < section.least_s:
+            if not limit_s:
                 entry |= {"status": "skipped", "why": f"{left_s:.0f} s were left, {section.least_s:.0f} s are wanted"}
             else:
                 on_step(f"{section.name} (at most {limit_s:.0f} s, {left_s:.0f} s left)")
@@ -155,6 +154,13 @@ def run_suite(
             report["elapsed_s"] = round(time.monotonic() - began, 1)
             _write(files.report, report)
     return report
+
+
+def allotted(section: Section, later: Sequence[Section], left_s: float) -> float:
+    """Return the seconds that a section gets of those left: the later ones keep their least; 0: not even its own."""
+    if left_s < section.least_s:
+        return 0.0
+    return min(section.most_s, max(left_s - sum(other.least_s for other in later), section.least_s))
 
 
 def failed(report: dict[str, Any]) -> list[str]:
