@@ -1,4 +1,4 @@
-"""The command line: `duolocal chat`, `models`, `bench`, `kv`. Parses, dispatches, turns errors into one line.
+"""The command line: `duolocal chat`, `models`, `bench`, `heads`… Parses, dispatches, turns errors into one line.
 
 Loads neither torch nor a model before a command needs them, so that `--help` is quick.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 an answer that is not complete, 130 interrupted.
@@ -18,6 +18,8 @@ from duolocal import __version__
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.settings import DTYPES, ChatSettings, parse_threads, parse_tokens
 from duolocal.terminal.bench_options import add_bench_parsers, run_bench
+from duolocal.terminal.eval_options import add_eval_parsers, run_eval
+from duolocal.terminal.heads_options import add_heads_parsers, run_heads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,34 +91,27 @@ def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]
     _add_measure_options(measure)
     parsers |= {"kv": kv, "kv measure": measure}
 
-    evaluate = commands.add_parser("eval", help="check that a model still finds things", allow_abbrev=False)
-    what = evaluate.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
-    passkey = what.add_parser(
-        "passkey",
-        help="a number hidden in real text, under these settings and beside the dense model",
-        allow_abbrev=False,
+    heads = commands.add_parser("heads", help="which heads of a model see the whole context", allow_abbrev=False)
+    what = heads.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
+    parsers |= {"heads": heads, **add_heads_parsers(what, add_model=_add_model, add_machine=_add_machine_options)}
+
+    evaluate = commands.add_parser(
+        "eval", help="measure what a smaller KV cache costs, beside the dense model", allow_abbrev=False
     )
-    _add_passkey_options(passkey)
-    parsers |= {"eval": evaluate, "eval passkey": passkey}
+    what = evaluate.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
+    parsers |= {"eval": evaluate, **add_eval_parsers(what, _add_model_options)}
     return parser, parsers
 
 
-def _add_measure_options(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=_MODEL_HELP)
+
+
+def _add_measure_options(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
     parser.add_argument("--tokens", default="2K", metavar="N", help="length of the text (default: 2K)")
     parser.add_argument("--text", metavar="PATH", help="a text to read (default: prose that comes with Python)")
     _add_machine_options(parser)
-
-
-def _add_passkey_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", default="3.5K", metavar="N", help="length of the text (default: 3.5K)")
-    parser.add_argument("--text", metavar="PATH", help="a text to hide it in (default: licences that come with torch)")
-    parser.add_argument(
-        "--depths", default="10", metavar="N", help="places, from the beginning to the end (default: 10)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the passkeys and the text (default: 0)")
-    parser.add_argument("--no-dense", action="store_true", help="leave out the dense 16-bit model beside it")
-    _add_model_options(parser, context=False)
 
 
 def _add_model_options(parser: argparse.ArgumentParser, *, context: bool = True) -> None:
@@ -138,7 +133,7 @@ def _add_model_options(parser: argparse.ArgumentParser, *, context: bool = True)
         "--heads",
         default="auto",
         metavar="SPLIT",
-        help="retrieval heads: auto, all, a ratio such as 0.5, or a pattern file (default: auto)",
+        help="retrieval heads: auto, all, a ratio such as 0.5, published, or a pattern file or folder (default: auto)",
     )
     group.add_argument("--sink-size", metavar="N", help="first tokens that streaming heads keep")
     group.add_argument("--recent-size", metavar="N", help="last tokens that streaming heads keep")
@@ -239,10 +234,12 @@ def _run(argv: list[str], program: str) -> int:
         return _chat(options, "python chat.py" if program == "python chat.py" else "duolocal chat")
     if options.command == "bench":
         return run_bench(options, _settings(options), _console(), _progress_console())
+    if options.command == "heads":
+        return run_heads(options, _console(), _progress_console())
     if name == "kv measure":
         return _kv_measure(options)
-    if name == "eval passkey":
-        return _eval_passkey(options)
+    if options.command == "eval":
+        return run_eval(options, _console(), _progress_console())
     return _models(options)
 
 
@@ -433,23 +430,3 @@ def _kv_measure(options: argparse.Namespace) -> int:
     from duolocal.terminal.bench_view import measure_kv_formats
 
     return measure_kv_formats(settings, text, num_tokens, _console(), _progress_console())
-
-
-def _eval_passkey(options: argparse.Namespace) -> int:
-    settings = _settings(options)
-    num_tokens, depths = parse_tokens(options.tokens, "--tokens"), parse_tokens(options.depths, "--depths")
-    from duolocal.documents import load_document
-
-    text = load_document(options.text).text if options.text else None
-    from duolocal.terminal.eval_view import eval_passkey
-
-    return eval_passkey(
-        settings,
-        text,
-        num_tokens=num_tokens,
-        depths=depths,
-        seed=options.seed,
-        dense=not options.no_dense,
-        console=_console(),
-        progress=_progress_console(),
-    )

@@ -95,7 +95,7 @@ class Transformer:
                 f"hidden: token_ids {tuple(token_ids.shape)}, positions {tuple(positions.shape)}: "
                 "wanted [q_len] for both"
             )
-        rotation = Rotation(*self._angles(positions))  # one computation serves all layers
+        rotation = self.rotation(positions)  # one computation serves all layers
         if token_ids.shape[0] == 1 and isinstance(self.kernels, CpuKernels) and cache.recordable:
             return self._one_token(token_ids, positions, rotation, cache, before_layer)
         return self._layers(token_ids, positions, rotation, cache, before_layer)
@@ -105,6 +105,26 @@ class Transformer:
         if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size:
             raise ValueError(f"logits: hidden {tuple(hidden.shape)}: wanted [n, hidden_size {self.config.hidden_size}]")
         return self.kernels.logits(hidden, self.weights.lm_head)
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """Return the angles of RoPE at `positions` [q_len]: what `run_layer` wants."""
+        return Rotation(*self._angles(positions))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return what the first layer reads for token_ids [q_len] int64: [q_len, hidden_size]."""
+        return self.kernels.embed(self.weights.embedding, token_ids)
+
+    def run_layer(self, layer: int, x: Tensor, positions: Tensor, rotation: Rotation, cache: Cache) -> Tensor:
+        """Run one layer over x [q_len, hidden_size], for those who go through the layers themselves; return the same.
+
+        Differentiable in x, and in what `cache` does, with `TorchKernels`.
+        """
+        weights = self.weights.layers[layer]
+        return self._mlp(weights, self._attention(layer, weights, x, positions, rotation, cache))
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """Return x [q_len, hidden_size] of the last layer as `hidden` returns it."""
+        return self.kernels.rms_norm(x, self.weights.norm, eps=self.config.norm_eps)
 
     def recorded_step(self) -> Recording | None:
         """Return the decode step as it was last recorded, for a profile; None before the first."""
@@ -144,13 +164,12 @@ class Transformer:
         cache: Cache,
         before_layer: Callable[[int], None] | None,
     ) -> Tensor:
-        x = self.kernels.embed(self.weights.embedding, token_ids)  # [q_len, hidden_size]
-        for layer, weights in enumerate(self.weights.layers):
+        x = self.embed(token_ids)  # [q_len, hidden_size]
+        for layer in range(self.config.num_layers):
             if before_layer is not None:
                 before_layer(layer)
-            x = self._attention(layer, weights, x, positions, rotation, cache)
-            x = self._mlp(weights, x)
-        return self.kernels.rms_norm(x, self.weights.norm, eps=self.config.norm_eps)
+            x = self.run_layer(layer, x, positions, rotation, cache)
+        return self.final_norm(x)
 
     def _attention(
         self, layer: int, weights: LayerWeights, x: Tensor, positions: Tensor, rotation: Rotation, cache: Cache

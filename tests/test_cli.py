@@ -86,7 +86,7 @@ def test_empty_stdin_is_no_question() -> None:
     ("words", "message"),
     [
         (["chta"], "unknown command 'chta': did you mean chat?"),
-        (["zzz"], "unknown command 'zzz': give one of bench, chat, eval, kv, models"),
+        (["zzz"], "unknown command 'zzz': give one of bench, chat, eval, heads, kv, models"),
         (["models", "fetch"], "the following arguments are required: name"),
         (["models", "fetch", "smollm2-135n"], None),
         (["bench"], "the following arguments are required: WHAT"),
@@ -104,7 +104,10 @@ def test_commands_refuse(words: list[str], message: str | None, capsys: pytest.C
         assert (code, shown.err) == (2, f"duolocal: {message}\n")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["chat", "--help"], ["models"], ["--version"], ["chat", "--x"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["chat", "--help"], ["models"], ["--version"], ["chat", "--x"], ["heads", "identify", "--help"]],
+)
 def test_what_needs_no_model_loads_no_torch(words: list[str]) -> None:
     program = (
         "import sys\n"

@@ -1,4 +1,4 @@
-"""Passkeys on the real model: prompts are what they say, and the default settings find what is hidden."""
+"""The quality suite on the real model: prompts are what they say, the default settings find what is hidden."""
 
 import json
 import subprocess
@@ -9,7 +9,9 @@ import pytest
 
 from duolocal.engine.engine import Engine
 from duolocal.errors import SettingsError
-from duolocal.evaluate import PasskeyResult, passkey, passkey_prompts
+from duolocal.evaluate import Lineup, Outcome, PasskeyResult, Setting, ask, passkey, passkey_prompts
+from duolocal.evaluate.compare import compare, cut_windows
+from duolocal.evaluate.tasks import TASKS
 from duolocal.models.loader import open_model
 from duolocal.sample_text import license_text, sample_text
 from duolocal.tokenizer import load_tokenizer
@@ -46,6 +48,27 @@ def test_the_default_settings_find_a_passkey_and_streaming_alone_does_not(smollm
         assert [result.passkey for result in results] == [needle.passkey for needle in needles]
     # Without retrieval heads a passkey beyond the window cannot be seen at all.
     assert found == {"auto": [True, True], "0": [False, False]}
+
+
+def test_losses_are_small_and_in_order_on_real_text(smollm2_path: Path) -> None:
+    source = open_model(smollm2_path)
+    tokenizer = load_tokenizer(source)
+    windows = cut_windows(tokenizer.encode(license_text()), num_tokens=768, context=768)
+    settings = [Setting("all", "k8v4"), Setting("0.5", "k8v4"), Setting("0", "k8v4")]
+    lineup = Lineup.load(source, settings, context=800)
+    dense, *results = compare([(choice.name, lineup.engine(choice)) for choice in lineup.everyone], windows)
+    assert dense.kl == 0 and dense.perplexity < 30
+    kl = [result.kl for result in results]
+    assert 0 < kl[0] < 0.003 and kl[0] < kl[1] < 0.05 and kl[1] < 0.5 * kl[2]
+    assert results[0].top1 > 0.98 and abs(results[0].rise) < 0.01
+
+    # Two numbers among eight: the split keeps them, streaming heads alone do not see them.
+    prompts = TASKS["needles"](tokenizer, license_text(), num_tokens=700, samples=1)
+    nll = []
+    for choice in (lineup.dense, *lineup.choices[1:]):
+        (outcome,) = (e for e in ask(lineup.engine(choice), tokenizer, prompts) if isinstance(e, Outcome))
+        nll.append(outcome.nll)
+    assert nll[1] < nll[0] + 0.3 and nll[2] > nll[0] + 0.3
 
 
 def test_memory_is_really_taken_and_much_less_than_dense(smollm2_path: Path) -> None:

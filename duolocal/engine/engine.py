@@ -16,11 +16,13 @@ from torch import Tensor
 
 from duolocal.cache import CacheMemory, DuoCache, Snapshot
 from duolocal.engine.decoder import Decoder, GpuDecoder, HostDecoder
+from duolocal.engine.head_choice import can_rank, published_for, rank_on_first_use, ranking_context
 from duolocal.engine.kernels import arrangement, choose_kernels, undecoded_note
 from duolocal.engine.kv_choice import choose_kv
 from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
+from duolocal.engine.place import device_named, dtype_named
 from duolocal.errors import ContextOverflowError, SettingsError
-from duolocal.heads import HeadPlan, plan_heads
+from duolocal.heads import HeadPlan, choose_heads
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.registry import resolve
@@ -32,7 +34,6 @@ from duolocal.sampling import Sampling
 DEFAULT_CHUNK_SIZE = {"cpu": 512, "cuda": 4096}  # tokens
 MIN_CONTEXT = 16  # tokens
 WARM_UP_TOKENS = 32  # of a short chunk, such as a question
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 Result = TypeVar("Result")
 FinishReason = Literal["stop", "length", "context"]
@@ -97,21 +98,23 @@ class Engine:
         on_fetch: Callable[[int, int], None] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
         on_measure: Callable[[int, int], None] | None = None,
+        on_identify: Callable[[int, int], None] | None = None,
         on_build: Callable[[], None] | None = None,
     ) -> "Engine":
         """Load a model by name, hub id or path (or an opened ModelSource) and reserve its whole context.
 
         context: tokens, None for what the model was trained for; kv: "auto" or a name of `KV_FORMATS`; heads:
-        "auto", "all", a ratio or a pattern file; sink_size, recent_size: tokens; chunk_size: tokens per prefill
-        step; device: "auto", "cpu" or "cuda"; dtype: "auto" or a name of DTYPES; rope: a scaling that overrides the
-        model's; threads: of the CPU, None for one per physical core; kernels: "auto", "compiled" or "torch". The
-        callbacks get (done, total): bytes fetched, layers loaded, tokens of a KV measurement; `on_build` is called
-        with nothing before kernels are compiled, once per machine.
+        "auto", "all", a ratio, "published", or a pattern file or folder (`choose_heads`); sink_size, recent_size:
+        tokens; chunk_size: tokens per prefill step; device: "auto", "cpu" or "cuda"; dtype: "auto" or a name of
+        DTYPES; rope: a scaling that overrides the model's; threads: of the CPU, None for one per physical core;
+        kernels: "auto", "compiled" or "torch". The callbacks get (done, total): bytes fetched, layers loaded, tokens
+        of a KV measurement, steps of ranking an unknown model's heads; `on_build` is called with nothing before
+        kernels are compiled, once per machine.
         Raises DuoLocalError with one line saying what to do, before any work is done in vain.
         """
         source = model if isinstance(model, ModelSource) else open_model(resolve(model, on_progress=on_fetch))
-        where = _device(device)
-        compute = _dtype(dtype, where)
+        where = device_named(device)
+        compute = dtype_named(dtype, where)
         config = source.config
         context = config.max_positions if context is None else context
         chunk_size = DEFAULT_CHUNK_SIZE[where.type] if chunk_size is None else chunk_size
@@ -126,14 +129,19 @@ class Engine:
             )
         override = parse_rope_scaling(rope, config) if rope else None
         config, rope_note = extended(config, context, override=override)
-        plan, heads_note = plan_heads(
+        name = model if isinstance(model, str) else ""
+        published = published_for(source, name)
+        choice = choose_heads(
             heads,
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             fingerprint=source.fingerprint,
             sink_size=sink_size,
             recent_size=recent_size,
+            published=published,
+            can_rank=can_rank(source, context),
         )
+        plan, heads_note = choice.plan, choice.note
         chosen, kernels_note = choose_kernels(
             kernels, config, device=where, dtype=compute, num_threads=threads, on_build=on_build
         )
@@ -152,6 +160,19 @@ class Engine:
         # The smallest format stands for "auto" until the weights that it is measured with are loaded.
         check_fits(kv=KV_FORMATS[-1] if kv == "auto" else kv)
         weights = source.load(device=where, dtype=compute, arrange=arrangement(chosen, compute), on_layer=on_layer)
+        if choice.unranked:
+            ranking = Transformer(
+                source.config, weights, context=ranking_context(source), device=where, dtype=compute, kernels=chosen
+            )
+            plan, heads_note = rank_on_first_use(
+                choice,
+                source,
+                ranking,
+                sink_size=sink_size,
+                recent_size=recent_size,
+                published=published,
+                on_progress=on_identify,
+            )
         kv_note = None
         if kv == "auto":
             kv, kv_note = choose_kv(
@@ -364,24 +385,3 @@ class Engine:
 def _chunks(token_ids: Sequence[int], chunk_size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(token_ids), chunk_size):
         yield token_ids[start : start + chunk_size]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in DEFAULT_CHUNK_SIZE:
-        raise SettingsError(f"device {name!r} is unknown: use auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device cuda: torch sees no CUDA device here; use --device cpu")
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        # 16-bit products are 6 to 10 times slower than float32 on CPUs without AMX.
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if name not in DTYPES:
-        raise SettingsError(f"dtype {name!r} is unknown: use auto or one of {', '.join(DTYPES)}")
-    return DTYPES[name]

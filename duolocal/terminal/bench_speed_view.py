@@ -148,6 +148,7 @@ def load_engine(
             threads=settings.threads,
             kernels=settings.kernels,
             on_layer=shown.update,
+            on_identify=shown.identifying,
             on_build=shown.compiling,
         )
 

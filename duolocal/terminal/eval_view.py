@@ -1,109 +1,244 @@
-"""The tables of `duolocal eval`: measured elsewhere, printed here; the last line is one JSON object."""
+"""The tables and heat maps of `duolocal eval passkey|niah|multihop`; the last line is one JSON object."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
+from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from duolocal.engine.engine import Engine
-from duolocal.evaluate import Needle, PasskeyResult, passkey, passkey_prompts
-from duolocal.models.loader import open_model
-from duolocal.models.registry import resolve
-from duolocal.sample_text import license_text
-from duolocal.settings import ChatSettings
+from duolocal.evaluate import Choice, Lineup, Outcome, Prompt, Score, Setting, ask, passkey_prompts, score
+from duolocal.evaluate.grid import cells, places
+from duolocal.evaluate.tasks import TASKS, niah_prompts
+from duolocal.settings import ChatSettings, format_tokens
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.eval_parts import (
+    LEGEND,
+    choices_report,
+    load_lineup,
+    open_source,
+    picture_for,
+    print_choices,
+    shaded,
+)
+from duolocal.terminal.pictures import heat_map
 from duolocal.terminal.progress import bar
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 ANSWER_SHOWN = 12  # characters: enough for a passkey, and two columns fit into 80
-ROOM_TO_ANSWER = 128  # tokens: the prompt's length is met to within a few, and an answer follows
+_MAKERS: dict[str, Callable[..., Sequence[Prompt]]] = {"passkey": passkey_prompts, "niah": niah_prompts}
+
+Runs = dict[str, list[Outcome]]
 
 
-def eval_passkey(
+def eval_grid(
+    task: str,
     settings: ChatSettings,
-    text: str | None,
+    choices: Sequence[Setting],
+    text: tuple[str, str],
     *,
-    num_tokens: int,
+    lengths: Sequence[int],
     depths: int,
     seed: int,
     dense: bool,
+    png: Path | None,
     console: Console,
     progress: Console,
 ) -> int:
-    """Print which passkeys the model returns under `settings`, and which the dense 16-bit model does.
+    """Print what of a thing hidden at `depths` places of each length the model finds, by setting and beside dense.
 
-    They are hidden in `text`, or in licences where it is None.
+    task: "passkey" or "niah"; text: the haystack and its name.
     """
-    with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
-        source = open_model(resolve(settings.model, on_progress=shown.update))
+    source = open_source(settings, progress)
     tokenizer = load_tokenizer(source)
-    places = [depth / max(1, depths - 1) for depth in range(depths)]
-    needles = passkey_prompts(tokenizer, text or license_text(), num_tokens=num_tokens, depths=places, seed=seed)
-    runs: dict[str, list[PasskeyResult]] = {}
-    sizes = {"sink_size": settings.sink_size, "recent_size": settings.recent_size}
-    for name, choice in (
-        ("chosen", {"kv": settings.kv, "heads": settings.heads, **sizes}),
-        ("dense", {"kv": "16", "heads": "all"}),
-    ):
-        if name == "dense" and not dense:
-            continue
-        with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
-            engine = Engine.load(
-                source,
-                context=num_tokens + ROOM_TO_ANSWER,
-                device=settings.device,
-                threads=settings.threads,
-                kernels=settings.kernels,
-                on_layer=shown.update,
-                on_build=shown.compiling,
-                **choice,
-            )
-        if name == "chosen":
-            plan = engine.plan
-            console.print(
-                f"KV {engine.kv}, {plan.num_retrieval} retrieval and {plan.num_streaming} streaming heads, "
-                f"sink {plan.sink_size}, recent {plan.recent_size}" + ("; dense: all heads, 16 bits" if dense else ""),
-                style="dim",
-            )
-        runs[name] = _run(engine, tokenizer, needles, name, progress)
-    _print_table(runs, console)
-    found = {name: sum(result.found for result in results) for name, results in runs.items()}
-    report = {"evaluation": "passkey", "model": settings.model, "tokens": num_tokens, "depths": depths, "seed": seed}
-    rows = {name: [{**asdict(result), "found": result.found} for result in results] for name, results in runs.items()}
-    print(json.dumps({**report, "found": found, "results": rows}))
+    at = places(depths)
+    prompts: list[Prompt] = []
+    for length in lengths:
+        prompts += _MAKERS[task](tokenizer, text[0], num_tokens=length, depths=at, seed=seed)
+    context = max(prompt.context for prompt in prompts)
+    lineup = load_lineup(source, settings, choices, context=context, side_by_side=False, progress=progress)
+    print_choices(lineup, console)
+    runs = _run(lineup, tokenizer, prompts, lineup.choices + ([lineup.dense] if dense else []), progress)
+    if len(lengths) == 1 and len(runs) <= 2:
+        _print_answers(runs, console)
+    else:
+        _print_maps(runs, lengths, at, console)
+    if png is not None:
+        _draw_maps(runs, lengths, at, png, console, title=f"{task}, {clean_line(settings.model)}")
+    _print_scores(runs, console)
+    report = {"evaluation": task, "model": settings.model, "text": text[1], "lengths": lengths, "depths": depths}
+    _print_report({**report, "seed": seed, "settings": choices_report(lineup, context)}, runs)
+    return 0
+
+
+def eval_multihop(
+    settings: ChatSettings,
+    choices: Sequence[Setting],
+    text: tuple[str, str],
+    *,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int,
+    seed: int,
+    png: Path | None,
+    console: Console,
+    progress: Console,
+) -> int:
+    """Print how well tasks that need several places of a text are done, by setting and beside dense."""
+    source = open_source(settings, progress)
+    tokenizer = load_tokenizer(source)
+    prompts: list[Prompt] = []
+    for task in tasks:
+        for length in lengths:
+            prompts += TASKS[task](tokenizer, text[0], num_tokens=length, samples=samples, seed=seed)
+    context = max(prompt.context for prompt in prompts)
+    lineup = load_lineup(source, settings, choices, context=context, side_by_side=False, progress=progress)
+    print_choices(lineup, console)
+    runs = _run(lineup, tokenizer, prompts, lineup.everyone, progress)
+    _print_tasks(runs, tasks, lengths, console)
+    if png is not None:
+        _draw_tasks(runs, tasks, lengths, png, console, title=f"multihop, {clean_line(settings.model)}")
+    _print_scores(runs, console)
+    report = {"evaluation": "multihop", "model": settings.model, "text": text[1], "tasks": tasks, "lengths": lengths}
+    more = {"samples": samples, "seed": seed, "settings": choices_report(lineup, context)}
+    _print_report({**report, **more}, runs)
     return 0
 
 
 def _run(
-    engine: Engine, tokenizer: Tokenizer, needles: Sequence[Needle], name: str, progress: Console
-) -> list[PasskeyResult]:
-    results = []
-    total = sum(len(needle.token_ids) for needle in needles)
-    with bar(progress, f"reading ({name})", "tokens") as shown:
-        for event in passkey(engine, tokenizer, needles):
-            if isinstance(event, PasskeyResult):
-                results.append(event)
-            else:
-                shown.update(event, total)
-    return results
+    lineup: Lineup, tokenizer: Tokenizer, prompts: Sequence[Prompt], choices: Sequence[Choice], progress: Console
+) -> Runs:
+    runs: Runs = {}
+    total = sum(prompt.num_tokens for prompt in prompts)
+    for choice in choices:
+        outcomes = runs.setdefault(choice.name, [])
+        with bar(progress, f"reading ({clean_line(choice.name)})", "tokens") as shown:
+            for event in ask(lineup.engine(choice), tokenizer, prompts):
+                if isinstance(event, Outcome):
+                    outcomes.append(event)
+                else:
+                    shown.update(event, total)
+    return runs
 
 
-def _print_table(runs: dict[str, list[PasskeyResult]], console: Console) -> None:
+def _print_report(report: dict[str, object], runs: Runs) -> None:
+    found = {name: sum(outcome.found for outcome in outcomes) for name, outcomes in runs.items()}
+    nll = {name: score(outcomes).nll for name, outcomes in runs.items()}
+    rows = {name: [asdict(outcome) for outcome in outcomes] for name, outcomes in runs.items()}
+    count = len(next(iter(runs.values())))
+    print(json.dumps({**report, "prompts": count, "found": found, "mean_nll": nll, "results": rows}))
+
+
+def _print_answers(runs: Runs, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("depth", "tokens", "passkey"):
+    for heading in ("depth", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("hidden", no_wrap=True, max_width=24)
     for name in runs:
-        table.add_column(name, no_wrap=True)
+        table.add_column(clean_line(name), no_wrap=True)
         table.add_column("NLL", justify="right", no_wrap=True, min_width=6)
     for row in zip(*runs.values(), strict=True):
-        cells = [f"{row[0].depth:.0%}", f"{row[0].num_tokens:,}", row[0].passkey]
-        for result in row:
-            answer = " ".join(clean_line(result.answer).split())
-            cells += [f"{'found ' if result.found else 'MISSED'} {answer[:ANSWER_SHOWN]}", f"{result.nll:.3f}"]
+        cells: list[str | Text] = [f"{row[0].depth:.0%}", f"{row[0].num_tokens:,}", " ".join(row[0].wanted)]
+        for outcome in row:
+            answer = " ".join(clean_line(outcome.answer).split())
+            cells.append(Text(f"{'found ' if outcome.found else 'MISSED'} {answer[:ANSWER_SHOWN]}"))
+            cells.append(f"{outcome.nll:.3f}")
         table.add_row(*cells)
     console.print(table)
-    for name, results in runs.items():
-        mean = sum(result.nll for result in results) / len(results)
-        console.print(f"{name}: {sum(r.found for r in results)} of {len(results)} found, mean NLL {mean:.3f}")
+
+
+def _print_maps(runs: Runs, lengths: Sequence[int], depths: Sequence[float], console: Console) -> None:
+    maps = []
+    for name, outcomes in runs.items():
+        table = Table(box=None, pad_edge=False, header_style="bold", title=Text(clean_line(name)), title_justify="left")
+        table.add_column("depth", justify="right", no_wrap=True)
+        for length in lengths:
+            table.add_column(format_tokens(length), no_wrap=True)
+        found = cells(outcomes)
+        for depth in depths:
+            row = [found[length, depth] for length in lengths]
+            table.add_row(f"{depth:.0%}", *(shaded(cell.nll, found=cell.found == cell.count) for cell in row))
+        maps.append(table)
+    console.print(Columns(maps, padding=(1, 4)))
+    console.print(LEGEND, style="dim")
+
+
+def _print_tasks(runs: Runs, tasks: Sequence[str], lengths: Sequence[int], console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("task", no_wrap=True)
+    table.add_column("setting", no_wrap=True)
+    for length in lengths:
+        table.add_column(format_tokens(length), no_wrap=True)
+        table.add_column("found", justify="right", no_wrap=True)
+    for task in tasks:
+        for name in runs:
+            row: list[str | Text] = [task, Text(clean_line(name))]
+            for length in lengths:
+                cell = _of(runs[name], task, length)
+                row += [shaded(cell.nll, found=True), f"{cell.found}/{cell.count}"]
+            table.add_row(*row)
+    console.print(table)
+    console.print(LEGEND.partition("; ✗")[0], style="dim")
+
+
+def _of(outcomes: Sequence[Outcome], task: str, length: int) -> Score:
+    return score([outcome for outcome in outcomes if (outcome.task, outcome.length) == (task, length)])
+
+
+def _print_scores(runs: Runs, console: Console) -> None:
+    for name, outcomes in runs.items():
+        total = score(outcomes)
+        share = "" if total.share == total.found / total.count else f" ({total.share:.0%} of what was asked)"
+        console.print(
+            Text(
+                f"{clean_line(name)}: {total.found} of {total.count} found{share}, "
+                f"mean NLL {total.nll:.3f}, worst {total.worst_nll:.3f}"
+            )
+        )
+
+
+def _draw_maps(
+    runs: Runs, lengths: Sequence[int], depths: Sequence[float], png: Path, console: Console, *, title: str
+) -> None:
+    for name, outcomes in runs.items():
+        found = cells(outcomes)
+        path = heat_map(
+            [[math.exp(-found[length, depth].nll) for length in lengths] for depth in depths],
+            path=picture_for(png, name, alone=len(runs) == 1),
+            x_labels=[format_tokens(length) for length in lengths],
+            y_labels=[f"{depth:.0%}" for depth in depths],
+            title=f"{title}: {name}",
+            x_title="tokens",
+            y_title="depth",
+            vmin=0,
+            vmax=1,
+            outlined=[
+                [found[length, depth].found < found[length, depth].count for length in lengths] for depth in depths
+            ],
+            number_format=".2f",
+        )
+        console.print(
+            Text(f"{clean_line(str(path))}: probability per token of the right answer; framed: missed", style="dim")
+        )
+
+
+def _draw_tasks(
+    runs: Runs, tasks: Sequence[str], lengths: Sequence[int], png: Path, console: Console, *, title: str
+) -> None:
+    rows = [(task, name) for task in tasks for name in runs]
+    path = heat_map(
+        [[math.exp(-_of(runs[name], task, length).nll) for length in lengths] for task, name in rows],
+        path=png,
+        x_labels=[format_tokens(length) for length in lengths],
+        y_labels=[f"{task}, {name}" for task, name in rows],
+        title=title,
+        x_title="tokens",
+        vmin=0,
+        vmax=1,
+        number_format=".2f",
+    )
+    console.print(Text(f"{clean_line(str(path))}: probability per token of the right answer", style="dim"))

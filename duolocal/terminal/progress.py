@@ -109,6 +109,11 @@ class Bar:
         """Say that the kernels are being built: the `on_build` of a load."""
         self.describe("compiling the kernels, once for this machine")
 
+    def identifying(self, done: int, total: int) -> None:
+        """Say that the heads of an unknown model are being ranked: the `on_identify` of a load."""
+        self.describe("finding the retrieval heads, once for this model")
+        self.update(done, total, unit="")
+
 
 @contextmanager
 def bar(console: Console, description: str, unit: str) -> Iterator[Bar]:

@@ -56,6 +56,7 @@ def start(settings: ChatSettings, *, system: str | None, progress: Console) -> S
             kernels=settings.kernels,
             on_layer=shown.update,
             on_measure=measuring,
+            on_identify=shown.identifying,
             on_build=shown.compiling,
         )
         session = ChatSession(engine, tokenizer, system=system)

@@ -1,0 +1,14 @@
+"""Which KV heads of a model are retrieval heads: `identify` and what it yields.
+
+    for event in identify(open_model(path), method="echo"):
+        ...  # IdentifyProgress, then one IdentifyResult
+
+Owns three methods (`echo`, `copying`, `distill`), each a module of its own, and the ranking of their scores. It does
+not write files: a pattern file is `duolocal.heads`' business.
+"""
+
+from duolocal.identify.results import METHODS, IdentifyProgress, IdentifyResult, Method
+from duolocal.identify.run import identify
+from duolocal.identify.scores import Agreement, agreement, rank
+
+__all__ = ["METHODS", "Agreement", "IdentifyProgress", "IdentifyResult", "Method", "agreement", "identify", "rank"]

@@ -1,0 +1,221 @@
+"""DuoAttention's gates: one number per KV head, learned by distillation (arXiv 2410.10819, section 2.3).
+
+Every head's output is gate · full + (1 - gate) · streaming attention. The loss is the squared distance between the
+last hidden state and that of the full model, at the tokens that answer for passkeys, plus an L1 pressure that closes
+gates nobody misses. The model's own weights are frozen. As published: gates start at 1 and are clipped to [0, 1];
+AdamW without weight decay (that is Adam), rate 0.02, raised over the first fifth of the steps and lowered over the
+last; pressure 0.05 on the mean gate. Only one layer's activations exist at a time (checkpointing), and memory grows
+with the text, never with its square.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from duolocal.engine.memory import available_bytes
+from duolocal.identify.mix import MixCache
+from duolocal.identify.results import IdentifyProgress
+from duolocal.identify.text import PasskeyShape, PasskeyText
+from duolocal.models.transformer import Transformer
+from duolocal.models.weights import LayerWeights
+from duolocal.quant.weight import DenseWeight, Linear
+
+BETAS = (0.9, 0.999)  # of Adam, as torch and the published code have them
+EPSILON = 1e-8
+DECODED_SHARE = 0.25  # of the free memory
+OPEN = 0.5  # a gate above it counts as open
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """What a distillation depends on beside the model; runs with equal settings give equal gates."""
+
+    steps: int
+    num_tokens: int  # of the longest text; the shortest has half of them
+    seed: int
+    sink_size: int  # tokens
+    recent_size: int  # tokens
+    passkeys: PasskeyShape
+    rate: float = 0.02
+    pressure: float = 0.05  # on the mean gate
+    text_weight: float = 0.0  # of the distance at ordinary tokens beyond the window, beside 1 for the answers'
+
+    def fingerprint(self, *others: str) -> str:
+        """Return a hash of all settings and of what else a run depends on: the model's fingerprint, the text."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
+        for other in others:
+            digest.update(hashlib.sha256(other.encode()).digest())
+        return digest.hexdigest()
+
+    def rate_at(self, step: int) -> float:
+        """Return the rate of step 0..steps-1: a trapeze, never below a tenth."""
+        ramp = max(self.steps // 5, 1)
+        return self.rate * min(1.0, max((step + 1) / ramp, 0.1), max((self.steps - step) / ramp, 0.1))
+
+
+@dataclass(frozen=True)
+class DistillState:
+    """A run between two steps; tables are [num_layers, num_kv_heads] float64 on the CPU."""
+
+    step: int  # done
+    gates: Tensor
+    mean: Tensor  # Adam's running mean of the gradient
+    square: Tensor  # and of its square
+    gates_sum: Tensor  # over all steps
+    losses: tuple[float, ...] = ()  # one per step, without the pressure
+
+    @classmethod
+    def begin(cls, num_layers: int, num_kv_heads: int) -> "DistillState":
+        """Return the state before the first step: every gate open."""
+        zeros = torch.zeros(num_layers, num_kv_heads, dtype=torch.float64)
+        return cls(0, torch.ones_like(zeros), zeros, zeros, zeros)
+
+    @property
+    def open_share(self) -> float:
+        return float((self.gates > OPEN).double().mean())
+
+    @property
+    def mean_gates(self) -> Tensor:
+        """The gates' average over all steps so far: how long a head kept its gate open."""
+        return self.gates_sum / max(self.step, 1)
+
+
+def distill(
+    transformer: Transformer,
+    draw: Callable[[int], PasskeyText],
+    settings: DistillSettings,
+    *,
+    state: DistillState | None = None,
+    save: Callable[[DistillState], None] | None = None,
+    checkpointing: bool = True,
+) -> Iterator[IdentifyProgress | DistillState]:
+    """Yield progress after every step, and at last the final DistillState.
+
+    transformer: one that computes with `TorchKernels`, the only differentiable ones; draw: the text of step 0, 1, …;
+    state: to go on from; save: called with the state after every step.
+    """
+    config = transformer.config
+    state = DistillState.begin(config.num_layers, config.num_kv_heads) if state is None else state
+    while state.step < settings.steps:
+        text = draw(state.step)
+        loss, gradient = distance(transformer, state.gates, text, settings, checkpointing=checkpointing)
+        state = descend(state, loss, gradient, settings)
+        if save is not None:
+            save(state)
+        yield IdentifyProgress(
+            state.step,
+            settings.steps,
+            "steps",
+            f"distilling, {len(text.token_ids):,} tokens",
+            loss=loss,
+            open_share=state.open_share,
+        )
+    yield state
+
+
+def distance(
+    transformer: Transformer,
+    gates: Tensor,
+    text: PasskeyText,
+    settings: DistillSettings,
+    *,
+    checkpointing: bool = True,
+) -> tuple[float, Tensor]:
+    """Return the mean squared distance at the answers' tokens and its gradient by every gate.
+
+    gates: [num_layers, num_kv_heads]; so is the gradient, float64 on the CPU.
+    """
+    config, device = transformer.config, transformer.device
+    ids = torch.tensor(text.token_ids, dtype=torch.int64, device=device)
+    positions = torch.arange(len(text.token_ids), device=device)
+    wide = torch.promote_types(transformer.dtype, torch.float32)
+    rows, weights = _judged(text, settings)
+    rows, weights = rows.to(device), weights.to(device, wide)
+    rotation = transformer.rotation(positions)
+    window = partial(MixCache, sink_size=settings.sink_size, recent_size=settings.recent_size)
+    with torch.no_grad():
+        embedded = x = transformer.embed(ids)
+        for layer in range(config.num_layers):
+            x = transformer.run_layer(layer, x, positions, rotation, window(None))
+        target = transformer.final_norm(x[rows]).to(wide)  # [rows, hidden_size]
+
+    def mixed_layer(layer: int, x: Tensor, gates: Tensor) -> Tensor:
+        return transformer.run_layer(layer, x, positions, rotation, window(gates))
+
+    leaf = gates.to(device, wide, copy=True).requires_grad_()
+    x = embedded
+    for layer in range(config.num_layers):
+        if checkpointing:
+            x = checkpoint(mixed_layer, layer, x, leaf[layer], use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = mixed_layer(layer, x, leaf[layer])
+    distances = (transformer.final_norm(x[rows]).to(wide) - target).square().mean(-1)  # [rows]
+    loss = distances @ weights
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return float(loss.detach()), gradient.to("cpu", torch.float64)
+
+
+def _judged(text: PasskeyText, settings: DistillSettings) -> tuple[Tensor, Tensor]:
+    """Return the tokens at which the distance counts, and their weights float64."""
+    weights = torch.zeros(len(text.token_ids), dtype=torch.float64)
+    answers = torch.tensor(text.predicted_at)
+    if settings.text_weight:
+        beyond = torch.ones_like(weights, dtype=torch.bool)
+        beyond[: settings.sink_size + settings.recent_size] = beyond[answers] = False
+        weights[beyond] = settings.text_weight / max(int(beyond.sum()), 1)
+    weights[answers] = 1 / len(answers)
+    rows = weights.nonzero()[:, 0]
+    return rows, weights[rows]
+
+
+def descend(state: DistillState, loss: float, gradient: Tensor, settings: DistillSettings) -> DistillState:
+    """Return the state after one step of Adam down the loss and the pressure, gates clipped to [0, 1]."""
+    gradient = gradient + settings.pressure / gradient.numel()  # gates are 0 or more: their L1 norm is their sum
+    step = state.step + 1
+    mean = BETAS[0] * state.mean + (1 - BETAS[0]) * gradient
+    square = BETAS[1] * state.square + (1 - BETAS[1]) * gradient.square()
+    move = (mean / (1 - BETAS[0] ** step)) / ((square / (1 - BETAS[1] ** step)).sqrt() + EPSILON)
+    gates = (state.gates - settings.rate_at(state.step) * move).clamp(0, 1)
+    return replace(
+        state,
+        step=step,
+        gates=gates,
+        mean=mean,
+        square=square,
+        gates_sum=state.gates_sum + gates,
+        losses=(*state.losses, loss),
+    )
+
+
+def decoded(transformer: Transformer) -> Transformer:
+    """Return the same model for `distill`: in plain torch, its matrices decoded once where memory is plenty.
+
+    A step reads every matrix three times, and decoding a small model's takes a fifth of it.
+    """
+    weights, dtype = transformer.weights, transformer.dtype
+    elements = sum(matrix.out_features * matrix.in_features for matrix in weights.matrices())
+    if elements * dtype.itemsize <= DECODED_SHARE * available_bytes(transformer.device):
+        weights = replace(weights, layers=tuple(_decoded_layer(layer, dtype) for layer in weights.layers))
+    return Transformer(transformer.config, weights, context=transformer.context, device=transformer.device, dtype=dtype)
+
+
+def _decoded_layer(layer: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    def dense(linear: Linear) -> Linear:
+        return Linear(DenseWeight(linear.weight.dequantize(dtype)), linear.bias)
+
+    return replace(
+        layer,
+        q_proj=dense(layer.q_proj),
+        k_proj=dense(layer.k_proj),
+        v_proj=dense(layer.v_proj),
+        o_proj=dense(layer.o_proj),
+        gate_proj=dense(layer.gate_proj),
+        up_proj=dense(layer.up_proj),
+        down_proj=dense(layer.down_proj),
+    )

@@ -1,0 +1,272 @@
+"""One call for all methods: load what a method needs, run it, yield progress and then the scores."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from duolocal.engine.kernels import arrangement, choose_kernels
+from duolocal.engine.place import device_named, dtype_named
+from duolocal.errors import SettingsError
+from duolocal.heads import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE
+from duolocal.identify.copying import SHAPE as COPY_SHAPE
+from duolocal.identify.copying import CopyScores, copy_scores, copy_texts
+from duolocal.identify.distill import DistillSettings, DistillState, decoded, distill
+from duolocal.identify.echo import EchoScores, check_tokens, default_tokens, echo_scores
+from duolocal.identify.results import METHODS, IdentifyProgress, IdentifyResult, Method, Scores
+from duolocal.identify.state_file import load_state, save_state
+from duolocal.identify.text import PasskeyShape, PasskeyText, PasskeyTexts
+from duolocal.models.loader import ModelSource
+from duolocal.models.transformer import Transformer
+from duolocal.sample_text import sample_text
+from duolocal.tokenizer import load_tokenizer
+
+COPY_TOKENS = 2048  # of the longest text
+SHORTEST = 0.5  # of distill's texts, as a share of the longest
+
+
+class LoadedModel(Protocol):
+    """What is used of an engine, whose module imports this one."""
+
+    @property
+    def source(self) -> ModelSource | None: ...
+
+    @property
+    def transformer(self) -> Transformer: ...
+
+
+@dataclass(frozen=True)
+class DistillDefaults:
+    """What suits a kind of device."""
+
+    steps: int
+    num_tokens: int
+    passkeys: PasskeyShape
+
+
+# On two CPU cores a small model in under an hour; on a GPU nearer to what was published (2,000 steps of up to 32K
+# tokens on eight of them).
+DISTILL_DEFAULTS = {
+    "cpu": DistillDefaults(steps=200, num_tokens=1024, passkeys=PasskeyShape(num_passkeys=4, num_words=8)),
+    "cuda": DistillDefaults(steps=500, num_tokens=8192, passkeys=PasskeyShape(num_passkeys=10, num_words=32)),
+}
+
+
+def identify(
+    model: ModelSource | LoadedModel,
+    *,
+    method: str,
+    seed: int = 0,
+    sink_size: int | None = None,
+    recent_size: int | None = None,
+    num_tokens: int | None = None,
+    steps: int | None = None,
+    text: str | None = None,
+    state_file: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    kernels: str = "auto",
+    on_layer: Callable[[int, int], None] | None = None,
+    on_build: Callable[[], None] | None = None,
+) -> Iterator[IdentifyProgress | IdentifyResult]:
+    """Yield progress and at last one IdentifyResult: a score for every KV head, higher for a retrieval head.
+
+    model: an opened model or a loaded one, such as an engine, whose context stays as it is; method: a name of METHODS;
+    seed: results are the same for the same seed on the same machine; sink_size, recent_size: the window of a
+    streaming head, tokens, None for the default; num_tokens: of the longest sequence, None for what suits the method;
+    steps: of distill; text: what passkeys are hidden in, None for Python's help texts; state_file: where distill
+    keeps its state after every step, to go on from when it is called with the same settings again (None: kept
+    nowhere; it is deleted when the caller asks for more after the result). The others are as for `Engine.load`, and
+    not used with a loaded model; distill always computes with the torch kernels. Raises DuoLocalError, for settings
+    before any work.
+    """
+    began = time.monotonic()
+    run = _METHODS.get(method)
+    if run is None:
+        raise SettingsError(f"method {method!r} is unknown: use {', '.join(METHODS)}")
+    if steps is not None and method != "distill":
+        raise SettingsError(f"steps are of the method distill: leave them out with {method}")
+    source = model if isinstance(model, ModelSource) else model.source
+    if source is None:
+        raise SettingsError("the model was not loaded from a file: its heads cannot be identified")
+    where = device_named(device) if isinstance(model, ModelSource) else model.transformer.device
+    job = _Job(
+        source,
+        device=where,
+        seed=seed,
+        sink_size=DEFAULT_SINK_SIZE if sink_size is None else sink_size,
+        recent_size=DEFAULT_RECENT_SIZE if recent_size is None else recent_size,
+        num_tokens=num_tokens,
+        steps=steps,
+        text=text,
+        state_file=state_file,
+    )
+
+    def load() -> Transformer:
+        if not isinstance(model, ModelSource):
+            return model.transformer
+        compute = dtype_named(dtype, where)
+        chosen, _ = choose_kernels(
+            "torch" if method == "distill" else kernels,
+            model.config,
+            device=where,
+            dtype=compute,
+            num_threads=threads,
+            on_build=on_build,
+        )
+        weights = model.load(device=where, dtype=compute, arrange=arrangement(chosen, compute), on_layer=on_layer)
+        return Transformer(model.config, weights, context=job.reach, device=where, dtype=compute, kernels=chosen)
+
+    for event in run(job, load):
+        if isinstance(event, IdentifyProgress):
+            yield event
+        else:
+            yield IdentifyResult(
+                method=event.method,
+                scores=_table(event.scores),
+                secondary=_table(event.secondary),
+                sink_size=job.sink_size,
+                recent_size=job.recent_size,
+                seed=seed,
+                fingerprint=source.fingerprint,
+                elapsed_s=time.monotonic() - began,
+                details=event.details,
+            )
+    if state_file is not None and method == "distill":
+        state_file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all methods are given; settings are checked before a model is loaded."""
+
+    source: ModelSource
+    device: torch.device
+    seed: int
+    sink_size: int
+    recent_size: int
+    num_tokens: int | None
+    steps: int | None
+    text: str | None
+    state_file: Path | None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("sink_size", self.sink_size, 0),
+            ("recent_size", self.recent_size, 1),
+            ("num_tokens", self.num_tokens, 1),
+            ("steps", self.steps, 1),
+        ):
+            if value is not None and value < least:
+                raise SettingsError(f"{name} is {value}; it must be {least} or more")
+        if self.num_tokens is not None and self.num_tokens > self.reach:
+            raise SettingsError(f"num_tokens is {self.num_tokens:,}; this model reaches {self.reach:,}: use fewer")
+
+    @property
+    def reach(self) -> int:
+        """The most tokens that the model was made for."""
+        config = self.source.config
+        return min(config.max_positions, config.sliding_window or config.max_positions)
+
+    def tokens(self, default: int) -> int:
+        return min(default, self.reach) if self.num_tokens is None else self.num_tokens
+
+    @property
+    def around(self) -> str:
+        """The text that passkeys are hidden in."""
+        return sample_text() if self.text is None else self.text
+
+    def texts(self, shape: PasskeyShape) -> PasskeyTexts:
+        return PasskeyTexts(load_tokenizer(self.source), self.around, shape)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a method found: tables [num_layers, num_kv_heads]."""
+
+    method: Method
+    scores: Tensor
+    secondary: Tensor
+    details: dict[str, Any]
+
+
+_Load = Callable[[], Transformer]
+_Events = Iterator[IdentifyProgress | _Found]
+
+
+def _echo(job: _Job, load: _Load) -> _Events:
+    num_tokens = job.tokens(default_tokens(job.sink_size, job.recent_size))
+    check_tokens(num_tokens, sink_size=job.sink_size, recent_size=job.recent_size)
+    yield _LOADING
+    for event in echo_scores(
+        load(), sink_size=job.sink_size, recent_size=job.recent_size, seed=job.seed, num_tokens=num_tokens
+    ):
+        if isinstance(event, EchoScores):
+            details = {"num_tokens": event.num_tokens, "draws": event.draws}
+            yield _Found("echo", *event.per_kv_head(job.source.config.num_kv_heads), details)
+        else:
+            yield event
+
+
+def _copy(job: _Job, load: _Load) -> _Events:
+    texts = copy_texts(job.texts(COPY_SHAPE), num_tokens=job.tokens(COPY_TOKENS), seed=job.seed)
+    yield _LOADING
+    for event in copy_scores(load(), texts):
+        if isinstance(event, CopyScores):
+            details = {
+                "num_tokens": [len(text.token_ids) for text in texts],
+                "passkeys": asdict(COPY_SHAPE),
+                "copied_tokens": event.num_copied,
+            }
+            yield _Found("copy", *event.per_kv_head(job.source.config.num_kv_heads), details)
+        else:
+            yield event
+
+
+def _distill(job: _Job, load: _Load) -> _Events:
+    defaults = DISTILL_DEFAULTS[job.device.type]
+    settings = DistillSettings(
+        steps=defaults.steps if job.steps is None else job.steps,
+        num_tokens=job.tokens(defaults.num_tokens),
+        seed=job.seed,
+        sink_size=job.sink_size,
+        recent_size=job.recent_size,
+        passkeys=defaults.passkeys,
+    )
+    texts = job.texts(settings.passkeys)
+
+    def draw(step: int) -> PasskeyText:
+        length = random.Random(f"distill length {job.seed} {step}").randint(shortest, settings.num_tokens)
+        return texts.draw(length, f"distill {job.seed} {step}")
+
+    texts.draw(settings.num_tokens, "room")  # raises where there is none, before any work
+    shortest = max(round(SHORTEST * settings.num_tokens), texts.least_tokens)
+    state, save = None, None
+    if job.state_file is not None:
+        config, fingerprint = job.source.config, settings.fingerprint(job.source.fingerprint, job.around)
+        state = load_state(job.state_file, fingerprint, num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
+        save = partial(save_state, job.state_file, fingerprint=fingerprint)
+    yield _LOADING
+    for event in distill(decoded(load()), draw, settings, state=state, save=save):
+        if isinstance(event, DistillState):
+            last = event.losses[-max(1, settings.steps // 10) :]
+            details = asdict(settings) | {"loss": sum(last) / len(last), "open_share": event.open_share}
+            # Gates tie where they are clipped; how long a head kept its gate open is a number of its own.
+            yield _Found("distill", event.gates, event.mean_gates, details)
+        else:
+            yield event
+
+
+_METHODS: dict[str, Callable[[_Job, _Load], _Events]] = {"distill": _distill, "copy": _copy, "echo": _echo}
+_LOADING = IdentifyProgress(0, 1, "models", "loading weights")
+
+
+def _table(scores: Tensor) -> Scores:
+    return tuple(tuple(row) for row in scores.tolist())

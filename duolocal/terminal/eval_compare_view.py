@@ -1,0 +1,135 @@
+"""The tables of `duolocal eval ppl|kl`; the last line is one JSON object."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from duolocal.evaluate import Lineup, Setting
+from duolocal.evaluate.compare import Comparison, compare, cut_windows
+from duolocal.settings import ChatSettings, format_tokens
+from duolocal.terminal import figures
+from duolocal.terminal.clean import clean_line
+from duolocal.terminal.eval_parts import choices_report, load_lineup, open_source, print_choices
+from duolocal.terminal.pictures import curve
+from duolocal.terminal.progress import bar
+from duolocal.tokenizer import Tokenizer, load_tokenizer
+
+
+def eval_compare(
+    what: str,
+    settings: ChatSettings,
+    choices: Sequence[Setting],
+    text: tuple[str, str],
+    *,
+    num_tokens: int,
+    window: int,
+    png: Path | None,
+    console: Console,
+    progress: Console,
+) -> int:
+    """Print perplexity (what "ppl") or KL as well ("kl") of every setting against dense, over windows of a text."""
+    source = open_source(settings, progress)
+    tokenizer = load_tokenizer(source)
+    bos = bos_ids(tokenizer)
+    windows = cut_windows(tokenizer.encode(text[0]), num_tokens=num_tokens, context=window, bos=bos)
+    context = len(windows[0])
+    lineup = load_lineup(source, settings, choices, context=context, side_by_side=True, progress=progress)
+    print_choices(lineup, console)
+    with bar(progress, "measuring", "tokens") as shown:
+        engines = [(choice.name, lineup.engine(choice)) for choice in lineup.everyone]
+        results = compare(engines, windows, on_progress=shown.update)
+    console.print(_ppl_table(results) if what == "ppl" else _kl_table(results, lineup, context))
+    console.print(
+        Text(
+            f"{clean_line(text[1])}: {len(windows)} x {context:,} tokens, each window read from nothing; ± is the "
+            "standard error over windows, worst the worst window"
+            + ("; B/token: what each further token takes" if what == "kl" else ""),
+            style="dim",
+        )
+    )
+    if png is not None:
+        _draw(what, results, lineup, context, png, console, model=settings.model)
+    report = {"evaluation": what, "model": settings.model, "text": text[1], "tokens": num_tokens, "context": context}
+    report |= {"windows": len(windows), "dense_kv_bytes": lineup.dense_bytes(context)}
+    report |= {"settings": choices_report(lineup, context)}
+    print(json.dumps({**report, "results": {result.name: result.report() for result in results}}))
+    return 0
+
+
+def bos_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return what a text has to begin with for this model: BOS, or nothing."""
+    return [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+
+
+def _kl_table(results: Sequence[Comparison], lineup: Lineup, context: int) -> Table:
+    at = f"KV at {format_tokens(context)}"
+    table = _table("heads KV", at, "B/token", "KL", "±", "worst", "top-1", "perplexity", "±")
+    dense_bytes = lineup.dense_bytes(context)
+    for result, choice in zip(results, lineup.everyone, strict=True):
+        each = f"{lineup.bytes_per_token(choice):,.0f}"
+        if choice is lineup.dense:
+            row = [figures.size(dense_bytes), each, "0", "", "", "", f"{result.perplexity:.3f}", ""]
+        else:
+            row = [
+                f"{lineup.kv_bytes(choice, context) / dense_bytes:.0%}",
+                each,
+                f"{result.kl:.5f}",
+                _error(result.kl_error, ".4f"),
+                f"{result.worst_kl:.4f}",
+                f"{result.top1:.2%}",
+                f"{result.rise:+.2%}",
+                _error(result.rise_error, ".2%"),
+            ]
+        table.add_row(Text(clean_line(result.name)), *row)
+    return table
+
+
+def _ppl_table(results: Sequence[Comparison]) -> Table:
+    table = _table("heads KV", "perplexity", "±", "against dense", "±", "worst window")
+    for at, result in enumerate(results):
+        row = [f"{result.perplexity:.3f}", _error(result.perplexity_error, ".3f")]
+        if at:
+            row += [f"{result.rise:+.2%}", _error(result.rise_error, ".2%"), f"{result.worst_rise:+.2%}"]
+        table.add_row(Text(clean_line(result.name)), *row)
+    return table
+
+
+def _table(first: str, *headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _error(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _draw(
+    what: str,
+    results: Sequence[Comparison],
+    lineup: Lineup,
+    context: int,
+    png: Path,
+    console: Console,
+    *,
+    model: str,
+) -> None:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for result, choice in zip(results[1:], lineup.choices, strict=True):
+        y = result.kl if what == "kl" else 100 * result.rise
+        points.setdefault(f"KV {choice.kv}", []).append((lineup.kv_bytes(choice, context) / context / 1024, y))
+    path = curve(
+        points,
+        path=png,
+        title=f"{clean_line(model)}, windows of {context:,} tokens",
+        x_title="KV memory, KiB per token",
+        y_title="KL to dense, nats per token" if what == "kl" else "perplexity above dense, %",
+        levels={"0.02": 0.02} if what == "kl" else {"+2%": 2},
+    )
+    console.print(Text(clean_line(str(path)), style="dim"))

@@ -1,0 +1,122 @@
+"""What the views of `duolocal eval` share: loading with progress, naming settings, shades."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from duolocal.evaluate import Lineup, Setting
+from duolocal.heads import HeadPlan
+from duolocal.models.loader import ModelSource, open_model
+from duolocal.models.registry import resolve
+from duolocal.settings import ChatSettings
+from duolocal.terminal.clean import clean_line
+from duolocal.terminal.progress import bar
+
+# From certain to unlikely, by the probability of each token of the right answer; they can be told apart without colour.
+_SHADES = (
+    (0.8, "██", "green"),
+    (0.6, "▓▓", "cyan"),
+    (0.4, "▒▒", "yellow"),
+    (0.2, "░░", "magenta"),
+    (-1.0, "··", "red"),
+)
+LEGEND = "██ 80% or more for each token of the right answer, ▓▓ 60, ▒▒ 40, ░░ 20, ·· less; beside it the NLL; ✗ missed"
+
+
+def open_source(settings: ChatSettings, progress: Console) -> ModelSource:
+    """Find or fetch the model, and open it."""
+    with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
+        return open_model(resolve(settings.model, on_progress=shown.update))
+
+
+def load_lineup(
+    source: ModelSource,
+    settings: ChatSettings,
+    choices: Sequence[Setting],
+    *,
+    context: int,
+    side_by_side: bool,
+    progress: Console,
+) -> Lineup:
+    """Load the weights once for all choices; context: tokens of the longest cache."""
+    with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
+
+        def measuring(done: int, total: int) -> None:
+            shown.describe("measuring KV formats, once for this model")
+            shown.update(done, total, unit="tokens")
+
+        def identifying(done: int, total: int) -> None:
+            shown.describe("ranking the heads, once for this model")
+            shown.update(done, total, unit="")
+
+        return Lineup.load(
+            source,
+            choices,
+            context=context,
+            name=settings.model,
+            side_by_side=side_by_side,
+            device=settings.device,
+            threads=settings.threads,
+            kernels=settings.kernels,
+            on_layer=shown.update,
+            on_measure=measuring,
+            on_identify=identifying,
+            on_build=shown.compiling,
+        )
+
+
+def print_choices(lineup: Lineup, console: Console) -> None:
+    """Say which heads and windows the names stand for, and what the engine has to note."""
+    names: dict[HeadPlan, list[str]] = {}
+    for choice in lineup.choices:
+        names.setdefault(choice.plan, []).append(choice.name)
+    for plan, sharing in names.items():
+        text = f"{', '.join(sharing)}: {plan.num_retrieval} retrieval and {plan.num_streaming} streaming heads"
+        window = f", sink {plan.sink_size}, recent {plan.recent_size}" if plan.num_streaming else ""
+        console.print(Text(clean_line(f"{text}{window} ({plan.source})"), style="dim"))
+    console.print(Text("dense: all heads, 16 bits", style="dim"))
+    for note in lineup.notes:
+        console.print(Text(clean_line(note), style="dim"))
+
+
+def choices_report(lineup: Lineup, context: int) -> dict[str, dict[str, Any]]:
+    """Return what each name stands for, as JSON holds it; the KV bytes are those of `context` tokens."""
+    return {
+        choice.name: {
+            "heads": choice.setting.heads,
+            "kv": choice.kv,
+            "retrieval_heads": choice.plan.num_retrieval,
+            "streaming_heads": choice.plan.num_streaming,
+            "sink_size": choice.plan.sink_size,
+            "recent_size": choice.plan.recent_size,
+            "pattern": choice.plan.source,
+            "kv_bytes": lineup.kv_bytes(choice, context),
+            "kv_bytes_per_further_token": lineup.bytes_per_token(choice),
+        }
+        for choice in lineup.choices
+    }
+
+
+def shaded(nll: float, *, found: bool) -> Text:
+    """Return a cell of a heat map: a shade for the right answer's likelihood, its NLL, a mark where it was missed."""
+    likelihood = math.exp(-nll) if math.isfinite(nll) else 0.0
+    shade, style = next((shade, style) for least, shade, style in _SHADES if likelihood >= least)
+    return Text.assemble((shade, style), f" {nll:.2f}", ("  " if found else " ✗", "bold red"))
+
+
+def bars(value: float, most: float, width: int = 24) -> str:
+    """Return a bar whose length is value / most of `width` columns, in eighths."""
+    eighths = 0 if most <= 0 else round(8 * width * min(1.0, max(0.0, value) / most))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def picture_for(path: Path, name: str, *, alone: bool) -> Path:
+    """Return where the picture of one setting goes: `path`, or with the name before its ending where there are more."""
+    if alone:
+        return path
+    return path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9.+]+', '-', name).strip('-')}{path.suffix or '.png'}")
