@@ -85,19 +85,6 @@ def test_the_distance_is_that_of_two_models_of_the_oracle() -> None:
     assert loss > 1e-3
 
 
-def test_ordinary_text_beyond_the_window_counts_as_much_as_it_is_told() -> None:
-    config, weights = random_model(dtype=torch.float64)
-    model, text = transformer((config, weights)), draw(0)
-    ids, positions = torch.tensor(text.token_ids), torch.arange(len(text.token_ids))
-    split = OracleCache(config, [[False] * 2] * 2, sink_size=SETTINGS.sink_size, recent_size=SETTINGS.recent_size)
-    full, cut = (model.hidden(ids, positions, cache) for cache in (OracleCache(config), split))
-    distances = (full - cut).square().mean(-1)
-    ordinary = [i for i in range(7, len(ids)) if i not in text.predicted_at]  # 2 sink and 5 recent tokens
-    wanted = distances[text.predicted_at].mean() + 0.25 * distances[ordinary].mean()
-    loss, _ = distance(model, torch.zeros(2, 2), text, replace(SETTINGS, text_weight=0.25))
-    assert loss == pytest.approx(float(wanted), rel=1e-10)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_gradients_are_finite_differences(architecture: str) -> None:
     model = transformer(random_model(tiny_config(architecture), dtype=torch.float64))  # type: ignore[arg-type]

@@ -3,12 +3,12 @@
     for event in identify(open_model(path), method="echo"):
         ...  # IdentifyProgress, then one IdentifyResult
 
-Owns three methods (`echo`, `copying`, `distill`), each a module of its own, and the ranking of their scores. It does
-not write files: a pattern file is `duolocal.heads`' business.
+Owns three methods (`echo`, `copying`, `distill`), each a module of its own, and the agreement of their
+rankings. It does not write files: a pattern file is `duolocal.heads`' business.
 """
 
 from duolocal.identify.results import METHODS, IdentifyProgress, IdentifyResult, Method
 from duolocal.identify.run import identify
-from duolocal.identify.scores import Agreement, agreement, rank
+from duolocal.identify.scores import Agreement, agreement
 
-__all__ = ["METHODS", "Agreement", "IdentifyProgress", "IdentifyResult", "Method", "agreement", "identify", "rank"]
+__all__ = ["METHODS", "Agreement", "IdentifyProgress", "IdentifyResult", "Method", "agreement", "identify"]

@@ -44,7 +44,6 @@ class DistillSettings:
     passkeys: PasskeyShape
     rate: float = 0.02
     pressure: float = 0.05  # on the mean gate
-    text_weight: float = 0.0  # of the distance at ordinary tokens beyond the window, beside 1 for the answers'
 
     def fingerprint(self, *others: str) -> str:
         """Return a hash of all settings and of what else a run depends on: the model's fingerprint, the text."""
@@ -135,8 +134,7 @@ def distance(
     ids = torch.tensor(text.token_ids, dtype=torch.int64, device=device)
     positions = torch.arange(len(text.token_ids), device=device)
     wide = torch.promote_types(transformer.dtype, torch.float32)
-    rows, weights = _judged(text, settings)
-    rows, weights = rows.to(device), weights.to(device, wide)
+    rows = torch.tensor(text.predicted_at, device=device)  # the tokens at which the distance counts
     rotation = transformer.rotation(positions)
     window = partial(MixCache, sink_size=settings.sink_size, recent_size=settings.recent_size)
     with torch.no_grad():
@@ -155,23 +153,9 @@ def distance(
             x = checkpoint(mixed_layer, layer, x, leaf[layer], use_reentrant=False, preserve_rng_state=False)
         else:
             x = mixed_layer(layer, x, leaf[layer])
-    distances = (transformer.final_norm(x[rows]).to(wide) - target).square().mean(-1)  # [rows]
-    loss = distances @ weights
+    loss = (transformer.final_norm(x[rows]).to(wide) - target).square().mean()
     (gradient,) = torch.autograd.grad(loss, leaf)
     return float(loss.detach()), gradient.to("cpu", torch.float64)
-
-
-def _judged(text: PasskeyText, settings: DistillSettings) -> tuple[Tensor, Tensor]:
-    """Return the tokens at which the distance counts, and their weights float64."""
-    weights = torch.zeros(len(text.token_ids), dtype=torch.float64)
-    answers = torch.tensor(text.predicted_at)
-    if settings.text_weight:
-        beyond = torch.ones_like(weights, dtype=torch.bool)
-        beyond[: settings.sink_size + settings.recent_size] = beyond[answers] = False
-        weights[beyond] = settings.text_weight / max(int(beyond.sum()), 1)
-    weights[answers] = 1 / len(answers)
-    rows = weights.nonzero()[:, 0]
-    return rows, weights[rows]
 
 
 def descend(state: DistillState, loss: float, gradient: Tensor, settings: DistillSettings) -> DistillState:

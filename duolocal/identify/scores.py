@@ -1,15 +1,10 @@
-"""Ranking heads by their scores, and how far two rankings agree.
-
-Gates tie: of published patterns 81 to 95% exceed 0.5 and many are exactly 1. So a ranking takes a secondary score
-where the first is equal, and the head's place where that is equal too; it never depends on chance.
-"""
+"""How far two rankings of heads agree; `heads.rank_heads` ranks them, ties included, as a plan cuts them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from duolocal.errors import SettingsError
-
-Place = tuple[int, int]  # layer, KV head
+from duolocal.heads import rank_heads
 
 
 @dataclass(frozen=True)
@@ -21,21 +16,6 @@ class Agreement:
     overlap: float  # the share of one top that is in the other, 0..1
     chance: float  # what the overlap of unrelated rankings is on average
     spearman: float  # rank correlation over all heads, -1..1, ties at their mean rank; NaN where one has only ties
-
-
-def rank(scores: Sequence[Sequence[float]], secondary: Sequence[Sequence[float]] | None = None) -> list[Place]:
-    """Return all (layer, KV head), the best first.
-
-    scores, secondary: [num_layers][num_kv_heads], higher is better; `secondary` decides between equal scores, then
-    the lower layer, then the lower head.
-    """
-    places = [(layer, head) for layer, row in enumerate(scores) for head in range(len(row))]
-
-    def key(place: Place) -> tuple[float, float, Place]:
-        layer, head = place
-        return -scores[layer][head], 0.0 if secondary is None else -secondary[layer][head], place
-
-    return sorted(places, key=key)
 
 
 def agreement(
@@ -54,7 +34,7 @@ def agreement(
         raise SettingsError("two head patterns of different shapes cannot be compared: they are of different models")
     if not 0 <= ratio <= 1:
         raise SettingsError(f"the retrieval ratio is {ratio:g}; it must lie between 0 and 1")
-    ranked_a, ranked_b = rank(a, secondary_a), rank(b, secondary_b)
+    ranked_a, ranked_b = rank_heads(a, secondary_a), rank_heads(b, secondary_b)
     num_top = round(ratio * len(ranked_a))
     shared = len(set(ranked_a[:num_top]) & set(ranked_b[:num_top]))
     return Agreement(
