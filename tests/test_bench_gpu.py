@@ -449,9 +449,18 @@ def test_python_dash_m_is_the_same_command() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"duolocal: {suite.NO_DEVICE}\n")
 
 
+def make(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run make as from a shell, also when these tests are run by make, which its children would mention."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    command = ["make", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**inherited, **environment}
+    )
+
+
 @no_gpu
 def test_make_gpu_check_says_one_line_and_fails_nothing() -> None:
-    done = subprocess.run(["make", "gpu-check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = make("gpu-check")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.count("\n") == 1 and "nothing was measured" in done.stdout
 
@@ -461,9 +470,7 @@ def test_make_gpu_check_fails_where_a_check_fails(tmp_path: Path) -> None:
     fake = tmp_path / "python3"
     fake.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "suite $*"\nexit 1\n', encoding="utf-8")
     fake.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    command = ["make", "gpu-check", "ARGS=--sections a"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    done = make("gpu-check", "ARGS=--sections a", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert done.returncode != 0 and done.stdout == "suite -m duolocal.bench gpu --sections a\n"
 
 
