@@ -285,12 +285,6 @@ def test_shapes_beyond_the_compiled_attention() -> None:
     assert isinstance(kernels, CpuKernels)
 
 
-def test_a_gpu_computes_with_torch_and_that_is_no_news() -> None:
-    kernels, note = choose("auto", device=torch.device("cuda"))
-    assert isinstance(kernels, TorchKernels) and note is None
-    assert "the device is cuda" in error_of(lambda: choose("compiled", device=torch.device("cuda")), SettingsError)
-
-
 @pytest.mark.parametrize("threads", [0, -1, 257])
 def test_a_number_of_threads_that_cannot_be(threads: int) -> None:
     assert str(threads) in error_of(lambda: choose("auto", threads=threads), SettingsError)
