@@ -66,7 +66,7 @@ class ModelStatus:
         return self.model.size_bytes
 
 
-_LLAMA3_8B = ModelConfig(
+LLAMA_3_8B = ModelConfig(
     architecture="llama",
     num_layers=32,
     num_heads=32,
@@ -121,7 +121,7 @@ _MODELS = (
         license="Llama 3.1 Community",
         trained_context=131072,
         config=replace(
-            _LLAMA3_8B,
+            LLAMA_3_8B,
             max_positions=131072,
             rope_scaling=RopeScaling(
                 kind="llama3",
@@ -140,7 +140,7 @@ _MODELS = (
         size_bytes=16_070_000_000,
         license="Llama 3 Community",
         trained_context=1048576,
-        config=replace(_LLAMA3_8B, max_positions=1048576, rope_theta=3580165449.0),
+        config=replace(LLAMA_3_8B, max_positions=1048576, rope_theta=3580165449.0),
         repo="gradientai/Llama-3-8B-Instruct-Gradient-1048k",
     ),
 )

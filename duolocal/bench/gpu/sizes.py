@@ -6,6 +6,7 @@ Loads no torch.
 from dataclasses import dataclass
 
 from duolocal.models.config import ModelConfig
+from duolocal.models.registry import LLAMA_3_8B
 
 K = 1024
 M = K * K
@@ -49,20 +50,6 @@ class Sizes:
     long_cap_bytes: int
     sweep_context: int
 
-
-LLAMA_3_8B = ModelConfig(
-    architecture="llama",
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    hidden_size=4096,
-    intermediate_size=14336,
-    vocab_size=128256,
-    max_positions=8192,
-    norm_eps=1e-5,
-    rope_theta=500000.0,
-)
 
 FULL = Sizes(
     config=LLAMA_3_8B,
