@@ -122,9 +122,19 @@ def test_a_published_folder_is_a_pattern_too(tmp_path: Path) -> None:
     assert (plan.sink_size, plan.recent_size) == (128, 256)
 
 
+def test_heads_by_chance_are_the_seeds() -> None:
+    shape = {"num_layers": 30, "num_kv_heads": 3, "fingerprint": None}
+    plan, note = plan_heads("random@0.5", **shape)  # type: ignore[arg-type]
+    assert plan.num_retrieval == 45 and note == "retrieval heads by chance (seed 0): for comparisons, not for use"
+    assert plan == plan_heads("random:0@0.5", **shape)[0]  # type: ignore[arg-type]
+    other = plan_heads("random:1@0.5", **shape)[0]  # type: ignore[arg-type]
+    assert other.num_retrieval == 45 and other != plan
+
+
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
+        ("random:x", "the seed of heads by chance is 'x': give a whole number"),
         ("1.5", "--heads 1.5: a ratio must lie between 0 and 1"),
         ("nan", "--heads nan: a ratio must lie between 0 and 1"),
         ("ratio=x", "head pattern ratio=x: No such file or directory"),

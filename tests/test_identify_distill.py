@@ -79,10 +79,24 @@ def test_the_distance_is_that_of_two_models_of_the_oracle() -> None:
     retrieval = [[True, False], [False, True]]
     ids, positions = torch.tensor(text.token_ids), torch.arange(len(text.token_ids))
     split = OracleCache(config, retrieval, sink_size=SETTINGS.sink_size, recent_size=SETTINGS.recent_size)
-    full, cut = (model.hidden(ids, positions, cache)[text.predicted_at] for cache in (OracleCache(config), split))
-    loss, _ = distance(model, torch.tensor(retrieval, dtype=torch.float64), text, SETTINGS)
-    assert loss == pytest.approx(float((full - cut).square().mean()), rel=1e-10)
-    assert loss > 1e-3
+    full, cut = (model.hidden(ids, positions, cache) for cache in (OracleCache(config), split))
+    squares = (full - cut).square().mean(-1)  # [num_tokens]
+    at_answers = float(squares[text.predicted_at].mean())
+    at_text = float(squares[2 + 5 : text.predicted_at[0]].mean())  # before token 7 every head sees all
+    assert squares[: 2 + 5].max() < 1e-20 and at_answers > 1e-3 and abs(at_answers - at_text) > 1e-3
+    gates = torch.tensor(retrieval, dtype=torch.float64)
+    for share in (0.0, 0.3, 1.0):
+        loss, _ = distance(model, gates, text, replace(SETTINGS, text_share=share))
+        assert loss == pytest.approx((1 - share) * at_answers + share * at_text, rel=1e-10)
+
+
+def test_a_text_shorter_than_a_window_is_judged_by_its_answers() -> None:
+    model, gates = transformer(random_model(dtype=torch.float64)), some_gates()
+    answers = PasskeyText(list(range(3, 43)), predicted_at=[5, 39], sources=[(0, 1)] * 2)  # no text before token 5
+    assert (
+        distance(model, gates, answers, SETTINGS)[0]
+        == distance(model, gates, answers, replace(SETTINGS, text_share=0))[0]
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -101,7 +115,7 @@ def test_gradients_are_finite_differences(architecture: str) -> None:
 
 def test_checkpointing_changes_nothing() -> None:
     model = transformer(random_model(), torch.float32)
-    with_it = distance(model, some_gates(), draw(2), SETTINGS)
+    with_it = distance(model, some_gates(), draw(2), SETTINGS, checkpointing=True)
     without = distance(model, some_gates(), draw(2), SETTINGS, checkpointing=False)
     assert with_it[0] == without[0] and torch.equal(with_it[1], without[1])
 
@@ -194,7 +208,15 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_of_all_settings_and_the_model() -> None:
-    changes = [{}, {"steps": 9}, {"seed": 1}, {"passkeys": PasskeyShape(2, 1)}, {"pressure": 0.1}, {"recent_size": 6}]
+    changes = [
+        {},
+        {"steps": 9},
+        {"seed": 1},
+        {"passkeys": PasskeyShape(2, 1)},
+        {"pressure": 0.1},
+        {"text_share": 0.1},
+        {"recent_size": 6},
+    ]
     prints = [replace(SETTINGS, **change).fingerprint("m") for change in changes]  # type: ignore[arg-type]
     prints += [SETTINGS.fingerprint("n"), SETTINGS.fingerprint("m", "text"), SETTINGS.fingerprint("mtext")]
     assert len(set(prints)) == len(prints)

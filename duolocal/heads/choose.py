@@ -6,8 +6,9 @@ choice says that it is needed, and the engine does it (`duolocal.engine.head_cho
 """
 
 import json
+import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -27,6 +28,7 @@ from duolocal.paths import cache_folder
 # Where nothing is measured for a model: what was measured for SmolLM2, and careful (docs/head-pattern.md).
 UNMEASURED_RATIO = 2 / 3
 PUBLISHED = "published"
+RANDOM = "random"  # a ranking by chance: what a method has to beat
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class HeadChoice:
 class _Wish:
     """--heads, taken apart."""
 
-    pattern: str  # "auto", "all", "published", "published:NAME" or a path
+    pattern: str  # "auto", "all", "published", "published:NAME", "random", "random:SEED" or a path
     ratio: float | None
 
 
@@ -118,10 +120,11 @@ def choose_heads(
 ) -> HeadChoice:
     """Return the plan that `heads` asks for, or that the heads have to be ranked first.
 
-    `heads`: "auto", "all", a ratio 0..1 as number or text ("0.5", "ratio=0.5"), "published" or "published:NAME", the
-    path of a pattern file or folder; after all of these but "all" and a ratio, "@0.5" cuts at another ratio than the
-    pattern's own. published: the pattern that is published for the model, if any. can_rank: whether the caller can
-    find a pattern; without, "auto" for an unknown model keeps the whole context in every head.
+    `heads`: "auto", "all", a ratio 0..1 as number or text ("0.5", "ratio=0.5"), "published" or "published:NAME",
+    "random" or "random:SEED" (heads by chance, to compare with), the path of a pattern file or folder; after all of
+    these but "all" and a ratio, "@0.5" cuts at another ratio than the pattern's own. published: the pattern that is
+    published for the model, if any. can_rank: whether the caller can find a pattern; without, "auto" for an unknown
+    model keeps the whole context in every head.
     Raises SettingsError, and DownloadError for a published pattern that cannot be fetched.
     """
     uniform = partial(
@@ -155,6 +158,8 @@ def choose_heads(
             )
     elif wish.pattern.partition(":")[0] == PUBLISHED:
         pattern, note = _published(wish.pattern, published)
+    elif wish.pattern.partition(":")[0] == RANDOM:
+        pattern, note = _random(wish.pattern, num_layers, num_kv_heads)
     else:
         pattern = _load(wish.pattern)
     if (pattern.num_layers, pattern.num_kv_heads) != (num_layers, num_kv_heads):
@@ -205,6 +210,8 @@ def pattern_meant(
         return pattern, wish.ratio
     if wish.pattern.partition(":")[0] == PUBLISHED:
         return _published(wish.pattern, published)[0], wish.ratio
+    if wish.pattern.partition(":")[0] == RANDOM:
+        raise SettingsError(f"--heads {heads}: heads by chance have no pattern to show; they are for comparisons")
     return _load(wish.pattern), wish.ratio
 
 
@@ -275,6 +282,17 @@ def _published(spelled: str, known: KnownPattern | None) -> tuple[HeadPattern, s
             "published:NAME takes one for a model of another name)"
         )
     return published_pattern(known), f"head pattern of {known.name} from {SOURCE} ({LICENCE} licence)"
+
+
+def _random(spelled: str, num_layers: int, num_kv_heads: int) -> tuple[HeadPattern, str]:
+    seed = spelled.partition(":")[2] or "0"
+    if not seed.isdecimal():
+        raise SettingsError(f"--heads {spelled}: the seed of heads by chance is {seed!r}: give a whole number")
+    draw = random.Random(int(seed)).random
+    scores = tuple(tuple(draw() for _ in range(num_kv_heads)) for _ in range(num_layers))
+    return replace(_unranked(num_layers, num_kv_heads), scores=scores, source=f"{RANDOM}:{seed}"), (
+        f"retrieval heads by chance (seed {seed}): for comparisons, not for use"
+    )
 
 
 def _unranked(num_layers: int, num_kv_heads: int) -> HeadPattern:

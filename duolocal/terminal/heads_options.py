@@ -58,6 +58,11 @@ def add_heads_parsers(
     identify.add_argument("--seed", default="0", metavar="N", help="the same seed gives the same pattern (default: 0)")
     identify.add_argument("--tokens", metavar="N", help="tokens per run (default: the method's)")
     identify.add_argument("--steps", metavar="N", help="training steps of distill (default: the method's)")
+    identify.add_argument(
+        "--text-share",
+        metavar="R",
+        help="share of distill's loss at ordinary text (default: a half; 0: at the answers alone, as published)",
+    )
     identify.add_argument("--sink-size", metavar="N", help="first tokens that a streaming head would keep")
     identify.add_argument("--recent-size", metavar="N", help="last tokens that a streaming head would keep")
     identify.add_argument(
@@ -95,8 +100,9 @@ def run_heads(options: argparse.Namespace, console: "Console", progress: "Consol
         raise SettingsError(f"--format is {options.format!r}: give one of {', '.join(_FORMATS)}")
     if options.format is not None and options.out is None:
         raise SettingsError("--format is for a file: give --out FILE too")
-    if options.steps is not None and options.method != "distill":
-        raise SettingsError(f"--steps is for --method distill; {options.method} has none: leave it out")
+    for option, value in (("--steps", options.steps), ("--text-share", options.text_share)):
+        if value is not None and options.method != "distill":
+            raise SettingsError(f"{option} is for --method distill; {options.method} has none: leave it out")
     settings = ChatSettings(
         model=options.model,
         sink_size=_count(options.sink_size, "--sink-size", least=0),
@@ -109,6 +115,7 @@ def run_heads(options: argparse.Namespace, console: "Console", progress: "Consol
     assert seed is not None
     num_tokens, steps = _count(options.tokens, "--tokens"), _count(options.steps, "--steps")
     ratio = None if options.default_ratio is None else _ratio(options.default_ratio, "--default-ratio")
+    text_share = None if options.text_share is None else _ratio(options.text_share, "--text-share")
     from duolocal.terminal.heads_identify_view import identify_heads
 
     return identify_heads(
@@ -119,6 +126,7 @@ def run_heads(options: argparse.Namespace, console: "Console", progress: "Consol
         seed=seed,
         num_tokens=num_tokens,
         steps=steps,
+        text_share=text_share,
         default_ratio=ratio,
         compare=options.compare,
         png=options.png,
