@@ -83,6 +83,7 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(smollm2_path: Path
         ({"method": "mass"}, "method 'mass' is unknown: use distill, copy, echo"),
         ({"method": "echo", "steps": 3}, "leave them out with echo"),
         ({"method": "copy", "text_share": 0.5}, "leave them out with copy"),
+        ({"method": "distill", "pressure": -1.0}, "pressure is -1.0: give 0 or more"),
         ({"method": "distill", "text_share": 1.5}, "text_share is 1.5: give a number from 0 to 1"),
         ({"method": "distill", "steps": 0}, "steps is 0; it must be 1 or more"),
         ({"method": "echo", "num_tokens": 100}, "echo needs 644 tokens or more"),

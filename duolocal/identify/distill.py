@@ -32,6 +32,7 @@ EPSILON = 1e-8
 DECODED_SHARE = 0.25  # of the free memory
 ACTIVATIONS_SHARE = 0.25  # of the free memory
 TEXT_SHARE = 0.5  # of the loss
+PRESSURE = 0.05
 OPEN = 0.5  # a gate above it counts as open
 
 
@@ -47,7 +48,7 @@ class DistillSettings:
     passkeys: PasskeyShape
     text_share: float = TEXT_SHARE  # of the loss: at the text that is farther in than a streaming head's window
     rate: float = 0.02
-    pressure: float = 0.05  # on the mean gate
+    pressure: float = PRESSURE  # on the mean gate
 
     def fingerprint(self, *others: str) -> str:
         """Return a hash of all settings and of what else a run depends on: the model's fingerprint, the text."""

@@ -1,5 +1,6 @@
 """One call for all methods: load what a method needs, run it, yield progress and then the scores."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from duolocal.errors import SettingsError
 from duolocal.heads import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE
 from duolocal.identify.copying import SHAPE as COPY_SHAPE
 from duolocal.identify.copying import CopyScores, copy_scores, copy_texts
-from duolocal.identify.distill import TEXT_SHARE, DistillSettings, DistillState, decoded, distill
+from duolocal.identify.distill import PRESSURE, TEXT_SHARE, DistillSettings, DistillState, decoded, distill
 from duolocal.identify.echo import EchoScores, check_tokens, default_tokens, echo_scores
 from duolocal.identify.results import METHODS, IdentifyProgress, IdentifyResult, Method, Scores
 from duolocal.identify.state_file import load_state, save_state
@@ -68,6 +69,7 @@ def identify(
     num_tokens: int | None = None,
     steps: int | None = None,
     text_share: float | None = None,
+    pressure: float | None = None,
     text: str | None = None,
     state_file: Path | None = None,
     device: str = "auto",
@@ -82,20 +84,22 @@ def identify(
     model: an opened model or a loaded one, such as an engine, whose context stays as it is; method: a name of METHODS;
     seed: results are the same for the same seed on the same machine; sink_size, recent_size: the window of a
     streaming head, tokens, None for the default; num_tokens: of the longest sequence, None for what suits the method;
-    steps, text_share: of distill, see DistillSettings; text: what passkeys are hidden in, None for Python's help texts;
-    state_file: where distill keeps its state after every step, to go on from when it is called with the same settings
-    again (None: kept nowhere; it is deleted when the caller asks for more after the result). The others are as for
-    `Engine.load`, and not used with a loaded model; distill always computes with the torch kernels. Raises
+    steps, text_share, pressure: of distill, see DistillSettings; text: what passkeys are hidden in, None for Python's
+    help texts; state_file: where distill keeps its state after every step, to go on from when it is called with the
+    same settings again (None: kept nowhere; it is deleted when the caller asks for more after the result). The others
+    are as for `Engine.load`, and not used with a loaded model; distill always computes with the torch kernels. Raises
     DuoLocalError, for settings before any work.
     """
     began = time.monotonic()
     run = _METHODS.get(method)
     if run is None:
         raise SettingsError(f"method {method!r} is unknown: use {', '.join(METHODS)}")
-    if method != "distill" and not (steps is None and text_share is None):
-        raise SettingsError(f"steps and text_share are of the method distill: leave them out with {method}")
+    if method != "distill" and any(value is not None for value in (steps, text_share, pressure)):
+        raise SettingsError(f"steps, text_share and pressure are of the method distill: leave them out with {method}")
     if text_share is not None and not 0 <= text_share <= 1:
         raise SettingsError(f"text_share is {text_share}: give a number from 0 to 1")
+    if pressure is not None and not 0 <= pressure < math.inf:
+        raise SettingsError(f"pressure is {pressure}: give 0 or more")
     source = model if isinstance(model, ModelSource) else model.source
     if source is None:
         raise SettingsError("the model was not loaded from a file: its heads cannot be identified")
@@ -109,6 +113,7 @@ def identify(
         num_tokens=num_tokens,
         steps=steps,
         text_share=TEXT_SHARE if text_share is None else text_share,
+        pressure=PRESSURE if pressure is None else pressure,
         text=text,
         state_file=state_file,
     )
@@ -159,6 +164,7 @@ class _Job:
     num_tokens: int | None
     steps: int | None
     text_share: float
+    pressure: float
     text: str | None
     state_file: Path | None
 
@@ -245,6 +251,7 @@ def _distill(job: _Job, load: _Load) -> _Events:
         recent_size=job.recent_size,
         passkeys=defaults.passkeys,
         text_share=job.text_share,
+        pressure=job.pressure,
     )
     texts = job.texts(settings.passkeys)
 

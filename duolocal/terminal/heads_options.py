@@ -63,6 +63,9 @@ def add_heads_parsers(
         metavar="R",
         help="share of distill's loss at ordinary text (default: a half; 0: at the answers alone, as published)",
     )
+    identify.add_argument(
+        "--pressure", metavar="R", help="what an open gate costs distill (default: 0.05; lower keeps more gates open)"
+    )
     identify.add_argument("--sink-size", metavar="N", help="first tokens that a streaming head would keep")
     identify.add_argument("--recent-size", metavar="N", help="last tokens that a streaming head would keep")
     identify.add_argument(
@@ -100,7 +103,11 @@ def run_heads(options: argparse.Namespace, console: "Console", progress: "Consol
         raise SettingsError(f"--format is {options.format!r}: give one of {', '.join(_FORMATS)}")
     if options.format is not None and options.out is None:
         raise SettingsError("--format is for a file: give --out FILE too")
-    for option, value in (("--steps", options.steps), ("--text-share", options.text_share)):
+    for option, value in (
+        ("--steps", options.steps),
+        ("--text-share", options.text_share),
+        ("--pressure", options.pressure),
+    ):
         if value is not None and options.method != "distill":
             raise SettingsError(f"{option} is for --method distill; {options.method} has none: leave it out")
     settings = ChatSettings(
@@ -116,6 +123,7 @@ def run_heads(options: argparse.Namespace, console: "Console", progress: "Consol
     num_tokens, steps = _count(options.tokens, "--tokens"), _count(options.steps, "--steps")
     ratio = None if options.default_ratio is None else _ratio(options.default_ratio, "--default-ratio")
     text_share = None if options.text_share is None else _ratio(options.text_share, "--text-share")
+    pressure = None if options.pressure is None else _ratio(options.pressure, "--pressure")
     from duolocal.terminal.heads_identify_view import identify_heads
 
     return identify_heads(
@@ -127,6 +135,7 @@ def run_heads(options: argparse.Namespace, console: "Console", progress: "Consol
         num_tokens=num_tokens,
         steps=steps,
         text_share=text_share,
+        pressure=pressure,
         default_ratio=ratio,
         compare=options.compare,
         png=options.png,
