@@ -104,10 +104,10 @@ def test_list_names_source_and_licence(capsys: pytest.CaptureFixture[str]) -> No
         ("show x.json --heads half", "--heads is 'half': give a ratio between 0 and 1"),
         ("show x.json", "head pattern x.json: No such file or directory"),
         ("show --model smollm2-135n", None),
-        ("identify --method guess", "--method is 'guess': give one of echo, copy, distill"),
+        ("identify --method guess", "--method is 'guess': give one of drift, echo, copy, distill"),
         ("identify --format tsv --out p", "--format is 'tsv': give one of json, published"),
         ("identify --format json", "--format is for a file: give --out FILE too"),
-        ("identify --steps 5", "--steps is for --method distill; echo has none: leave it out"),
+        ("identify --steps 5", "--steps is for --method distill; drift has none: leave it out"),
         ("identify --seed x", "--seed is 'x': give a number"),
         ("identify --default-ratio 2", "--default-ratio is '2': give a ratio between 0 and 1"),
         ("identify --compare x.json", "head pattern x.json: No such file or directory"),
@@ -147,7 +147,7 @@ def test_identify_writes_compares_and_keeps(
     model = tmp_path / "model"
     save_checkpoint(model, "llama", max_position_embeddings=2048, num_hidden_layers=3)
     other = pattern_file(tmp_path / "other.json", 3, 2)
-    common = ["heads", "identify", "--model", str(model), "--kernels", "torch", "--tokens", "704"]
+    common = ["heads", "identify", "--model", str(model), "--kernels", "torch", "--tokens", "704", "--method", "echo"]
     out = tmp_path / "found.json"
     capsys.readouterr()  # transformers' own progress
     code, text, err = run(*common, "--out", str(out), "--seed", "3", "--compare", str(other), capsys=capsys)

@@ -1,7 +1,8 @@
 """`--heads auto` for a model that no head pattern is known for: its heads are ranked once, on first use.
 
 Owns what makes a model fit for that, the progress, and keeping the result in the cache folder. The ranking itself is
-`duolocal.identify`; the method is echo, which needs forward passes only and no text.
+`duolocal.identify`; the method is drift, or echo for models that reach less far than drift's texts: both need forward
+passes only.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 WINDOW = DEFAULT_SINK_SIZE + DEFAULT_RECENT_SIZE  # tokens
 # Echo looks from one copy of random tokens back into the other, past a whole window: two copies have to fit.
 LEAST_POSITIONS = 2 * (WINDOW + 2)
-RANKING_POSITIONS = 4 * WINDOW  # what echo takes where the model goes that far
+DRIFT_POSITIONS = 4096
 
 
 def can_rank(source: ModelSource, context: int) -> bool:
@@ -41,7 +42,7 @@ def can_rank(source: ModelSource, context: int) -> bool:
 def ranking_context(source: ModelSource) -> int:
     """Return the context that the Transformer for `rank_on_first_use` needs, tokens."""
     config = source.config
-    return min(config.max_positions, config.sliding_window or config.max_positions, RANKING_POSITIONS)
+    return min(config.max_positions, config.sliding_window or config.max_positions, DRIFT_POSITIONS)
 
 
 def published_for(source: ModelSource, name: str = "") -> KnownPattern | None:
@@ -108,14 +109,14 @@ def rank_on_first_use(
     """
     from duolocal.identify import IdentifyResult, identify  # its methods are needed here only
 
-    result = None
-    for event in identify(_Loaded(source, transformer), method="echo"):
+    result, method = None, "drift" if ranking_context(source) == DRIFT_POSITIONS else "echo"
+    for event in identify(_Loaded(source, transformer), method=method):
         if isinstance(event, IdentifyResult):
             result = event
         elif on_progress is not None:
             on_progress(event.done, event.total)
     assert result is not None
-    pattern = as_pattern(result, source="pattern found here by echo")
+    pattern = as_pattern(result, source=f"pattern found here by {method}")
     try:
         remember_pattern(pattern, source.fingerprint)
         kept = "remembered"
@@ -125,7 +126,7 @@ def rank_on_first_use(
         pattern.default_ratio if choice.ratio is None else choice.ratio, sink_size=sink_size, recent_size=recent_size
     )
     note = (
-        f"retrieval heads found by echo in {result.elapsed_s:.0f} s, as no pattern is known for this "
+        f"retrieval heads found by {method} in {result.elapsed_s:.0f} s, as no pattern is known for this "
         f"model, and {kept} (`duolocal heads identify` looks more closely; --heads all keeps the whole context)"
     )
     if published is not None:

@@ -3,7 +3,7 @@
     for event in identify(open_model(path), method="echo"):
         ...  # IdentifyProgress, then one IdentifyResult
 
-Owns three methods (`echo`, `copying`, `distill`), each a module of its own, and the agreement of their
+Owns four methods (`drift`, `echo`, `copying`, `distill`), each a module of its own, and the agreement of their
 rankings. It does not write files: a pattern file is `duolocal.heads`' business.
 """
 

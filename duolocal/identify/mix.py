@@ -36,17 +36,24 @@ class MixCache:
         k, v = self._kv
         self._kv = None
         assert q.shape[0] == k.shape[0], "a whole sequence is fed at once"
-        group = q.shape[1] // k.shape[1]
-        # [num_heads, n, head_dim]; query head h reads KV head h // group.
-        q = q.transpose(0, 1)
-        k, v = (x.transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+        q, k, v = heads_first(q, k, v)
         out = full_attention(q, k, v)
         if self._gates is not None:
             streaming = streaming_attention(q, k, v, sink_size=self._sink_size, recent_size=self._recent_size)
-            gates = self._gates.repeat_interleave(group)[:, None, None]
+            gates = self._gates.repeat_interleave(q.shape[0] // len(self._gates))[:, None, None]
             # In the gates' dtype: the difference of two 16-bit numbers is what a gate learns from.
             out = (streaming + gates * (out.to(gates.dtype) - streaming)).to(q.dtype)
         return out.transpose(0, 1)
+
+
+def heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim] as three [num_heads, n, head_dim].
+
+    Query head h reads KV head h // group.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+    return q.transpose(0, 1), k, v
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

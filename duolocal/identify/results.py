@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Method = Literal["distill", "copy", "echo"]
-METHODS: tuple[Method, ...] = ("distill", "copy", "echo")
+Method = Literal["distill", "copy", "echo", "drift"]
+METHODS: tuple[Method, ...] = ("distill", "copy", "echo", "drift")
 
 Scores = tuple[tuple[float, ...], ...]  # [num_layers][num_kv_heads]
 

@@ -19,6 +19,9 @@ from duolocal.heads import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE
 from duolocal.identify.copying import SHAPE as COPY_SHAPE
 from duolocal.identify.copying import CopyScores, copy_scores, copy_texts
 from duolocal.identify.distill import PRESSURE, TEXT_SHARE, DistillSettings, DistillState, decoded, distill
+from duolocal.identify.drift import SHAPE as DRIFT_SHAPE
+from duolocal.identify.drift import TEXTS as DRIFT_TEXTS
+from duolocal.identify.drift import DriftScores, drift_scores
 from duolocal.identify.echo import EchoScores, check_tokens, default_tokens, echo_scores
 from duolocal.identify.results import METHODS, IdentifyProgress, IdentifyResult, Method, Scores
 from duolocal.identify.state_file import load_state, save_state
@@ -29,6 +32,7 @@ from duolocal.sample_text import sample_text
 from duolocal.tokenizer import load_tokenizer
 
 COPY_TOKENS = 2048  # of the longest text
+DRIFT_TOKENS = 4096
 SHORTEST = 0.5  # of distill's texts, as a share of the longest
 
 
@@ -241,6 +245,22 @@ def _copy(job: _Job, load: _Load) -> _Events:
             yield event
 
 
+def _drift(job: _Job, load: _Load) -> _Events:
+    num_tokens, window = job.tokens(DRIFT_TOKENS), job.sink_size + job.recent_size
+    texts = job.texts(DRIFT_SHAPE)
+    least = texts.least_tokens + window
+    if num_tokens < least:
+        raise SettingsError(f"drift needs {least:,} tokens or more with this window, not {num_tokens:,}: use more")
+    drawn = [texts.draw(num_tokens, f"drift {job.seed} {number}") for number in range(DRIFT_TEXTS)]
+    yield _LOADING
+    for event in drift_scores(load(), drawn, sink_size=job.sink_size, recent_size=job.recent_size):
+        if isinstance(event, DriftScores):
+            details = {"num_tokens": num_tokens, "texts": len(drawn), "passkeys": asdict(DRIFT_SHAPE)}
+            yield _Found("drift", event.score, event.at_text, details)
+        else:
+            yield event
+
+
 def _distill(job: _Job, load: _Load) -> _Events:
     defaults = DISTILL_DEFAULTS[job.device.type]
     settings = DistillSettings(
@@ -277,7 +297,12 @@ def _distill(job: _Job, load: _Load) -> _Events:
             yield event
 
 
-_METHODS: dict[str, Callable[[_Job, _Load], _Events]] = {"distill": _distill, "copy": _copy, "echo": _echo}
+_METHODS: dict[str, Callable[[_Job, _Load], _Events]] = {
+    "distill": _distill,
+    "copy": _copy,
+    "echo": _echo,
+    "drift": _drift,
+}
 _LOADING = IdentifyProgress(0, 1, "models", "loading weights")
 
 

@@ -1,0 +1,104 @@
+"""Drift: how far a layer's result moves when a KV head sees its window only. A method of duolocal's own.
+
+At every token beyond the window, each head's attention is computed twice, over everything and over sinks and recent
+tokens, and the difference is taken through the output projection:
+
+    score(h) = mean over tokens of ‖W_o,h (full_h - streaming_h)‖ / ‖x‖,  x: the layer's result, h: a KV head's group
+
+so a head counts by what its loss does to the model, and not by where it looks. On texts with passkeys (`text.py`), at
+the text and at the answers alike: echo and copy see only heads that repeat something, and miss those of the first
+layers that average over the whole context, without which text far from its beginning is read worse
+(docs/quality.md). Forward passes only; memory grows with the text, never with its square.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duolocal.identify.mix import full_attention, heads_first, streaming_attention
+from duolocal.identify.results import IdentifyProgress
+from duolocal.identify.text import PasskeyShape, PasskeyText
+from duolocal.kernels.interface import Rotation
+from duolocal.models.transformer import Transformer
+
+SHAPE = PasskeyShape(num_passkeys=4, num_words=8)
+TEXTS = 2
+
+
+@dataclass(frozen=True)
+class DriftScores:
+    """Mean relative drift over all texts, each [num_layers, num_kv_heads] float64."""
+
+    at_text: Tensor
+    at_answers: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        return self.at_text + self.at_answers
+
+
+@torch.inference_mode()
+def drift_scores(
+    transformer: Transformer, texts: Sequence[PasskeyText], *, sink_size: int, recent_size: int
+) -> Iterator[IdentifyProgress | DriftScores]:
+    """Yield progress, a layer at a time, and at last the DriftScores, of texts longer than the window."""
+    config, device = transformer.config, transformer.device
+    sums = torch.zeros(2, config.num_layers, config.num_kv_heads, dtype=torch.float64)
+    for number, text in enumerate(texts):
+        ids = torch.tensor(text.token_ids, dtype=torch.int64, device=device)
+        positions = torch.arange(len(ids), device=device)
+        rotation = transformer.rotation(positions)
+        rows = positions[sink_size + recent_size : text.predicted_at[0]], torch.tensor(text.predicted_at, device=device)
+        x = transformer.embed(ids)
+        for layer in range(config.num_layers):
+            cache = _DriftCache(sink_size=sink_size, recent_size=recent_size)
+            x = transformer.run_layer(layer, x, positions, rotation, cache)
+            moved = _through_output(transformer, layer, cache.difference)  # [num_kv_heads, n]
+            relative = (moved / x.to(moved.dtype).norm(dim=-1)).double().cpu()
+            for kind, where in enumerate(rows):
+                sums[kind, layer] += relative[:, where.cpu()].mean(-1)
+            done, all_layers = number * config.num_layers + layer + 1, len(texts) * config.num_layers
+            yield IdentifyProgress(done, all_layers, "layers", f"drift, text {number + 1} of {len(texts)}")
+    at_text, at_answers = sums / len(texts)
+    yield DriftScores(at_text=at_text, at_answers=at_answers)
+
+
+def _through_output(transformer: Transformer, layer: int, difference: Tensor) -> Tensor:
+    """Return the length of what each KV head's group adds to the layer's result: [num_kv_heads, n].
+
+    difference: [n, num_heads, head_dim].
+    """
+    num_kv_heads = transformer.config.num_kv_heads
+    weight = transformer.weights.layers[layer].o_proj.weight.dequantize(difference.dtype)  # [hidden_size, q_size]
+    groups = difference.unflatten(1, (num_kv_heads, -1)).flatten(2)  # [n, num_kv_heads, group * head_dim]
+    columns = weight.unflatten(1, (num_kv_heads, -1))  # [hidden_size, num_kv_heads, group * head_dim]
+    wide = torch.promote_types(difference.dtype, torch.float32)
+    return torch.stack([(groups[:, g] @ columns[:, g].T).to(wide).norm(dim=-1) for g in range(num_kv_heads)])
+
+
+class _DriftCache:
+    """A Cache for whole sequences fed at once: full attention, and what would be missing of it.
+
+    difference: full less streaming attention of the last `attend`, [n, num_heads, head_dim].
+    """
+
+    recordable = rotates = False
+    difference: Tensor
+
+    def __init__(self, *, sink_size: int, recent_size: int) -> None:
+        self._sink_size = sink_size
+        self._recent_size = recent_size
+
+    def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
+        assert rotation is None
+        self._kv = k, v
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
+        assert rotation is None and q.shape[0] == self._kv[0].shape[0], "a whole sequence is fed at once"
+        q, k, v = heads_first(q, *self._kv)
+        full = full_attention(q, k, v)
+        streaming = streaming_attention(q, k, v, sink_size=self._sink_size, recent_size=self._recent_size)
+        self.difference = (full - streaming).transpose(0, 1)
+        return full.transpose(0, 1).contiguous()
