@@ -104,7 +104,7 @@ def test_list_names_source_and_licence(capsys: pytest.CaptureFixture[str]) -> No
         ("show x.json --heads half", "--heads is 'half': give a ratio between 0 and 1"),
         ("show x.json", "head pattern x.json: No such file or directory"),
         ("show --model smollm2-135n", None),
-        ("identify --method guess", "--method is 'guess': give one of drift, echo, copy, distill"),
+        ("identify --method guess", "--method is 'guess': give one of drift, attribution, echo, copy, distill"),
         ("identify --format tsv --out p", "--format is 'tsv': give one of json, published"),
         ("identify --format json", "--format is for a file: give --out FILE too"),
         ("identify --steps 5", "--steps is for --method distill; drift has none: leave it out"),

@@ -3,8 +3,8 @@
     for event in identify(open_model(path), method="echo"):
         ...  # IdentifyProgress, then one IdentifyResult
 
-Owns four methods (`drift`, `echo`, `copying`, `distill`), each a module of its own, and the agreement of their
-rankings. It does not write files: a pattern file is `duolocal.heads`' business.
+Owns five methods (`drift`, `attribution`, `echo`, `copying`, `distill`), each a module of its own, and the agreement
+of their rankings. It does not write files: a pattern file is `duolocal.heads`' business.
 """
 
 from duolocal.identify.results import METHODS, IdentifyProgress, IdentifyResult, Method

@@ -107,8 +107,7 @@ def distill(
     """
     config = transformer.config
     if checkpointing is None:
-        free = available_bytes(transformer.device)
-        checkpointing = activation_bytes(transformer, settings.num_tokens) > ACTIVATIONS_SHARE * free
+        checkpointing = needs_checkpointing(transformer, settings.num_tokens)
     state = DistillState.begin(config.num_layers, config.num_kv_heads) if state is None else state
     while state.step < settings.steps:
         text = draw(state.step)
@@ -139,7 +138,7 @@ def distance(
 
     gates: [num_layers, num_kv_heads]; so is the gradient, float64 on the CPU.
     """
-    config, device = transformer.config, transformer.device
+    device = transformer.device
     ids = torch.tensor(text.token_ids, dtype=torch.int64, device=device)
     positions = torch.arange(len(text.token_ids), device=device)
     wide = torch.promote_types(transformer.dtype, torch.float32)
@@ -150,27 +149,43 @@ def distance(
     text_share = settings.text_share if len(around) else 0.0
     shares = torch.full((len(rows),), text_share / max(len(around), 1), dtype=wide, device=device)
     shares[: len(answers)] = (1 - text_share) / len(answers)
-    rotation = transformer.rotation(positions)
     window = partial(MixCache, sink_size=settings.sink_size, recent_size=settings.recent_size)
     with torch.no_grad():
-        embedded = x = transformer.embed(ids)
-        for layer in range(config.num_layers):
-            x = transformer.run_layer(layer, x, positions, rotation, window(None))
-        target = transformer.final_norm(x[rows]).to(wide)  # [rows, hidden_size]
-
-    def mixed_layer(layer: int, x: Tensor, gates: Tensor) -> Tensor:
-        return transformer.run_layer(layer, x, positions, rotation, window(gates))
-
+        target = mixed_hidden(transformer, ids, rows, None, window).to(wide)
     leaf = gates.to(device, wide, copy=True).requires_grad_()
-    x = embedded
-    for layer in range(config.num_layers):
-        if checkpointing:
-            x = checkpoint(mixed_layer, layer, x, leaf[layer], use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = mixed_layer(layer, x, leaf[layer])
-    loss = (transformer.final_norm(x[rows]).to(wide) - target).square().mean(-1) @ shares
+    mixed = mixed_hidden(transformer, ids, rows, leaf, window, checkpointing=checkpointing).to(wide)
+    loss = (mixed - target).square().mean(-1) @ shares
     (gradient,) = torch.autograd.grad(loss, leaf)
     return float(loss.detach()), gradient.to("cpu", torch.float64)
+
+
+def mixed_hidden(
+    transformer: Transformer,
+    token_ids: Tensor,
+    rows: Tensor,
+    gates: Tensor | None,
+    window: Callable[[Tensor | None], MixCache],
+    *,
+    checkpointing: bool = False,
+) -> Tensor:
+    """Return the last hidden state at `rows` [r] of a sequence, every head mixed by its gate: [r, hidden_size].
+
+    gates: [num_layers, num_kv_heads], None for the full model; window: makes a layer's MixCache.
+    """
+    positions = torch.arange(len(token_ids), device=token_ids.device)
+    rotation = transformer.rotation(positions)
+
+    def run(layer: int, x: Tensor, gates: Tensor | None) -> Tensor:
+        return transformer.run_layer(layer, x, positions, rotation, window(gates))
+
+    x = transformer.embed(token_ids)
+    for layer in range(transformer.config.num_layers):
+        of_layer = None if gates is None else gates[layer]
+        if checkpointing:
+            x = checkpoint(run, layer, x, of_layer, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = run(layer, x, of_layer)
+    return transformer.final_norm(x[rows])
 
 
 def descend(state: DistillState, loss: float, gradient: Tensor, settings: DistillSettings) -> DistillState:
@@ -192,11 +207,13 @@ def descend(state: DistillState, loss: float, gradient: Tensor, settings: Distil
     )
 
 
-def activation_bytes(transformer: Transformer, num_tokens: int) -> int:
-    """Return about what `distance` keeps of all layers for the way back: measured 0.7 of it on SmolLM2."""
+def needs_checkpointing(transformer: Transformer, num_tokens: int) -> bool:
+    """Say whether the activations of all layers would take too much of the free memory."""
     config = transformer.config
+    # Of what is kept for the way back about 0.7 of this was measured on SmolLM2.
     per_token = 8 * config.hidden_size + 4 * config.intermediate_size + 12 * config.num_heads * config.head_dim
-    return num_tokens * config.num_layers * per_token * transformer.dtype.itemsize
+    needed = num_tokens * config.num_layers * per_token * transformer.dtype.itemsize
+    return needed > ACTIVATIONS_SHARE * available_bytes(transformer.device)
 
 
 def decoded(transformer: Transformer) -> Transformer:

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from duolocal.identify.mix import full_attention, heads_first, streaming_attention
 from duolocal.identify.results import IdentifyProgress
-from duolocal.identify.text import PasskeyShape, PasskeyText
+from duolocal.identify.text import PasskeyText
 from duolocal.kernels.interface import Rotation
 from duolocal.models.transformer import Transformer
 
-SHAPE = PasskeyShape(num_passkeys=4, num_words=8)
 TEXTS = 2
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Method = Literal["distill", "copy", "echo", "drift"]
-METHODS: tuple[Method, ...] = ("distill", "copy", "echo", "drift")
+Method = Literal["distill", "copy", "echo", "drift", "attribution"]
+METHODS: tuple[Method, ...] = ("distill", "copy", "echo", "drift", "attribution")
 
 Scores = tuple[tuple[float, ...], ...]  # [num_layers][num_kv_heads]
 

@@ -16,10 +16,11 @@ from duolocal.engine.kernels import arrangement, choose_kernels
 from duolocal.engine.place import device_named, dtype_named
 from duolocal.errors import SettingsError
 from duolocal.heads import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE
+from duolocal.identify.attribution import TEXTS as ATTRIBUTION_TEXTS
+from duolocal.identify.attribution import AttributionScores, attribution_scores
 from duolocal.identify.copying import SHAPE as COPY_SHAPE
 from duolocal.identify.copying import CopyScores, copy_scores, copy_texts
 from duolocal.identify.distill import PRESSURE, TEXT_SHARE, DistillSettings, DistillState, decoded, distill
-from duolocal.identify.drift import SHAPE as DRIFT_SHAPE
 from duolocal.identify.drift import TEXTS as DRIFT_TEXTS
 from duolocal.identify.drift import DriftScores, drift_scores
 from duolocal.identify.echo import EchoScores, check_tokens, default_tokens, echo_scores
@@ -33,6 +34,8 @@ from duolocal.tokenizer import load_tokenizer
 
 COPY_TOKENS = 2048  # of the longest text
 DRIFT_TOKENS = 4096
+ATTRIBUTION_TOKENS = 3072
+LONG_SHAPE = PasskeyShape(num_passkeys=4, num_words=8)  # of drift and attribution
 SHORTEST = 0.5  # of distill's texts, as a share of the longest
 
 
@@ -91,8 +94,8 @@ def identify(
     steps, text_share, pressure: of distill, see DistillSettings; text: what passkeys are hidden in, None for Python's
     help texts; state_file: where distill keeps its state after every step, to go on from when it is called with the
     same settings again (None: kept nowhere; it is deleted when the caller asks for more after the result). The others
-    are as for `Engine.load`, and not used with a loaded model; distill always computes with the torch kernels. Raises
-    DuoLocalError, for settings before any work.
+    are as for `Engine.load`, and not used with a loaded model; distill and attribution always compute with the torch
+    kernels. Raises DuoLocalError, for settings before any work.
     """
     began = time.monotonic()
     run = _METHODS.get(method)
@@ -127,7 +130,7 @@ def identify(
             return model.transformer
         compute = dtype_named(dtype, where)
         chosen, _ = choose_kernels(
-            "torch" if method == "distill" else kernels,
+            "torch" if method in ("distill", "attribution") else kernels,
             model.config,
             device=where,
             dtype=compute,
@@ -246,19 +249,34 @@ def _copy(job: _Job, load: _Load) -> _Events:
 
 
 def _drift(job: _Job, load: _Load) -> _Events:
-    num_tokens, window = job.tokens(DRIFT_TOKENS), job.sink_size + job.recent_size
-    texts = job.texts(DRIFT_SHAPE)
-    least = texts.least_tokens + window
-    if num_tokens < least:
-        raise SettingsError(f"drift needs {least:,} tokens or more with this window, not {num_tokens:,}: use more")
-    drawn = [texts.draw(num_tokens, f"drift {job.seed} {number}") for number in range(DRIFT_TEXTS)]
+    texts, details = _long_texts(job, "drift", DRIFT_TOKENS, DRIFT_TEXTS)
     yield _LOADING
-    for event in drift_scores(load(), drawn, sink_size=job.sink_size, recent_size=job.recent_size):
+    for event in drift_scores(load(), texts, sink_size=job.sink_size, recent_size=job.recent_size):
         if isinstance(event, DriftScores):
-            details = {"num_tokens": num_tokens, "texts": len(drawn), "passkeys": asdict(DRIFT_SHAPE)}
             yield _Found("drift", event.score, event.at_text, details)
         else:
             yield event
+
+
+def _attribution(job: _Job, load: _Load) -> _Events:
+    texts, details = _long_texts(job, "attribution", ATTRIBUTION_TOKENS, ATTRIBUTION_TEXTS)
+    yield _LOADING
+    for event in attribution_scores(decoded(load()), texts, sink_size=job.sink_size, recent_size=job.recent_size):
+        if isinstance(event, AttributionScores):
+            details |= {"kl_at_text": event.kl_at_text, "kl_at_answers": event.kl_at_answers}
+            yield _Found("attribution", event.score, event.drift, details)
+        else:
+            yield event
+
+
+def _long_texts(job: _Job, method: str, default: int, count: int) -> tuple[list[PasskeyText], dict[str, Any]]:
+    """Return texts that are longer than a window, and what is to be known of them."""
+    num_tokens, texts = job.tokens(default), job.texts(LONG_SHAPE)
+    least = texts.least_tokens + job.sink_size + job.recent_size
+    if num_tokens < least:
+        raise SettingsError(f"{method} needs {least:,} tokens or more with this window, not {num_tokens:,}: use more")
+    drawn = [texts.draw(num_tokens, f"{method} {job.seed} {number}") for number in range(count)]
+    return drawn, {"num_tokens": num_tokens, "texts": count, "passkeys": asdict(LONG_SHAPE)}
 
 
 def _distill(job: _Job, load: _Load) -> _Events:
@@ -302,6 +320,7 @@ _METHODS: dict[str, Callable[[_Job, _Load], _Events]] = {
     "copy": _copy,
     "echo": _echo,
     "drift": _drift,
+    "attribution": _attribution,
 }
 _LOADING = IdentifyProgress(0, 1, "models", "loading weights")
 

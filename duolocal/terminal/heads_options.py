@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # As in duolocal.identify, which is not imported for --help.
-METHODS = ("drift", "echo", "copy", "distill")
+METHODS = ("drift", "attribution", "echo", "copy", "distill")
 _FORMATS = ("json", "published")
 _METHODS = """\
-Methods: drift, how far a layer's result moves when a head sees its window only; echo, repeated random tokens, the
-quickest; copy, which heads look at a needle while it is copied; distill, trained gates (DuoAttention), the slowest: it
-can be interrupted and goes on where it was. The first three are forward only.
+Methods: drift, how far a layer's result moves when a head sees its window only; attribution, that and the gradient of
+what the model predicts: minutes, and the best so far (docs/quality.md); echo, repeated random tokens, the quickest;
+copy, which heads look at a needle while it is copied; distill, trained gates (DuoAttention), the slowest: it can be
+interrupted and goes on where it was. Drift, echo and copy are forward only.
 Without --out the pattern is kept for this model, and --heads auto takes it from then on.
 """
 
