@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from duolocal import __version__
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.settings import DTYPES, ChatSettings, parse_threads, parse_tokens
+from duolocal.startup import without_collection
 from duolocal.terminal.bench_options import add_bench_parsers, run_bench
 from duolocal.terminal.eval_options import add_eval_parsers, run_eval
 from duolocal.terminal.heads_options import add_heads_parsers, run_heads
+from duolocal.terminal.models_options import add_convert_parser, run_convert
+from duolocal.terminal.quantize_options import add_quantize_parser, run_quantize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,11 +76,12 @@ def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]
     _add_chat_options(chat)
     parsers["chat"] = chat
 
-    models = commands.add_parser("models", help="list the models that have a name, or fetch one", allow_abbrev=False)
-    actions = models.add_subparsers(dest="action", metavar="[fetch NAME]", parser_class=_Parser)
+    models = commands.add_parser("models", help="list the named models, fetch or convert one", allow_abbrev=False)
+    actions = models.add_subparsers(dest="action", metavar="[fetch|convert]", parser_class=_Parser)
     fetch = actions.add_parser("fetch", help="fetch a model into the cache", allow_abbrev=False)
     fetch.add_argument("name", help="a name from `duolocal models`, or a hub id org/name")
-    parsers |= {"models": models, "models fetch": fetch}
+    convert = add_convert_parser(actions, add_model=_add_model)
+    parsers |= {"models": models, "models fetch": fetch, "models convert": convert}
 
     bench = commands.add_parser("bench", help="measure on this machine", allow_abbrev=False)
     what = bench.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
@@ -99,7 +103,11 @@ def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]
         "eval", help="measure what a smaller KV cache costs, beside the dense model", allow_abbrev=False
     )
     what = evaluate.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
-    parsers |= {"eval": evaluate, **add_eval_parsers(what, _add_model_options)}
+    evaluations = add_eval_parsers(what, _add_model_options, add_model=_add_model, add_machine=_add_machine_options)
+    parsers |= {"eval": evaluate, **evaluations}
+
+    quantize = add_quantize_parser(commands, add_machine=_add_machine_options)
+    parsers["quantize"] = quantize
     return parser, parsers
 
 
@@ -134,6 +142,18 @@ def _add_model_options(parser: argparse.ArgumentParser, *, context: bool = True)
         default="auto",
         metavar="SPLIT",
         help="retrieval heads: auto, all, a ratio such as 0.5, published, or a pattern file or folder (default: auto)",
+    )
+    group.add_argument(
+        "--weights",
+        default="auto",
+        metavar="FORMAT",
+        help="auto (as in the file), or nf4 or int8: made of a 16-bit model while loading, by bitsandbytes",
+    )
+    group.add_argument(
+        "--outer-weights",
+        default="auto",
+        metavar="FORMAT",
+        help="lm_head and embedding: auto (as in the file), or int8 or int4, made while loading",
     )
     group.add_argument("--sink-size", metavar="N", help="first tokens that streaming heads keep")
     group.add_argument("--recent-size", metavar="N", help="last tokens that streaming heads keep")
@@ -240,6 +260,8 @@ def _run(argv: list[str], program: str) -> int:
         return _kv_measure(options)
     if options.command == "eval":
         return run_eval(options, _console(), _progress_console())
+    if name == "quantize":
+        return run_quantize(options, _console(), _progress_console())
     return _models(options)
 
 
@@ -283,6 +305,8 @@ def _settings(options: argparse.Namespace) -> ChatSettings:
         rope=getattr(options, "rope", None),
         threads=_threads(options),
         kernels=getattr(options, "kernels", "auto"),
+        weights=getattr(options, "weights", "auto"),
+        outer_weights=getattr(options, "outer_weights", "auto"),
     )
 
 
@@ -357,13 +381,16 @@ def _chat(options: argparse.Namespace, program: str) -> int:
     if piped is not None:
         documents.append(piped)
     progress = _progress_console(no_color=options.no_color)
-    with _import_notice(progress):
+    with _import_notice(progress), without_collection():
         sampling = _sampling(options)
         from duolocal.terminal.start import start
+
+        if question is None:
+            from duolocal.terminal.chat import Chat
+        else:
+            from duolocal.terminal.once import answer_once
     started = start(settings, system=options.system, progress=progress)
     if question is not None:
-        from duolocal.terminal.once import answer_once
-
         return answer_once(
             started.session,
             started.facts,
@@ -373,8 +400,6 @@ def _chat(options: argparse.Namespace, program: str) -> int:
             as_json=options.json,
             progress=progress,
         )
-    from duolocal.terminal.chat import Chat
-
     chat = Chat(
         _console(no_color=options.no_color),
         started.session,
@@ -405,6 +430,8 @@ def history_file() -> Path:
 
 
 def _models(options: argparse.Namespace) -> int:
+    if options.action == "convert":
+        return run_convert(options, _console(), _progress_console())
     from duolocal.models.registry import list_models, resolve
     from duolocal.terminal.models_view import models_view
     from duolocal.terminal.progress import bar

@@ -1,12 +1,37 @@
 """Failures that a user can act on.
 
 Each is raised where it is found with one line: what was wrong, the value seen, the value wanted, what to do.
-Only the command line turns one into a printed line and an exit code.
+Only the command line turns one into a printed line and an exit code. Messages quote files and names of strangers:
+whatever is in them, a message is one line without control characters.
 """
+
+_LONGEST = 1000  # characters of a message
+_ENDING = 300  # of them kept of the end, where it says what to do
+
+
+def one_line(text: str) -> str:
+    """Return `text` as one line that any terminal can show: line breaks are spaces, control characters visible.
+
+    Beyond 1,000 characters the middle is left out.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - _ENDING - 3]} … {text[-_ENDING:]}"
+    return text.strip() if text.isprintable() else "".join(map(_printable, text.strip()))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    if character.isspace():
+        return " "
+    return chr(0x2400 + ord(character)) if character < " " else "\ufffd"  # ␛, as the terminal shows names
 
 
 class DuoLocalError(Exception):
     """A failure the user can act on; `str()` is one line."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class SettingsError(DuoLocalError):

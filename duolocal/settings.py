@@ -26,6 +26,8 @@ _MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers in the block tables
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_THREADS = 256  # of one pool
 KERNELS = ("auto", "compiled", "torch")
+WEIGHTS = ("auto", "nf4", "int8")
+OUTER_WEIGHTS = ("auto", "int8", "int4")
 
 
 def _parse(text: str, units: dict[str, int], option: str, wanted: str) -> int:
@@ -84,6 +86,8 @@ class ChatSettings:
     rope: str | None = None
     threads: int | None = None
     kernels: str = "auto"
+    weights: str = "auto"
+    outer_weights: str = "auto"  # of lm_head and embedding
 
     def __post_init__(self) -> None:
         if not self.model.strip():
@@ -99,6 +103,10 @@ class ChatSettings:
                 raise SettingsError(f"{option} is {value}: give {least} or more")
         if self.kernels not in KERNELS:
             raise SettingsError(f"--kernels is {self.kernels!r}: give one of {', '.join(KERNELS)}")
+        if self.weights not in WEIGHTS:
+            raise SettingsError(f"--weights is {self.weights!r}: give one of {', '.join(WEIGHTS)}")
+        if self.outer_weights not in OUTER_WEIGHTS:
+            raise SettingsError(f"--outer-weights is {self.outer_weights!r}: give one of {', '.join(OUTER_WEIGHTS)}")
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
         for option, text in (("--kv", self.kv), ("--heads", self.heads), ("--device", self.device)):
@@ -121,6 +129,8 @@ class ChatSettings:
             ("--rope", self.rope, None),
             ("--threads", self.threads, None),
             ("--kernels", self.kernels, "auto"),
+            ("--weights", self.weights, "auto"),
+            ("--outer-weights", self.outer_weights, "auto"),
         ):
             if value != default:
                 words += [option, str(value)]

@@ -9,7 +9,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-Packing = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "AWQ"]
+Packing = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "AWQ", "NF4", "INT8"
+]
 PACKINGS: tuple[Packing, ...] = (
     "F32",
     "F16",
@@ -23,6 +25,8 @@ PACKINGS: tuple[Packing, ...] = (
     "Q5_K",
     "Q6_K",
     "AWQ",
+    "NF4",
+    "INT8",
 )
 
 

@@ -5,6 +5,7 @@ permuted for RoPE over neighbouring pairs (2i, 2i + 1); ours rotates halves (i, 
 put back, as raw bytes. Files of qwen2 and qwen3 are not permuted.
 """
 
+import mmap
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -128,6 +129,16 @@ class GGUFWeights:
         if order is not None:
             values = values[order]
         return values.to(device=device, dtype=dtype, copy=True)
+
+    def dense_bytes(self, role: Role) -> int | None:
+        """Return the bytes of a tensor in the file, None where it is quantized."""
+        tensor = self.file.tensors[gguf_name(role)]
+        return tensor.nbytes if tensor.type.name in _DENSE else None
+
+    def release(self, role: Role) -> None:
+        """Give back the pages of the file that are in memory; they are read again where something still uses them."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.file.data.madvise(mmap.MADV_DONTNEED)  # nothing has been written: no page of ours is lost
 
     def _row_order(self, role: Role) -> Tensor | None:
         if self.config.architecture != "llama":

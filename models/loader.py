@@ -1,13 +1,12 @@
 """Opening a model from disk: what it is (ModelSource), then its weights.
 
-Owns the choice of the reader by what lies at a path, and the fingerprint. Opening reads headers and configs only;
-loading never dequantizes. The readers are `gguf.py` and `safetensors_folder.py`; names of models and downloads
+Owns the choice of the reader by what lies at a path. Opening reads headers and configs only; loading never
+dequantizes. The readers are `gguf.py`, `safetensors_folder.py` and `native.py`; names of models and downloads
 belong to `registry.py`.
 """
 
-import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ from duolocal.errors import ModelFileError, ModelNotFoundError
 from duolocal.models import safetensors_folder
 from duolocal.models.assemble import TensorSource, assemble
 from duolocal.models.config import ModelConfig
+from duolocal.models.fingerprint import fingerprint
 from duolocal.models.gguf import open_gguf
 from duolocal.models.gguf_weights import GGUFWeights, main_format, read_config
+from duolocal.models.native import is_native, open_native
 from duolocal.models.safetensors_folder import FolderWeights, header_bytes, open_shards, read_folder_config
 from duolocal.models.weights import ModelWeights
 from duolocal.quant.weight import Weight
-
-_SAMPLES = 64
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,9 @@ class ModelSource:
     """A model that is opened and checked but not loaded."""
 
     path: Path
-    kind: str  # "gguf", "safetensors", "awq"
+    kind: str  # "gguf", "safetensors", "awq", "native"
     config: ModelConfig
-    metadata: Mapping[str, Any]  # GGUF key/values; {} for a folder
+    metadata: Mapping[str, Any]  # GGUF key/values, also of the GGUF that a native folder was made of; else {}
     size_bytes: int  # of the weights on disk
     weight_format: str  # for people: "Q4_1", "AWQ int4 g128", "BF16"
     fingerprint: str  # hex; of headers, configs, tensor table and samples of the data
@@ -97,6 +95,8 @@ def _open_folder(folder: Path) -> ModelSource:
         raise ModelNotFoundError(
             f"{folder}: has neither config.json nor a .gguf file; give a model folder, a .gguf file or a model name"
         )
+    if is_native(folder):
+        return _open_native(folder)
     config, settings = read_folder_config(folder)
     shards = open_shards(folder)
     tensors = FolderWeights(shards, config, settings)
@@ -110,8 +110,22 @@ def _open_folder(folder: Path) -> ModelSource:
         metadata={},
         size_bytes=sum(file.stat().st_size for file in files),
         weight_format=safetensors_folder.main_format(shards, settings),
-        fingerprint=_fingerprint(tables),
+        fingerprint=fingerprint(tables),
         tensors=tensors,
+    )
+
+
+def _open_native(folder: Path) -> ModelSource:
+    model = open_native(folder)
+    return ModelSource(
+        path=folder,
+        kind="native",
+        config=model.config,
+        metadata={"general.name": model.metadata.source_name, **model.key_values},
+        size_bytes=model.size_bytes,
+        weight_format=model.metadata.weight_format,
+        fingerprint=model.metadata.fingerprint,
+        tensors=model.tensors,
     )
 
 
@@ -125,25 +139,6 @@ def _open_gguf(path: Path) -> ModelSource:
         metadata=file.metadata,
         size_bytes=sum(tensor.nbytes for tensor in file.tensors.values()),
         weight_format=main_format(file),
-        fingerprint=_fingerprint([(path, file.header_bytes)]),
+        fingerprint=fingerprint([(path, file.header_bytes)]),
         tensors=GGUFWeights(file, config),
     )
-
-
-def _fingerprint(files: Sequence[tuple[Path, int]]) -> str:
-    """Return the SHA-256 over the header (path, bytes) of every file, its size, and samples spread over the rest."""
-    digest = hashlib.sha256()
-    for path, head in files:
-        try:
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                digest.update(f"{size}:{head}\n".encode())
-                digest.update(file.read(head))
-                step = max(_SAMPLE_BYTES, (size - head) // _SAMPLES)
-                for start in range(head, size, step):
-                    file.seek(start)
-                    digest.update(file.read(_SAMPLE_BYTES))
-        except OSError as error:
-            raise ModelFileError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return digest.hexdigest()

@@ -63,7 +63,7 @@ class Shards:
 
     folder: Path
     entries: Mapping[str, _Entry]
-    handles: Mapping[Path, Any]
+    handles: dict[Path, Any]
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its own dtype, a view of the file."""
@@ -72,6 +72,11 @@ class Shards:
             return self.handles[entry.file].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelFileError(f"{entry.file}: tensor {name} cannot be read ({_one_line(error)})") from error
+
+    def reopen(self, name: str) -> None:
+        """Open the file of a tensor anew: the pages of the old map go when the last tensor that uses it does."""
+        file = self.entries[name].file
+        self.handles[file], _ = _open_shard(file)
 
 
 def hf_module(role: Role) -> str:
@@ -216,6 +221,17 @@ class FolderWeights:
     def vector(self, role: Role, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return a norm weight or a bias in `dtype` on `device`, a copy."""
         return self.shards.tensor(self._dense_name(role)).to(device=device, dtype=dtype, copy=True)
+
+    def dense_bytes(self, role: Role) -> int | None:
+        """Return the bytes of a tensor in its file, None where it is quantized."""
+        if self._is_awq(role):
+            return None
+        entry = self.shards.entries[self._dense_name(role)]
+        return prod(entry.shape) * _DTYPE_BYTES[entry.dtype]
+
+    def release(self, role: Role) -> None:
+        """Give back the pages that reading a dense tensor has left in memory."""
+        self.shards.reopen(self._dense_name(role))
 
     def _is_awq(self, role: Role) -> bool:
         linear = role.layer is not None and len(role.shape) == 2

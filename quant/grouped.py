@@ -1,8 +1,8 @@
 """Weights regrouped for a GPU: codes, scales and offsets in planes of their own, no value changed.
 
-Owns the exact repacking of AWQ, Q4_0, Q4_1 and Q8_0 into `GroupedMatrix` (the layout stands there) and decoding in
-plain torch. Blocks of 18 or 34 bytes and int32 columns of eight channels suit a file and a CPU; a GPU wants every
-row's codes in one run that 16-byte loads can take.
+Owns the exact repacking of AWQ, Q4_0, Q4_1 and Q8_0 into `GroupedMatrix` (the layout stands there), the way back, and
+decoding in plain torch. Blocks of 18 or 34 bytes and int32 columns of eight channels suit a file and a CPU; a GPU wants
+every row's codes in one run that 16-byte loads can take.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from duolocal.kernels.matrix import GROUPED_RUN, GroupedMatrix, PackedMatrix
 from duolocal.quant.awq import CHANNEL_ORDER, AWQWeight
-from duolocal.quant.gguf import GGUFWeight
+from duolocal.quant.awq_pack import pack_nibbles
+from duolocal.quant.gguf import GGUF_TYPES, GGUFWeight
 from duolocal.quant.weight import Weight
 
+_GGUF = {kind.name: kind for kind in GGUF_TYPES.values() if kind.name in ("Q4_0", "Q4_1", "Q8_0")}
 _CHUNK_ELEMENTS = 1 << 22  # repacked or decoded at a time: bounds the temporaries to about 30 MB
 
 
@@ -65,11 +67,20 @@ def group(weight: Weight) -> Weight:
 
     Regrouped are Q4_0, Q4_1, Q8_0, and AWQ whose group size is a multiple of 32. Works on the weight's device.
     """
-    if isinstance(weight, GGUFWeight) and weight.type.name in ("Q4_0", "Q4_1", "Q8_0"):
+    if isinstance(weight, GGUFWeight) and weight.type.name in _GGUF:
         return GroupedWeight(_group_gguf(weight), weight.format)
     if isinstance(weight, AWQWeight) and weight.group_size % GROUPED_RUN == 0:
         return GroupedWeight(_group_awq(weight), weight.format)
     return weight
+
+
+def ungroup(weight: Weight) -> Weight:
+    """Return a `GroupedWeight` in the bits that `group` took, as CPU kernels read them; others as they are."""
+    if not isinstance(weight, GroupedWeight):
+        return weight
+    if weight.format in _GGUF:
+        return _ungroup_gguf(weight.matrix, weight.format)
+    return _ungroup_awq(weight.matrix)
 
 
 def _group_gguf(weight: GGUFWeight) -> GroupedMatrix:
@@ -106,6 +117,26 @@ def _group_awq(weight: AWQWeight) -> GroupedMatrix:
         codes[8 * columns.start : 8 * columns.stop] = _into_order(low | high << 4)
     scales = weight.scales.t().contiguous()
     return GroupedMatrix(codes=codes, scales=scales, bits=4, zeros=_channels(weight.qzeros))
+
+
+def _ungroup_gguf(matrix: GroupedMatrix, name: str) -> GGUFWeight:
+    codes = _from_order(matrix.codes).reshape(*matrix.scales.shape, -1)  # [out, groups, 16 or 32]
+    if name == "Q8_0":
+        codes = codes ^ 0x80
+    halves = [half for half in (matrix.scales, matrix.minima) if half is not None]
+    blocks = torch.cat((*(half.unsqueeze(-1).view(torch.uint8) for half in halves), codes), dim=-1)
+    return GGUFWeight(blocks.flatten(1), _GGUF[name], matrix.in_features)
+
+
+def _ungroup_awq(matrix: GroupedMatrix) -> AWQWeight:
+    assert matrix.zeros is not None
+    qweight = torch.empty((matrix.in_features, matrix.out_features // 8), dtype=torch.int32, device=matrix.codes.device)
+    step = max(8, _CHUNK_ELEMENTS // matrix.in_features // 8 * 8)
+    for start in range(0, matrix.out_features, step):
+        codes = _from_order(matrix.codes[start : start + step])
+        features = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)  # [rows, in_features]
+        qweight[:, start // 8 : (start + step) // 8] = pack_nibbles(features.t())
+    return AWQWeight(qweight, pack_nibbles(matrix.zeros.t()), matrix.scales.t().contiguous())
 
 
 def _channels(packed: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from duolocal.kernels.cpu import attention, build, operations
 from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.quant.awq import AWQWeight
+from duolocal.quant.bitsandbytes import InRows
 from duolocal.quant.gguf import GGUF_TYPES, GGUFWeight
 from duolocal.quant.weight import DenseWeight, Weight
 
@@ -89,7 +90,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 def random_weight(packing: str, out_features: int, in_features: int, *, seed: int = 0, group_size: int = 32) -> Weight:
     """Return a weight of random bits whose scales are of one magnitude, so that every wrong number shows.
 
-    A GGUF weight is a view: it begins at an odd byte, and there are bytes of others between its rows.
+    A weight in rows of bytes is a view: it begins at an odd byte, and there are bytes of others between its rows.
     """
     rng = np.random.default_rng(seed)
     if packing == "AWQ":
@@ -103,13 +104,23 @@ def random_weight(packing: str, out_features: int, in_features: int, *, seed: in
     if packing in DENSE:
         values = torch.from_numpy(rng.standard_normal((out_features, in_features + 3))).to(DENSE[packing])
         return DenseWeight(surrounded(values, offset=values.element_size())[:, 2:-1])  # rows of a wider matrix
+    if packing in ("NF4", "INT8"):
+        blocks, block_codes = (in_features // 64, 32) if packing == "NF4" else (1, in_features)
+        codes = rng.integers(0, 256, (out_features, blocks, block_codes), dtype=np.uint8)
+        absmax = rng.uniform(0.5, 1.0, (out_features, blocks, 1)).astype(np.float32).view(np.uint8)
+        whole = torch.from_numpy(np.concatenate((absmax, codes), 2)).flatten(1)
+        return InRows(_at_odd_bytes(whole), "nf4" if packing == "NF4" else "int8", in_features)
     kind = GGUF_KINDS[packing]
     raw = rng.integers(0, 256, (out_features, in_features // kind.block_size, kind.block_bytes), dtype=np.uint8)
     for at in HALVES.get(packing, (0,)):
         raw[:, :, at : at + 2] = _halves(rng, raw.shape[:2])[..., None].view(np.uint8)
-    rows = torch.full((out_features, kind.row_bytes(in_features) + 6), 0xFF, dtype=torch.uint8)
-    rows[:, 3:-3] = torch.from_numpy(raw).view(out_features, -1)
-    return GGUFWeight(surrounded(rows, offset=0)[:, 3:-3], kind, in_features)
+    return GGUFWeight(_at_odd_bytes(torch.from_numpy(raw).flatten(1)), kind, in_features)
+
+
+def _at_odd_bytes(raw: Tensor) -> Tensor:
+    rows = torch.full((raw.shape[0], raw.shape[1] + 6), 0xFF, dtype=torch.uint8)
+    rows[:, 3:-3] = raw
+    return surrounded(rows, offset=0)[:, 3:-3]
 
 
 def decoded(weight: Weight) -> Tensor:

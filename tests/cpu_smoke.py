@@ -27,6 +27,7 @@ from duolocal.kernels.cpu import pool as thread_pool
 from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.matrix import PACKINGS
 from duolocal.quant.awq import AWQWeight
+from duolocal.quant.bitsandbytes import InRows
 from duolocal.quant.gguf import GGUFWeight
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from duolocal.quant.weight import DenseWeight, Linear, Weight
@@ -83,6 +84,8 @@ def walled_weight(weight: Weight) -> Weight:
         return AWQWeight(walled(weight.qweight), walled(weight.qzeros), walled(weight.scales))
     if isinstance(weight, GGUFWeight):
         return GGUFWeight(walled(weight.raw), weight.type, weight.in_features)
+    if isinstance(weight, InRows):
+        return InRows(walled(weight.raw), weight.kind, weight.in_features)
     assert isinstance(weight, DenseWeight)
     return DenseWeight(walled(weight.tensor))
 

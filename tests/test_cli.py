@@ -86,7 +86,7 @@ def test_empty_stdin_is_no_question() -> None:
     ("words", "message"),
     [
         (["chta"], "unknown command 'chta': did you mean chat?"),
-        (["zzz"], "unknown command 'zzz': give one of bench, chat, eval, heads, kv, models"),
+        (["zzz"], "unknown command 'zzz': give one of bench, chat, eval, heads, kv, models, quantize"),
         (["models", "fetch"], "the following arguments are required: name"),
         (["models", "fetch", "smollm2-135n"], None),
         (["bench"], "the following arguments are required: WHAT"),
@@ -212,6 +212,8 @@ def test_bench_memory_prints_a_table_and_json_last(
         "device": "auto",
         "threads": None,
         "kernels": "auto",
+        "weights": "auto",
+        "outer_weights": "auto",
     }
     lines = capsys.readouterr().out.splitlines()
     assert "3,145,728 bytes (3 MiB)" in lines[1]

@@ -81,6 +81,8 @@ def matrices(packing: str) -> list[Matrix]:
         grouped = (32, 32), (264, 24), (640, 128), (1100, 1100)
         return [matrix("AWQ", rows, *sizes) for sizes in grouped for rows in (8, 40, 200, 264)]
     sizes = (5, 32, 300, 1100) if packing in DENSE else (256, 1280) if packing.endswith("_K") else (32, 288, 1056)
+    if packing in ("NF4", "INT8"):
+        sizes = (64, 320, 1088)
     return [matrix(packing, rows, size) for size in sizes for rows in (1, 7, 40, 200)]
 
 
@@ -144,6 +146,7 @@ TOGETHER: tuple[tuple[tuple[Packing, int], ...], ...] = (
     (("AWQ", 200), ("F16", 7), ("Q6_K", 64), ("Q4_0", 1)),
     (("F32", 1), ("BF16", 1), ("Q5_0", 1)),
     (("Q4_K", 40), ("Q6_K", 7)),
+    (("NF4", 40), ("F16", 7), ("INT8", 33)),
 )
 
 

@@ -89,7 +89,7 @@ def test_unknown_heads_are_ranked_once_for_all_settings(evaluate: Eval) -> None:
     settings = report["settings"]
     assert [setting["retrieval_heads"] for setting in settings.values()] == [4, 2, 1]
     assert len({setting["kv"] for setting in settings.values()}) == 1  # auto is measured once
-    assert shown.count("retrieval heads found by echo") == 1
+    assert shown.count("retrieval heads found by drift") == 1
     again, shown = evaluate.report("kl", *words)
     assert again["results"]["dense"]["perplexity"] == report["results"]["dense"]["perplexity"]
     assert [result["kl"] for result in again["results"].values()] == [r["kl"] for r in report["results"].values()]

@@ -169,7 +169,7 @@ def test_a_merge_that_spells_a_special_token_is_not_used(tmp_path: Path) -> None
         ({"model": {"type": "Unigram", "vocab": []}}, "'Unigram'"),
         ({"decoder": {"type": "WordPiece"}}, "decoder WordPiece"),
         ({"added_tokens": [{"content": "x"}]}, "tokenizer.json: damaged"),
-        ({"pre_tokenizer": {"type": "NoSuch"}}, "cannot be read"),
+        ({"pre_tokenizer": {"type": "NoSuch"}}, "pre_tokenizer 'NoSuch' is not one"),
     ],
 )
 def test_what_is_not_read_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -31,7 +31,7 @@ def runner_command(name: str) -> tuple[str, ...]:
     return (sys.executable, "-m", f"duolocal.bench.runners.{name}")
 
 
-def _environment(threads: int | None) -> dict[str, str]:
+def child_environment(threads: int | None) -> dict[str, str]:
     """Return the environment of a child: threads that stay on their core unless the user said otherwise, no network."""
     environment = dict(os.environ)
     root = str(Path(duolocal.__file__).parents[1])
@@ -55,7 +55,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                env=_environment(threads),
+                env=child_environment(threads),
                 encoding="utf-8",
             )
         self._times = psutil.Process(self._process.pid)

@@ -22,6 +22,8 @@ def memory_report(
     device: str = "auto",
     threads: int | None = None,
     kernels: str = "auto",
+    weights: str = "auto",
+    outer_weights: str = "auto",
 ) -> dict[str, object]:
     """Allocate a model's whole cache and count the bytes, by head class, next to a dense 16-bit cache.
 
@@ -38,6 +40,8 @@ def memory_report(
         device=device,
         threads=threads,
         kernels=kernels,
+        weights=weights,
+        outer_weights=outer_weights,
     )
     memory, plan, layout = engine.memory(), engine.plan, engine.cache.layout
     cache = memory.cache

@@ -25,6 +25,8 @@ from duolocal.errors import ContextOverflowError, SettingsError
 from duolocal.heads import HeadPlan, choose_heads
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource, open_model
+from duolocal.models.outer_weights import outer_note, quantize_outer
+from duolocal.models.quantized import kept_dense_note, quantize_on_load
 from duolocal.models.registry import resolve
 from duolocal.models.rope import extended, parse_rope_scaling
 from duolocal.models.transformer import Transformer
@@ -95,11 +97,14 @@ class Engine:
         rope: str | None = None,
         threads: int | None = None,
         kernels: str = "auto",
+        weights: str = "auto",
+        outer_weights: str = "auto",
         on_fetch: Callable[[int, int], None] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
         on_measure: Callable[[int, int], None] | None = None,
         on_identify: Callable[[int, int], None] | None = None,
         on_build: Callable[[], None] | None = None,
+        on_quantize: Callable[[int, int], None] | None = None,
     ) -> "Engine":
         """Load a model by name, hub id or path (or an opened ModelSource) and reserve its whole context.
 
@@ -107,12 +112,16 @@ class Engine:
         "auto", "all", a ratio, "published", or a pattern file or folder (`choose_heads`); sink_size, recent_size:
         tokens; chunk_size: tokens per prefill step; device: "auto", "cpu" or "cuda"; dtype: "auto" or a name of
         DTYPES; rope: a scaling that overrides the model's; threads: of the CPU, None for one per physical core;
-        kernels: "auto", "compiled" or "torch". The callbacks get (done, total): bytes fetched, layers loaded, tokens
-        of a KV measurement, steps of ranking an unknown model's heads; `on_build` is called with nothing before
-        kernels are compiled, once per machine.
+        kernels: "auto", "compiled" or "torch"; weights: "auto" for the bits of the file, "nf4" or "int8" to quantize a
+        16-bit model while it is loaded; outer_weights: "auto", "int8" or "int4" for lm_head and embedding
+        (`quantize_outer`). The callbacks get (done, total): bytes fetched, layers loaded, tokens of a KV measurement,
+        steps of ranking an unknown model's heads, rows of lm_head and embedding made smaller; `on_build` is called
+        with nothing before kernels are compiled, once per machine.
         Raises DuoLocalError with one line saying what to do, before any work is done in vain.
         """
         source = model if isinstance(model, ModelSource) else open_model(resolve(model, on_progress=on_fetch))
+        source = quantize_on_load(source, weights)
+        source = quantize_outer(source, outer_weights, on_progress=on_quantize)
         where = device_named(device)
         compute = dtype_named(dtype, where)
         config = source.config
@@ -159,10 +168,10 @@ class Engine:
         )
         # The smallest format stands for "auto" until the weights that it is measured with are loaded.
         check_fits(kv=KV_FORMATS[-1] if kv == "auto" else kv)
-        weights = source.load(device=where, dtype=compute, arrange=arrangement(chosen, compute), on_layer=on_layer)
+        loaded = source.load(device=where, dtype=compute, arrange=arrangement(chosen, compute), on_layer=on_layer)
         if choice.unranked:
             ranking = Transformer(
-                source.config, weights, context=ranking_context(source), device=where, dtype=compute, kernels=chosen
+                source.config, loaded, context=ranking_context(source), device=where, dtype=compute, kernels=chosen
             )
             plan, heads_note = rank_on_first_use(
                 choice,
@@ -177,7 +186,7 @@ class Engine:
         if kv == "auto":
             kv, kv_note = choose_kv(
                 source,
-                weights,
+                loaded,
                 device=where,
                 dtype=compute,
                 chunk_size=chunk_size,
@@ -185,9 +194,10 @@ class Engine:
                 on_progress=on_measure,
             )
             check_fits(kv=kv)
-        transformer = Transformer(config, weights, context=context, device=where, dtype=compute, kernels=chosen)
-        slow_note = undecoded_note(chosen, weights)
-        notes = [note for note in (rope_note, heads_note, kv_note, kernels_note, slow_note) if note]
+        transformer = Transformer(config, loaded, context=context, device=where, dtype=compute, kernels=chosen)
+        slow_note = undecoded_note(chosen, loaded)
+        found = (rope_note, heads_note, kv_note, kernels_note, slow_note, kept_dense_note(source), outer_note(source))
+        notes = [note for note in found if note]
         engine = cls.build(transformer, plan, kv=kv, chunk_size=chunk_size, source=source, notes=notes)
         if engine.cache.capturable:
             engine.warm_up()

@@ -17,11 +17,13 @@ from duolocal.models.config import ModelConfig
 from duolocal.models.weights import ModelWeights
 from duolocal.paths import cache_folder
 from duolocal.quant.awq import AWQWeight
+from duolocal.quant.bitsandbytes import Int8Weight, NF4Weight, in_rows
 from duolocal.quant.gguf import GGUFWeight
-from duolocal.quant.grouped import group
+from duolocal.quant.grouped import group, ungroup
 from duolocal.quant.kv import kv_layout
 from duolocal.quant.weight import DenseWeight, Weight
 
+_UNGROUPED = GGUFWeight | AWQWeight | NF4Weight | Int8Weight  # what no Triton kernel decodes
 MIN_CAPABILITY = (8, 0)  # Ampere: the oldest GPU whose kernels are compiled and checked in CI
 
 
@@ -67,8 +69,15 @@ def choose_kernels(
     return CpuKernels(num_threads or threads.default_threads()), None
 
 
+def arrange_rows(weight: Weight) -> Weight:
+    """Return a matrix as the compiled CPU kernels read it, no value changed."""
+    return in_rows(ungroup(weight))
+
+
 def arrangement(kernels: Kernels, dtype: torch.dtype) -> Callable[[Weight], Weight] | None:
     """Return what `kernels` want done to every matrix when it is loaded; None: nothing."""
+    if kernels.name == "compiled":
+        return arrange_rows
     if kernels.name != "triton":
         return None
 
@@ -84,7 +93,7 @@ def undecoded_note(kernels: Kernels, weights: ModelWeights) -> str | None:
     """Return a line naming the formats of matrices that `kernels` cannot decode on the way, or None."""
     if kernels.name != "triton":
         return None
-    formats = sorted({matrix.format for matrix in weights.matrices() if isinstance(matrix, GGUFWeight | AWQWeight)})
+    formats = sorted({matrix.format for matrix in weights.matrices() if isinstance(matrix, _UNGROUPED)})
     if not formats:
         return None
     return (

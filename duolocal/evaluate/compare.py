@@ -20,6 +20,7 @@ from duolocal.engine.engine import Engine
 from duolocal.errors import SettingsError
 from duolocal.evaluate.engines import LOGIT_ROWS
 from duolocal.evaluate.grid import clock
+from duolocal.models.transformer import Transformer
 
 QUARTERS = 4
 MIN_WINDOW = 16  # tokens
@@ -158,11 +159,11 @@ def compare(
 ) -> list[Comparison]:
     """Read every window with every engine, compare all with the first, and return a Comparison for each, it included.
 
-    engines: (name, engine) with one Transformer, the dense one first; windows: token ids, two or more each.
-    `on_progress` gets (tokens read, tokens to read), those of all engines together.
+    engines: (name, engine), the dense one first, of one Transformer or of models with one vocabulary; windows: token
+    ids, two or more each. `on_progress` gets (tokens read, tokens to read), those of all engines together.
     """
     dense = engines[0][1]
-    assert all(engine.transformer is dense.transformer for _, engine in engines)
+    assert all(engine.config.vocab_size == dense.config.vocab_size for _, engine in engines)
     tallies = [_Tally() for _ in engines]
     done, total = 0, sum(len(window) - 1 for window in windows) * len(engines)
     for window in windows:
@@ -181,22 +182,24 @@ def compare(
                 done += stop - start
                 if on_progress is not None:
                     on_progress(done, total)
-            _compare_chunk(dense, hidden, tallies, ids[start + 1 : stop + 1])
+            transformers = [engine.transformer for _, engine in engines]
+            _compare_chunk(transformers, hidden, tallies, ids[start + 1 : stop + 1])
     for _, engine in engines:
         engine.reset()
     return [tally.result(name, tallies[0]) for (name, _), tally in zip(engines, tallies, strict=True)]
 
 
 @torch.inference_mode()
-def _compare_chunk(dense: Engine, hidden: Sequence[Tensor], tallies: Sequence["_Tally"], targets: Tensor) -> None:
+def _compare_chunk(
+    transformers: Sequence[Transformer], hidden: Sequence[Tensor], tallies: Sequence["_Tally"], targets: Tensor
+) -> None:
     """Add the predictions made from `hidden` [q_len, hidden_size] of every engine, dense first, a tile at a time."""
-    logits = dense.transformer.logits
     for row in range(0, len(targets), LOGIT_ROWS):
         rows = slice(row, row + LOGIT_ROWS)
-        expected = logits(hidden[0][rows]).log_softmax(-1)  # [rows, vocab_size] float32
+        expected = transformers[0].logits(hidden[0][rows]).log_softmax(-1)  # [rows, vocab_size] float32
         weights, likeliest = expected.exp(), expected.argmax(-1)
-        for at, (states, tally) in enumerate(zip(hidden, tallies, strict=True)):
-            log_probs = expected if at == 0 else logits(states[rows]).log_softmax(-1)
+        for at, (model, states, tally) in enumerate(zip(transformers, hidden, tallies, strict=True)):
+            log_probs = expected if at == 0 else model.logits(states[rows]).log_softmax(-1)
             nll = -log_probs.gather(1, targets[rows, None]).double().sum().item()
             agreed = int((log_probs.argmax(-1) == likeliest).sum())
             # The terms of either sign cancel almost: float64 keeps the sum of 100,000 of them exact enough.

@@ -17,9 +17,15 @@ flash attention and KV format, and again with the weights requantized to Q4_0, w
 Needs: pip install "duolocal[peers]". All settings at 32K take hours and some GiB of memory: --llama-flash,
 --llama-kv and --no-requantized leave some out.
 """
+_FORMS = """\
+Makes the forms in a temporary folder (room for 2 bytes per weight and more), then loads each in fresh processes that
+take turns: from nothing to a first token, and from the command line to the chat's first prompt. Heads and KV format are
+fixed (all, int8; or what is asked for), so that nothing is measured on a form's first use.
+"""
 _LISTS = {"--llama-flash": ("on", "off"), "--llama-kv": ("f16", "q8_0", "q4_0")}
 # As in duolocal.bench.peer_list, which is not imported for --help.
 _PEER_NAMES = ("llama.cpp", "transformers")
+_FORM_NAMES = ("f16", "awq", "native")  # as in duolocal.bench.forms
 _LIMITED = (*_PEER_NAMES, "llama.cpp-fa-quantized")
 
 _P = TypeVar("_P", bound=argparse.ArgumentParser)
@@ -75,6 +81,24 @@ def add_bench_parsers(what: "argparse._SubParsersAction[_P]", add_model_options:
     load.add_argument("--cold", action="store_true", help="drop the model file from the page cache before each run")
     add_model_options(load)
 
+    forms = add(
+        "forms",
+        "load time and peak memory of a model as it is, as 16-bit safetensors, AWQ and native",
+        description=_FORMS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    forms.add_argument(
+        "--forms",
+        default=",".join(_FORM_NAMES),
+        metavar="LIST",
+        help="made of the model: of %(default)s, or none (default: %(default)s)",
+    )
+    forms.add_argument("--also", default="", metavar="LIST", help="models to load beside it, by name or path")
+    forms.add_argument("--work", metavar="DIR", help="where to put the forms for the time (default: the system's)")
+    _repeats(forms, 5)
+    forms.add_argument("--cold", action="store_true", help="drop the files from the page cache before each run")
+    add_model_options(forms)
+
     peers = add(
         "peers",
         "speed and memory beside llama.cpp and transformers",
@@ -129,6 +153,8 @@ def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Con
         from duolocal.terminal.bench_speed_view import bench_load
 
         return bench_load(settings, console, progress, repeats=repeats, cold=options.cold)
+    if options.action == "forms":
+        return _forms(options, settings, console, progress, repeats=repeats)
     contexts = parse_sizes(options.contexts, "--contexts")
     if options.action == "decode":
         num_tokens = parse_tokens(options.tokens, "--tokens")
@@ -145,6 +171,21 @@ def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Con
 
         return bench_prefill(settings, console, progress, contexts=contexts, chunk_sizes=chunk_sizes, repeats=repeats)
     return _peers(options, settings, console, progress, contexts=contexts, repeats=repeats)
+
+
+def _forms(
+    options: argparse.Namespace, settings: ChatSettings, console: "Console", progress: "Console", *, repeats: int
+) -> int:
+    forms = () if options.forms == "none" else _words(options.forms, "--forms", _FORM_NAMES)
+    others = [word.strip() for word in options.also.split(",") if word.strip()]
+    if (settings.weights, settings.outer_weights) != ("auto", "auto"):
+        raise SettingsError("--weights and --outer-weights are not for bench forms: leave them out")
+    work = None if options.work is None else Path(options.work).expanduser()
+    if work is not None and not work.is_dir():
+        raise SettingsError(f"--work is {options.work!r}: give a folder that is there")
+    from duolocal.terminal.bench_forms_view import bench_forms
+
+    return bench_forms(settings, others, console, progress, forms=forms, work=work, repeats=repeats, cold=options.cold)
 
 
 def _peers(

@@ -53,6 +53,8 @@ def bench_peers(
     check_packages(choice.peers)
     if json_file is not None and not json_file.parent.is_dir():
         raise SettingsError(f"--json is {json_file}: there is no folder {json_file.parent}")
+    if settings.weights != "auto":
+        raise SettingsError(f"--weights is {settings.weights}: the peers read the file as it is; leave it out")
     source = fetch_and_open(settings, progress)
     check_model(source, choice.peers)
     threads = settings.threads or default_threads()

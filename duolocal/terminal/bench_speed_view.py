@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from duolocal.bench.decode import measure_decode
+from duolocal.bench.first_prompt import can_measure
 from duolocal.bench.load import measure_load
 from duolocal.bench.machine import machine_facts
 from duolocal.bench.prefill import measure_prefill
@@ -15,6 +16,7 @@ from duolocal.bench.text import text_ids
 from duolocal.bench.timing import Spread
 from duolocal.engine.engine import Engine
 from duolocal.models.loader import ModelSource, open_model
+from duolocal.models.quantized import quantize_on_load
 from duolocal.settings import ChatSettings, format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.bench_view import fetch
@@ -106,18 +108,31 @@ def bench_load(settings: ChatSettings, console: Console, progress: Console, *, r
         "recent_size": settings.recent_size,
         "device": settings.device,
         "kernels": settings.kernels,
+        "weights": settings.weights,
+        "outer_weights": settings.outer_weights,
     }
+    prompt = settings.options()[2:] if can_measure() else None  # without --model and its name
     with StillLine(progress) as line:
         speed = measure_load(
-            path, token_ids, options, repeats=repeats, threads=settings.threads, cold=cold, on_step=line.show
+            path,
+            token_ids,
+            options,
+            repeats=repeats,
+            threads=settings.threads,
+            cold=cold,
+            prompt=prompt,
+            on_step=line.show,
         )
     table = _table("step", "seconds", "min", "max")
     for name, steps_s in speed.steps_s.items():
-        table.add_row(name, *(f"{value:.3f}" for value in (steps_s.median, steps_s.least, steps_s.most)))
+        table.add_row(name, *_seconds(steps_s))
+    if speed.prompt_s is not None:
+        table.add_row("chat", *_seconds(speed.prompt_s))
     console.print(table)
     console.print(
         f"KV {speed.kv}, context {speed.context:,}; median, min and max of {repeats} fresh processes; the model file "
         f"{'was dropped from' if speed.cold else 'is in'} the page cache; first token: of a prompt of {PROMPT_TOKENS}; "
+        "chat: from the command line to the first prompt; "
         f"peak memory {figures.size(speed.peak_bytes)}",
         style="dim",
     )
@@ -129,7 +144,7 @@ def bench_load(settings: ChatSettings, console: Console, progress: Console, *, r
 
 def fetch_and_open(settings: ChatSettings, progress: Console) -> ModelSource:
     """Find or fetch the model and open it."""
-    return open_model(fetch(settings, progress))
+    return quantize_on_load(open_model(fetch(settings, progress)), settings.weights)
 
 
 def load_engine(
@@ -147,9 +162,11 @@ def load_engine(
             device=settings.device,
             threads=settings.threads,
             kernels=settings.kernels,
+            outer_weights=settings.outer_weights,
             on_layer=shown.update,
             on_identify=shown.identifying,
             on_build=shown.compiling,
+            on_quantize=shown.quantizing,
         )
 
 
@@ -158,6 +175,10 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=True)
     return table
+
+
+def _seconds(seconds: Spread) -> list[str]:
+    return [f"{value:.3f}" for value in (seconds.median, seconds.least, seconds.most)]
 
 
 def _ms(seconds: Spread) -> list[str]:

@@ -44,6 +44,8 @@ def bench_memory(settings: ChatSettings, console: Console, progress: Console) ->
             device=settings.device,
             threads=settings.threads,
             kernels=settings.kernels,
+            weights=settings.weights,
+            outer_weights=settings.outer_weights,
         )
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)

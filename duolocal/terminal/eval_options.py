@@ -27,11 +27,21 @@ passkeys in it, and says in one line whether anything is lost. Then it tries nei
 go, and says which dial to turn. good: KL up to 0.02 nats per token, perplexity up to +2%, no passkey lost; small loss:
 0.1, +10%, a third of the passkeys.
 """
+_WEIGHTS = """\
+All models read the same windows with a dense 16-bit KV cache; they must have one vocabulary, and fit into memory
+together. In --against, nf4 and int8 stand for --model itself, quantized while loading.
+"""
 TASK_NAMES = ("needles", "variables", "recall")  # as in duolocal.evaluate.tasks, which is not imported for --help
 PIPED_COLUMNS = 120  # where nobody says how wide the paper is: no figure is cut off
 
 
-def add_eval_parsers(what: "argparse._SubParsersAction[_P]", add_model_options: Callable[..., None]) -> dict[str, _P]:
+def add_eval_parsers(
+    what: "argparse._SubParsersAction[_P]",
+    add_model_options: Callable[..., None],
+    *,
+    add_model: Callable[[argparse.ArgumentParser], None],
+    add_machine: Callable[[argparse.ArgumentParser], None],
+) -> dict[str, _P]:
     """Add what can be evaluated to the subparsers of `eval`; return the new parsers by name ("eval kl")."""
     parsers: dict[str, _P] = {}
 
@@ -78,13 +88,18 @@ def add_eval_parsers(what: "argparse._SubParsersAction[_P]", add_model_options: 
         ("kl", "KL divergence from the dense model, top-1 agreement and perplexity on real text"),
     ):
         parser = add(name, text)
-        parser.add_argument("--tokens", default="16K", metavar="N", help="tokens of text (default: %(default)s)")
-        parser.add_argument(
-            "--context", default="4K", metavar="N", help="read in windows of so many tokens (default: %(default)s)"
-        )
+        _windows(parser)
         _text(parser)
         _png(parser, "a curve of KV memory against loss")
         add_model_options(parser, context=False)
+
+    weights = add("weights", "perplexity and KL of models against another: what fewer bits per weight cost", _WEIGHTS)
+    add_model(weights)
+    weights.add_argument("--against", required=True, metavar="LIST", help="the models to compare with it")
+    _windows(weights)
+    _text(weights)
+    add_machine(weights)
+    weights.set_defaults(weights="auto", outer_weights="auto", png=None)
 
     check = add("check", "your own document under your own settings, beside the dense model", _CHECK)
     check.add_argument("--doc", required=True, metavar="PATH", help="the document")
@@ -108,6 +123,8 @@ def run_eval(options: argparse.Namespace, console: "Console", progress: "Console
         device=options.device,
         threads=None if options.threads is None else parse_threads(options.threads),
         kernels=options.kernels,
+        weights=options.weights,
+        outer_weights=options.outer_weights,
     )
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_COLUMNS
@@ -117,6 +134,8 @@ def run_eval(options: argparse.Namespace, console: "Console", progress: "Console
     common: dict[str, Any] = {"png": png, "console": console, "progress": progress}
     if options.action == "check":
         return _check(options, settings, common)
+    if options.action == "weights":
+        return _compare_weights(options, settings, console, progress)
     lists = _choices(options)
     if options.action in ("ppl", "kl"):
         num_tokens = parse_tokens(options.tokens, "--tokens")
@@ -139,6 +158,19 @@ def run_eval(options: argparse.Namespace, console: "Console", progress: "Console
 
     dense = not getattr(options, "no_dense", False)
     return eval_grid(options.action, settings, lists, text, depths=depths, dense=dense, **common)
+
+
+def _compare_weights(
+    options: argparse.Namespace, settings: ChatSettings, console: "Console", progress: "Console"
+) -> int:
+    against = _list(options.against, "--against")
+    num_tokens, window = parse_tokens(options.tokens, "--tokens"), parse_tokens(options.context, "--context")
+    text = _load_text(options.text)
+    from duolocal.terminal.eval_weights_view import eval_weights
+
+    return eval_weights(
+        settings, against, text, num_tokens=num_tokens, window=window, console=console, progress=progress
+    )
 
 
 def _check(options: argparse.Namespace, settings: ChatSettings, common: dict[str, Any]) -> int:
@@ -168,6 +200,13 @@ def _check(options: argparse.Namespace, settings: ChatSettings, common: dict[str
 def _lengths(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--tokens", default=default, metavar="LIST", help="lengths of the prompts (default: %(default)s)"
+    )
+
+
+def _windows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", default="16K", metavar="N", help="tokens of text (default: %(default)s)")
+    parser.add_argument(
+        "--context", default="4K", metavar="N", help="read in windows of so many tokens (default: %(default)s)"
     )
 
 

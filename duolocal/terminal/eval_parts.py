@@ -12,6 +12,8 @@ from rich.text import Text
 from duolocal.evaluate import Lineup, Setting
 from duolocal.heads import HeadPlan
 from duolocal.models.loader import ModelSource, open_model
+from duolocal.models.outer_weights import quantize_outer
+from duolocal.models.quantized import quantize_on_load
 from duolocal.models.registry import resolve
 from duolocal.settings import ChatSettings
 from duolocal.terminal.clean import clean_line
@@ -31,7 +33,8 @@ LEGEND = "██ 80% or more for each token of the right answer, ▓▓ 60, ▒�
 def open_source(settings: ChatSettings, progress: Console) -> ModelSource:
     """Find or fetch the model, and open it."""
     with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
-        return open_model(resolve(settings.model, on_progress=shown.update))
+        source = open_model(resolve(settings.model, on_progress=shown.update))
+    return quantize_outer(quantize_on_load(source, settings.weights), settings.outer_weights)
 
 
 def load_lineup(

@@ -114,6 +114,11 @@ class Bar:
         self.describe("finding the retrieval heads, once for this model")
         self.update(done, total, unit="")
 
+    def quantizing(self, done: int, total: int) -> None:
+        """Say that lm_head and embedding are being made smaller: the `on_quantize` of a load."""
+        self.describe("making lm_head and embedding smaller")
+        self.update(done, total, unit="rows")
+
 
 @contextmanager
 def bar(console: Console, description: str, unit: str) -> Iterator[Bar]:

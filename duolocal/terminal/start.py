@@ -8,8 +8,10 @@ from rich.console import Console
 from duolocal.engine.engine import Engine
 from duolocal.engine.session import ChatSession
 from duolocal.models.loader import open_model
+from duolocal.models.quantized import quantize_on_load
 from duolocal.models.registry import resolve
 from duolocal.settings import ChatSettings
+from duolocal.startup import without_collection
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
 from duolocal.terminal.views import Facts
@@ -34,8 +36,9 @@ def start(settings: ChatSettings, *, system: str | None, progress: Console) -> S
         path = resolve(settings.model, on_progress=shown.update)
     began_s = time.perf_counter()
     with bar(progress, f"loading {name}", "layers") as shown:
-        source = open_model(path)
-        tokenizer = load_tokenizer(source)
+        with without_collection():
+            source = quantize_on_load(open_model(path), settings.weights)
+            tokenizer = load_tokenizer(source)
 
         def measuring(done: int, total: int) -> None:
             shown.describe("measuring KV formats, once for this model")
@@ -54,10 +57,12 @@ def start(settings: ChatSettings, *, system: str | None, progress: Console) -> S
             rope=settings.rope,
             threads=settings.threads,
             kernels=settings.kernels,
+            outer_weights=settings.outer_weights,
             on_layer=shown.update,
             on_measure=measuring,
             on_identify=shown.identifying,
             on_build=shown.compiling,
+            on_quantize=shown.quantizing,
         )
         session = ChatSession(engine, tokenizer, system=system)
     plan = engine.plan

@@ -6,12 +6,13 @@ Only what changes ids or text is taken; the encoding itself is the backends'.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from duolocal.errors import TokenizerError
+from duolocal.tokenizer.components import check_components
 from duolocal.tokenizer.cuts import CutSafety, find_safety
 from duolocal.tokenizer.library import LibraryBackend, cut_rules
 from duolocal.tokenizer.parts import (
@@ -23,6 +24,10 @@ from duolocal.tokenizer.parts import (
 )
 from duolocal.tokenizer.sentencepieces import PieceType, SentencePieceBackend, as_control, read_pieces
 
+_MAX_JSON_BYTES = 1 << 27  # the largest in use have 34 MB
+_MAX_TEMPLATE_FILE = 1 << 24
+_MOST_IDS = 1 << 24
+_MAX_HOLES = 1 << 16  # ids of a vocabulary that no token has
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -30,51 +35,73 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; {} for a file that is not there."""
     if not path.exists():
         return {}
+    _check_size(path, _MAX_JSON_BYTES)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise TokenizerError(f"{path.name}: cannot be read as JSON ({' '.join(str(error).split())})") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path.name}: holds a {type(value).__name__}, wanted a JSON object")
     return value
 
 
+def _check_size(path: Path, limit: int) -> None:
+    size = path.stat().st_size
+    if size > limit:
+        raise TokenizerError(f"{path.name}: has {size:,} bytes, wanted at most {limit:,}; the file is damaged")
+
+
 def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Return the default chat template; a file of its own goes before tokenizer_config.json, as in transformers."""
     own = folder / "chat_template.jinja"
     if own.exists():
+        _check_size(own, _MAX_TEMPLATE_FILE)
         try:
             return own.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{own.name}: cannot be read ({' '.join(str(error).split())})") from error
     template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # several by name
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in template):
+            raise TokenizerError("the chat templates of this model are no list of names and templates: damaged")
+        template = {entry["name"]: entry.get("template") for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(f"the chat template of this model is a {type(template).__name__}, wanted a text: damaged")
     return template
 
 
 def _text(token: Any) -> str | None:
     """Return the string of a token that a config writes as a string or as an object with "content"."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"a token is a {type(text).__name__}, wanted a text")
+    return text
 
 
 def read_folder(folder: Path, *, eos_ids: Iterable[int] = ()) -> TokenizerParts:
     """Return the tokenizer in `folder`; `eos_ids` are those of the model's config."""
     config = _read_json(folder / "tokenizer_config.json")
-    generation = _read_json(folder / "generation_config.json").get("eos_token_id")
-    declared = {*eos_ids, *([generation] if isinstance(generation, int) else generation or [])}
+    declared = {*eos_ids, *_declared_ends(folder)}
     template = _read_template(folder, config)
     for file, read in (("tokenizer.json", _from_json), ("tokenizer.model", _from_sentencepiece)):
         if not (folder / file).exists():
             continue
         try:
             parts = read(folder / file, config, template)
-        except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise TokenizerError(f"{file}: damaged, or of a form that duolocal does not read ({reason})") from error
         return replace(parts, eos_ids=parts.eos_ids | declared)
     raise TokenizerError(f"{folder.name}: no tokenizer.json and no tokenizer.model in the folder; put one there")
+
+
+def _declared_ends(folder: Path) -> list[int]:
+    """Return the ids that generation_config.json says to end at."""
+    found = _read_json(folder / "generation_config.json").get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(index) is int and 0 <= index < _MOST_IDS for index in ids):
+        raise TokenizerError("generation_config.json: eos_token_id is no token id and no list of them: damaged")
+    return ids
 
 
 def _added_tokens(
@@ -95,7 +122,20 @@ def _added_tokens(
     for token in description.get("added_tokens") or []:
         by_id[token["id"]] = token
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    return [{**flags, **token, "id": index} for index, token in sorted(by_id.items())]
+    added = [{**flags, **token, "id": index} for index, token in sorted(by_id.items())]
+    for token in added:
+        if not isinstance(token["content"], str) or not all(isinstance(token[flag], bool) for flag in flags):
+            raise ValueError(f"the added token {token['id']} has no text, or a flag that is neither true nor false")
+    _check_ids([*vocab.values(), *by_id])
+    return added
+
+
+def _check_ids(ids: Sequence[Any]) -> None:
+    """Raise ValueError unless these are ids of a vocabulary, with few holes: a table is made for the largest."""
+    if not all(type(index) is int and index >= 0 for index in ids):
+        raise ValueError("a token id is no number from 0 on")
+    if ids and max(ids) > 2 * len(ids) + _MAX_HOLES:
+        raise ValueError(f"a token has the id {max(ids):,} in a vocabulary of {len(ids):,}")
 
 
 def _specials(
@@ -135,6 +175,7 @@ def _from_json(path: Path, config: Mapping[str, Any], template: str | None) -> T
         raise TokenizerError(f"{name}: model type is {model.get('type')!r}; duolocal reads 'BPE'")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise TokenizerError(f"{name}: subword marks (continuing_subword_prefix, end_of_word_suffix) are not read")
+    check_components(description, name)
     added = _added_tokens(description, config, path.parent, vocab=model["vocab"])
     specials = _specials(added, config, template)
     byte_level, strips_space = _bytes_rule(description.get("decoder"), name)

@@ -64,6 +64,54 @@ def _key(metadata: Mapping[str, Any], key: str, name: str) -> Any:
         raise TokenizerError(f"{name}: no {_PREFIX}{key} in the file, so it brings no tokenizer") from None
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "pre": (str,),
+    "bos_token_id": (int,),
+    "eos_token_id": (int,),
+    "eot_token_id": (int,),
+    "eom_token_id": (int,),
+    "unknown_token_id": (int,),
+    "padding_token_id": (int,),
+    "add_bos_token": (bool, int),
+    "add_space_prefix": (bool, int),
+    "remove_extra_whitespaces": (bool, int),
+}
+_TOKEN_TYPES = frozenset(range(7))  # llama.cpp: 0 is undefined, the others are PieceType
+_LARGEST = 3.4e38
+_ITEMS: dict[str, tuple[type, ...]] = {"tokens": (str,), "merges": (str,), "token_type": (int,), "scores": (int, float)}
+
+
+def _check_kinds(metadata: Mapping[str, Any], name: str) -> None:
+    """Raise TokenizerError where a key is of another kind than any GGUF has it."""
+    wanted = [(_PREFIX + key, kinds) for key, kinds in _KINDS.items()] + [("tokenizer.chat_template", (str,))]
+    for key, kinds in wanted:
+        value = metadata.get(key)
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise TokenizerError(f"{name}: {key} is a {type(value).__name__}, wanted {kinds[0].__name__}: damaged")
+        if isinstance(value, str) and not _encodes(value):
+            raise TokenizerError(f"{name}: {key} holds what no UTF-8 can: damaged")
+    for key, kinds in _ITEMS.items():
+        value = metadata.get(_PREFIX + key)
+        if value is not None and not (isinstance(value, list) and set(map(type, value)) <= set(kinds)):
+            raise TokenizerError(f"{name}: {_PREFIX}{key} is no list of {kinds[-1].__name__}: damaged")
+        if kinds == (str,) and not _encodes("".join(value or ())):
+            raise TokenizerError(f"{name}: {_PREFIX}{key} holds what no UTF-8 can: damaged")
+    odd = set(metadata.get(_PREFIX + "token_type") or ()) - _TOKEN_TYPES
+    if odd:
+        raise TokenizerError(f"{name}: a token has the type {min(odd)}, wanted 0 to {max(_TOKEN_TYPES)}: damaged")
+    if not all(abs(score) < _LARGEST for score in metadata.get(_PREFIX + "scores") or ()):  # not of a NaN either
+        raise TokenizerError(f"{name}: a score of a token is no finite float32: damaged")
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _specials(
     tokens: list[str], types: list[int], template: str | None, ends: frozenset[int]
 ) -> dict[str, SpecialToken]:
@@ -79,6 +127,7 @@ def _specials(
 
 def read_gguf(metadata: Mapping[str, Any], *, name: str) -> TokenizerParts:
     """Return the tokenizer that a GGUF's key/values describe; `name` is the file's, for errors."""
+    _check_kinds(metadata, name)
     model = _key(metadata, "model", name)
     tokens: list[str] = list(_key(metadata, "tokens", name))
     types = [int(kind) for kind in metadata.get(_PREFIX + "token_type") or [PieceType.NORMAL] * len(tokens)]
@@ -100,16 +149,8 @@ def read_gguf(metadata: Mapping[str, Any], *, name: str) -> TokenizerParts:
         strips_space = False
         digest.update(repr(merges).encode())
     elif model == "llama":
-        scores = [float(score) for score in _key(metadata, "scores", name)]
-        if len(scores) != len(tokens):
-            raise TokenizerError(f"{name}: {len(tokens)} tokens but {len(scores)} scores; the file is damaged")
+        proto = sentencepiece_proto(metadata, tokens, types, specials, name=name)
         strips_space = bool(metadata.get(_PREFIX + "add_space_prefix", True))
-        collapse = bool(metadata.get(_PREFIX + "remove_extra_whitespaces", False))
-        kinds = [
-            PieceType.CONTROL if text in specials and kind != PieceType.UNKNOWN else kind
-            for text, kind in zip(tokens, types, strict=True)
-        ]
-        proto = build_model(tokens, scores, kinds, add_space=strips_space, collapse_spaces=collapse)
         backend = SentencePieceBackend(proto, name=name, prefix="sections" if strips_space else "none")
         table = [sentencepiece_bytes(token) for token in tokens]
         for special in specials.values():
@@ -148,7 +189,32 @@ def _token_id(metadata: Mapping[str, Any], key: str, num_tokens: int, name: str)
     return int(value)
 
 
-def _byte_level(
+def sentencepiece_proto(
+    metadata: Mapping[str, Any],
+    tokens: list[str],
+    types: list[int],
+    specials: Mapping[str, SpecialToken],
+    *,
+    name: str,
+) -> bytes:
+    """Return the serialized sentencepiece model that the key/values of a "llama" vocabulary describe."""
+    scores = [float(score) for score in _key(metadata, "scores", name)]
+    if len(scores) != len(tokens):
+        raise TokenizerError(f"{name}: {len(tokens)} tokens but {len(scores)} scores; the file is damaged")
+    kinds = [
+        PieceType.CONTROL if text in specials and kind != PieceType.UNKNOWN else kind
+        for text, kind in zip(tokens, types, strict=True)
+    ]
+    return build_model(
+        tokens,
+        scores,
+        kinds,
+        add_space=bool(metadata.get(_PREFIX + "add_space_prefix", True)),
+        collapse_spaces=bool(metadata.get(_PREFIX + "remove_extra_whitespaces", False)),
+    )
+
+
+def byte_level_description(
     pre: str | None,
     tokens: list[str],
     types: list[int],
@@ -156,8 +222,8 @@ def _byte_level(
     specials: Mapping[str, SpecialToken],
     *,
     name: str,
-) -> tuple[LibraryBackend, list[bytes]]:
-    """Return the encoder of a byte-level BPE vocabulary and the bytes of each id."""
+) -> dict[str, Any]:
+    """Return a "gpt2" vocabulary in tokenizer.json's form, special tokens not among the added ones."""
     if pre not in _PRE_TOKENIZERS:
         seen = f"tokenizer.ggml.pre is {pre!r}" if pre is not None else "no tokenizer.ggml.pre in the file"
         raise TokenizerError(
@@ -170,7 +236,7 @@ def _byte_level(
         for index, (text, kind) in enumerate(zip(tokens, types, strict=True))
         if kind == PieceType.USER_DEFINED and text not in specials
     ]
-    description = {
+    return {
         "normalizer": {"type": "NFC"} if _PRE_TOKENIZERS[pre] is _QWEN2 else None,
         "pre_tokenizer": _PRE_TOKENIZERS[pre],
         "added_tokens": added,
@@ -181,6 +247,19 @@ def _byte_level(
             "ignore_merges": pre in _WHOLE_WORDS,
         },
     }
+
+
+def _byte_level(
+    pre: str | None,
+    tokens: list[str],
+    types: list[int],
+    merges: list[str],
+    specials: Mapping[str, SpecialToken],
+    *,
+    name: str,
+) -> tuple[LibraryBackend, list[bytes]]:
+    """Return the encoder of a byte-level BPE vocabulary and the bytes of each id."""
+    description = byte_level_description(pre, tokens, types, merges, specials, name=name)
     as_text = (PieceType.CONTROL, PieceType.USER_DEFINED)
     table = [
         text.encode() if kind in as_text or text in specials else byte_level_bytes(text)

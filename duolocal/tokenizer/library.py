@@ -15,6 +15,7 @@ from duolocal.errors import TokenizerError
 from duolocal.tokenizer.cuts import CutSafety, cut
 from duolocal.tokenizer.parts import BYTE_OF_CHARACTER, PrefixMode, Unwritable
 
+_MODEL_KEYS = ("vocab", "merges", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges")  # others are for training
 _BATCH = 16  # parts encoded at once; bounds the library's memory
 
 _LETTERS = r"\p{L}\p{N}"
@@ -93,14 +94,14 @@ def cut_rules(description: dict[str, Any]) -> CutSafety:
 def _plain(description: dict[str, Any], special: frozenset[str]) -> dict[str, Any]:
     """Return the description with every special token taken out, so that no text can produce one."""
     added = [token for token in description.get("added_tokens") or [] if token["content"] not in special]
-    model = dict(description["model"])
+    model = {key: value for key, value in description["model"].items() if key in _MODEL_KEYS}
     kept = {text: index for text, index in model["vocab"].items() if text not in special}
     # Tokens added beside the vocabulary get the next free id: pin theirs by naming them in the vocabulary.
     kept.update({token["content"]: token["id"] for token in added})
     unknown = model.get("unk_token")
     if unknown in model["vocab"]:
         kept[unknown] = model["vocab"][unknown]
-    merges = [merge for merge in model["merges"] if not special & _spellings(merge)]
+    merges = [merge for merge in model["merges"] if not _touches(merge, special)]
     model.update(type="BPE", vocab=kept, merges=merges, dropout=None)
     return {
         "version": "1.0",
@@ -113,10 +114,13 @@ def _plain(description: dict[str, Any], special: frozenset[str]) -> dict[str, An
     }
 
 
-def _spellings(merge: str | list[str]) -> set[str]:
-    """Return the two tokens that a merge ("a b" or ["a", "b"]) joins, and what it makes."""
-    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-    return {left, right, left + right}
+def _touches(merge: str | list[str], special: frozenset[str]) -> bool:
+    """Say whether one of the two tokens that a merge ("a b" or ["a", "b"]) joins, or what it makes, is special."""
+    pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+    if len(pair) != 2:
+        raise TokenizerError(f"the merge {str(merge)[:60]!r} does not join two tokens; the file is damaged")
+    left, right = pair
+    return left in special or right in special or left + right in special
 
 
 def _build(description: dict[str, Any], name: str) -> Library:

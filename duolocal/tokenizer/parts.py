@@ -78,11 +78,15 @@ def _byte_characters() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_characters()
 
 
+# Each character to the code point that is its byte; what stands for no byte to one that Latin-1 cannot write.
+_BYTE_LEVEL = dict.fromkeys(range(256), 65535) | {ord(text): byte for text, byte in BYTE_OF_CHARACTER.items()}
+
+
 def byte_level_bytes(token: str) -> bytes:
     """Return the bytes of a byte-level BPE token; one with characters outside the table is plain text."""
     try:
-        return bytes([BYTE_OF_CHARACTER[character] for character in token])
-    except KeyError:
+        return token.translate(_BYTE_LEVEL).encode("latin-1")
+    except UnicodeEncodeError:
         return token.encode()
 
 

@@ -2,69 +2,30 @@
 
 Owns the environment that Hugging Face templates expect (transformers' `apply_chat_template`): trimmed blocks,
 `raise_exception`, `strftime_now`, `tojson`, loop controls and the `generation` tag. Knows no tokens.
-A template comes with a download, so it is treated as hostile: no attribute reaches Python, the output is bounded,
-`range` has a budget, and the operators `*`, `**` and `%` cannot build a huge value. Not bounded: the time of
-nested loops over other values, and the memory of filters that pad or repeat.
+A template comes with a download, so it is treated as hostile: no attribute reaches Python, and time, memory and output
+are bounded (`template_bounds`).
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from duolocal.errors import TokenizerError
+from duolocal.tokenizer.template_bounds import BoundedEnvironment, Bounds, TemplateStop
 
 _RANGE_BUDGET = 1_000_000  # numbers that all calls of range may count in one rendering
 _OUTPUT_BASE = 1_000_000  # characters a template may write beside the contents
-_PRODUCT = 1_000_000  # largest factor, and length of a repeated string
-_WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4})")  # a width that is computed or has four digits
+_SOURCE = 200_000  # characters of a template; the longest that models bring have about 20,000
+_SECONDS = 2.0  # of processor time for a rendering, beside what the messages may take
+_MESSAGE_SECONDS = 0.005
+_MESSAGE_WEIGHT = 8  # items and names of a message
+_DATE_FORMAT = 200  # characters
 _CONTENT_COPIES = 4  # times a template may write every content
 
 
-class _TemplateStop(Exception):
-    """Raised by the template itself (`raise_exception`) or by one of our bounds; holds one line."""
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks training targets; here it is only its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own convention
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["*", "**", "%"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if not _small(operator, left, right):
-            raise _TemplateStop(f"it uses {operator!r} to build a huge value")
-        return super().call_binop(context, operator, left, right)
-
-
-def _small(operator: str, left: Any, right: Any) -> bool:
-    """Say whether a product, power, remainder or %-format is sure to be small."""
-    numbers = [side for side in (left, right) if isinstance(side, int | float)]
-    if any(abs(number) > _PRODUCT for number in numbers):
-        return False
-    if operator == "%" and isinstance(left, str):
-        return _WIDE_FORMAT.search(left) is None
-    if operator == "*" and len(numbers) == 1:
-        return len(right if numbers[0] is left else left) * abs(numbers[0]) <= _PRODUCT
-    return len(numbers) == 2 and operator != "**"
-
-
 def _raise_exception(message: object) -> NoReturn:
-    raise _TemplateStop(" ".join(str(message).split()))
+    raise TemplateStop(" ".join(str(message).split()))
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
@@ -80,7 +41,7 @@ def _budgeted_range() -> Callable[..., range]:
         # len() of an astronomic range raises OverflowError: compare by the bounds
         left -= max(0, (numbers.stop - numbers.start) // numbers.step) + 1
         if left < 0:
-            raise _TemplateStop(f"its loops count past {_RANGE_BUDGET:,}")
+            raise TemplateStop(f"its loops count past {_RANGE_BUDGET:,}")
         return numbers
 
     return counted
@@ -97,22 +58,31 @@ class ChatTemplate:
         self.source = source
         self._tokens = dict(tokens)  # "bos_token": "<s>", ...
         self._now = now or datetime.now()
-        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        environment.filters["tojson"] = _tojson
+        if len(source) > _SOURCE:
+            raise TokenizerError(f"the chat template has {len(source):,} characters, wanted at most {_SOURCE:,}")
+        self._environment = environment = BoundedEnvironment()
+        environment.add_filter("tojson", _tojson)
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = self._now.strftime
+        environment.globals["strftime_now"] = self._strftime
         try:
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except Exception as error:
             raise TokenizerError(f"the chat template cannot be read ({_reason(error)})") from error
+
+    def _strftime(self, layout: str) -> str:
+        if len(layout) > _DATE_FORMAT:
+            raise TemplateStop(f"it formats the date with {len(layout)} characters, wanted at most {_DATE_FORMAT}")
+        return self._now.strftime(layout)
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
         """Return the conversation as the model expects it.
 
         Raises TokenizerError where the template refuses the conversation, breaks, or writes more than four
-        times the contents and a million characters.
+        times the contents and a million characters, or computes for too long.
         """
         limit = _OUTPUT_BASE + _CONTENT_COPIES * sum(len(message["content"]) for message in messages)
+        limit += _MESSAGE_WEIGHT * len(messages)
+        self._environment.bounds = Bounds(limit, _SECONDS + _MESSAGE_SECONDS * len(messages))
         values: dict[str, Any] = {
             "messages": messages,
             "tools": None,
@@ -128,19 +98,10 @@ class ChatTemplate:
                 pieces.append(piece)
                 size += len(piece)
                 if size > limit:
-                    raise _TemplateStop(f"it writes more than {limit:,} characters")
-        except _TemplateStop as error:
+                    raise TemplateStop(f"it writes more than {limit:,} characters")
+        except TemplateStop as error:
             raise TokenizerError(f"the chat template refuses this conversation: {error}") from error
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            MemoryError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:
             raise TokenizerError(f"the chat template fails on this conversation ({_reason(error)})") from error
         return "".join(pieces)
 

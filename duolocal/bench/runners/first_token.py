@@ -4,22 +4,30 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from duolocal.bench.machine import resident_bytes
 from duolocal.bench.runners.serve import serve
+from duolocal.startup import without_collection
 
 
 def first_token(
     path: str, token_ids: Sequence[int], context: int | None, longest_default: int, **options: Any
 ) -> dict[str, Any]:
-    """Import, open, load and answer; `context` None: what the model was trained for, up to `longest_default`."""
+    """Import, open, load and answer; `context` None: what the model was trained for, up to `longest_default`.
+
+    As the chat does it: Python's garbage is not collected before the load.
+    """
     times = [time.perf_counter()]
-    from duolocal.engine.engine import Engine
-    from duolocal.models.loader import open_model
-    from duolocal.sampling import Sampling
-    from duolocal.tokenizer import load_tokenizer
+    with without_collection():
+        from duolocal.engine.engine import Engine
+        from duolocal.models.loader import open_model
+        from duolocal.sampling import Sampling
+        from duolocal.tokenizer import load_tokenizer
+    imported_bytes = resident_bytes()
 
     times.append(time.perf_counter())
-    source = open_model(path)
-    load_tokenizer(source)
+    with without_collection():
+        source = open_model(path)
+        load_tokenizer(source)
     times.append(time.perf_counter())
     context = context or min(source.config.max_positions, longest_default)
     engine = Engine.load(source, context=context, **options)
@@ -29,7 +37,14 @@ def first_token(
     names = ("import", "open", "load", "first token")
     steps = {name: after - before for name, before, after in zip(names, times[:-1], times[1:], strict=True)}
     device = str(engine.transformer.device)
-    return {"steps_s": steps, "token_id": token_id, "kv": engine.kv, "context": engine.context, "device": device}
+    return {
+        "steps_s": steps,
+        "token_id": token_id,
+        "kv": engine.kv,
+        "context": engine.context,
+        "device": device,
+        "imported_bytes": imported_bytes,
+    }
 
 
 if __name__ == "__main__":

@@ -136,6 +136,45 @@ INLINE void look_up(nibble_table table, vb packed, vf *low, vf *high) {
 #endif
 }
 
+// Sixteen values of any kind, looked up by nibbles: NF4's levels (arXiv 2305.14314, appendix E) times an absmax.
+typedef struct {
+#if LANES == 16
+  vf values;
+#else
+  vf low, high;
+#endif
+} any_table;
+
+#define NF4_LOW -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, \
+                -0.18477343022823334f, -0.09105003625154495f, 0.0f
+#define NF4_HIGH 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,         \
+                 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
+
+INLINE any_table nf4_times(float absmax) {
+#if LANES == 16
+  const vf levels = {NF4_LOW, NF4_HIGH};
+  return (any_table){levels * absmax};
+#else
+  const vf low = {NF4_LOW}, high = {NF4_HIGH};
+  return (any_table){low * absmax, high * absmax};
+#endif
+}
+
+INLINE vf look_up_any(const any_table *table, vb index) {
+  vi at = __builtin_convertvector(index, vi);
+#if LANES == 16
+  return (vf)__builtin_ia32_permvarsf512(table->values, at);
+#elif defined(__AVX2__)
+  vf low = __builtin_ia32_permvarsf256(table->low, at), high = __builtin_ia32_permvarsf256(table->high, at);
+  vi upper = at > 7;
+  return (vf)(((vi)low & ~upper) | ((vi)high & upper));
+#else
+  vf out;
+  for (int i = 0; i < LANES; i++) out[i] = index[i] < 8 ? table->low[index[i]] : table->high[index[i] & 7];
+  return out;
+#endif
+}
+
 // lanes[i] <- the sum of the i-th vector: LANES dot products finished together.
 INLINE vf sum_each(const vf *rows) {
   vf out;

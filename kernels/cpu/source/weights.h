@@ -1,11 +1,12 @@
 // Weights in the bits of their file: decoding, and dot products that decode on the way.
 //
 // A row of a GGUF weight is a run of blocks; every format here is read in units of 32 neighbouring input features.
-// Layouts: ggml's ggml-common.h (block_q4_0 ... block_q6_K), and AutoAWQ's GEMM layout.
+// Layouts: ggml's ggml-common.h (block_q4_0 ... block_q6_K), AutoAWQ's GEMM layout, and the rows of
+// quant/bitsandbytes.py for NF4 and INT8.
 #pragma once
 #include "simd.h"
 
-enum format { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, AWQ, NUM_FORMATS };
+enum format { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, AWQ, NF4, INT8, NUM_FORMATS };
 
 #define UNIT 32
 #define PER_UNIT (UNIT / LANES)
@@ -150,6 +151,24 @@ INLINE void unit_q6_k(const uint8_t *row, int64_t u, vf *w) {
   }
 }
 
+// NF4: blocks of 64 values in 36 bytes: float32 absmax | 2 runs of 16 bytes: 16 low nibbles, then 16 high ones.
+INLINE void unit_nf4(const uint8_t *row, int64_t u, vf *w) {
+  const uint8_t *p = row + 36 * (u / 2);
+  any_table table = nf4_times(*(const float_u *)p);
+  for (int i = 0; i < PER_UNIT / 2; i++) {
+    vb c = *(const vb_u *)(p + 4 + 16 * (u % 2) + i * LANES);
+    w[i] = look_up_any(&table, c & 15);
+    w[i + PER_UNIT / 2] = look_up_any(&table, c >> 4);
+  }
+}
+
+// INT8: float32 absmax of the row | its int8 codes; a value is code * absmax * (1 / 127), in this order.
+INLINE void unit_int8(const uint8_t *row, int64_t u, vf *w) {
+  float absmax = *(const float_u *)row;
+  for (int i = 0; i < PER_UNIT; i++)
+    w[i] = from_i8(*(const vsb_u *)(row + 4 + u * UNIT + i * LANES)) * absmax * 7.874015718698502e-3f;
+}
+
 typedef void (*decode_fn)(const uint8_t *row, int64_t first, int64_t units, float *out);
 typedef void (*dot_fn)(const uint8_t *row, int64_t row_bytes, const float *x, int64_t units, float *y);
 
@@ -201,11 +220,15 @@ DEFINE_FORMAT(q5_1, 24)
 DEFINE_FORMAT(q4_k, 18)
 DEFINE_FORMAT(q5_k, 22)
 DEFINE_FORMAT(q6_k, 26)
+DEFINE_FORMAT(nf4, 18)
+DEFINE_FORMAT(int8, 32)
 
 static const decode_fn decoders[NUM_FORMATS] = {decode_f32,  decode_f16,  decode_bf16, decode_q8_0, decode_q4_0, decode_q4_1,
-                                                decode_q5_0, decode_q5_1, decode_q4_k, decode_q5_k, decode_q6_k, 0};
+                                                decode_q5_0, decode_q5_1, decode_q4_k, decode_q5_k, decode_q6_k, 0,
+                                                decode_nf4,  decode_int8};
 static const dot_fn dots[NUM_FORMATS] = {dot_f32,  dot_f16,  dot_bf16, dot_q8_0, dot_q4_0, dot_q4_1,
-                                         dot_q5_0, dot_q5_1, dot_q4_k, dot_q5_k, dot_q6_k, 0};
+                                         dot_q5_0, dot_q5_1, dot_q4_k, dot_q5_k, dot_q6_k, 0,
+                                         dot_nf4,  dot_int8};
 
 // One value of a 16- or 32-bit row: what is left of a row that is no whole number of units.
 INLINE float dense_at(const matrix *w, const uint8_t *row, int64_t col) {

@@ -1,0 +1,75 @@
+"""`duolocal models convert`: progress, a line for people, and one JSON object as the last line."""
+
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from duolocal.engine.kernels import arrange_rows
+from duolocal.engine.place import device_named
+from duolocal.models.loader import ModelSource, open_model
+from duolocal.models.native_writer import write_native
+from duolocal.models.outer_weights import outer_note, quantize_outer
+from duolocal.models.quantized import quantize_on_load
+from duolocal.models.registry import resolve
+from duolocal.quant.grouped import group
+from duolocal.quantize.dense import write_dense
+from duolocal.settings import ChatSettings
+from duolocal.terminal import figures
+from duolocal.terminal.clean import clean_line
+from duolocal.terminal.progress import Bar, bar
+
+_KERNELS = {"rows": "CPU", "planes": "GPU"}
+
+
+def convert_model(settings: ChatSettings, out: Path, *, to: str, console: Console, progress: Console) -> int:
+    """Write the model of `settings` to `out` as "native" or "f16"; return the exit code."""
+    name = clean_line(settings.model)
+    with bar(progress, f"fetching {name}", "bytes") as shown:
+        source = open_model(resolve(settings.model, on_progress=shown.update))
+    began_s = time.monotonic()
+    report: dict[str, object] = {"command": "models convert", "model": settings.model, "out": str(out), "to": to}
+    with bar(progress, f"converting {name}", "tensors") as shown:
+        if to == "native":
+            report |= _native(source, settings, out, shown, console)
+        else:
+            num_bytes = write_dense(source, out, on_progress=shown.update)
+            _say(console, f"{clean_line(str(out))}: 16-bit safetensors, {figures.size(num_bytes)}")
+            report["bytes"] = num_bytes
+    report |= {"bytes_before": source.size_bytes, "elapsed_s": round(time.monotonic() - began_s, 3)}
+    print(json.dumps(report))
+    return 0
+
+
+def _native(source: ModelSource, settings: ChatSettings, out: Path, shown: Bar, console: Console) -> dict[str, object]:
+    # A file for a GPU can be made without one.
+    for_gpu = settings.device == "cuda" or device_named(settings.device).type == "cuda"
+    arrangement = "planes" if for_gpu else "rows"
+    source = quantize_outer(quantize_on_load(source, settings.weights), settings.outer_weights)
+    written = write_native(
+        source,
+        out,
+        arrangement=arrangement,
+        arrange=group if arrangement == "planes" else arrange_rows,
+        on_progress=shown.update,
+    )
+    note = outer_note(source)
+    if note is not None:
+        _say(console, clean_line(note))
+    _say(
+        console,
+        f"{clean_line(str(out))}: {source.weight_format} for {_KERNELS[arrangement]} kernels, "
+        f"{figures.size(written.num_bytes)}; load it with --model",
+    )
+    return {
+        "arrangement": arrangement,
+        "weight_format": source.weight_format,
+        "outer_note": note,
+        "fingerprint": source.fingerprint,
+        "bytes": written.num_bytes,
+    }
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, style="dim", soft_wrap=True, markup=False)

@@ -1,0 +1,106 @@
+"""The table of `duolocal eval weights`: models with fewer bits per weight beside their source; last line JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from duolocal.evaluate.compare import Comparison, compare, cut_windows
+from duolocal.evaluate.weights import common_tokenizer, load_side_by_side
+from duolocal.models.loader import ModelSource
+from duolocal.settings import WEIGHTS, ChatSettings
+from duolocal.terminal import figures
+from duolocal.terminal.clean import clean_line
+from duolocal.terminal.eval_compare_view import bos_ids
+from duolocal.terminal.eval_parts import open_source
+from duolocal.terminal.progress import bar
+
+
+def eval_weights(
+    settings: ChatSettings,
+    against: Sequence[str],
+    text: tuple[str, str],
+    *,
+    num_tokens: int,
+    window: int,
+    console: Console,
+    progress: Console,
+) -> int:
+    """Print perplexity and KL of every model of `against` beside the one of `settings`, over windows of a text.
+
+    against: names, paths, or a format of `--weights` that stands for the model of `settings` in it.
+    """
+    models = [(settings.model, open_source(settings, progress))]
+    for name in against:
+        if name in WEIGHTS:
+            chosen = replace(settings, weights=name)
+            models.append((f"{settings.model} {name}", open_source(chosen, progress)))
+        else:
+            models.append((name, open_source(replace(settings, model=name), progress)))
+    tokenizer, ids = common_tokenizer(models, text[0])
+    windows = cut_windows(ids, num_tokens=num_tokens, context=window, bos=bos_ids(tokenizer))
+    context = len(windows[0])
+    with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
+
+        def loading(name: str, done: int, total: int) -> None:
+            shown.describe(f"loading {clean_line(name)}")
+            shown.update(done, total)
+
+        engines = load_side_by_side(
+            models,
+            context=context,
+            device=settings.device,
+            threads=settings.threads,
+            kernels=settings.kernels,
+            on_load=loading,
+            on_build=shown.compiling,
+        )
+    with bar(progress, "measuring", "tokens") as shown:
+        results = compare(engines, windows, on_progress=shown.update)
+    console.print(_table(results, [source for _, source in models]))
+    console.print(
+        Text(
+            f"{clean_line(text[1])}: {len(windows)} x {context:,} tokens, each window read from nothing; ± is the "
+            "standard error over windows, worst the worst window",
+            style="dim",
+        )
+    )
+    report = {"evaluation": "weights", "model": settings.model, "text": text[1], "tokens": num_tokens}
+    report |= {"context": context, "windows": len(windows)}
+    found = {
+        result.name: {"weights": source.weight_format, "bytes": source.size_bytes, **result.report()}
+        for result, (_, source) in zip(results, models, strict=True)
+    }
+    print(json.dumps({**report, "results": found}))
+    return 0
+
+
+def _table(results: Sequence[Comparison], sources: Sequence[ModelSource]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model", overflow="fold")
+    table.add_column("weights", no_wrap=True)
+    for heading in ("size", "KL", "±", "worst", "top-1", "perplexity", "change", "±"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for at, (result, source) in enumerate(zip(results, sources, strict=True)):
+        row = [source.weight_format, figures.size(source.size_bytes)]
+        if at == 0:
+            row += ["0", "", "", "", f"{result.perplexity:.3f}", "", ""]
+        else:
+            row += [
+                f"{result.kl:.5f}",
+                _error(result.kl_error, ".4f"),
+                f"{result.worst_kl:.4f}",
+                f"{result.top1:.2%}",
+                f"{result.perplexity:.3f}",
+                f"{result.rise:+.2%}",
+                _error(result.rise_error, ".2%"),
+            ]
+        table.add_row(Text(clean_line(result.name)), *row)
+    return table
+
+
+def _error(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

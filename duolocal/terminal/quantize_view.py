@@ -1,0 +1,117 @@
+"""`duolocal quantize`: progress while layers are quantized, and a report whose last line is one JSON object."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from duolocal.models.loader import open_model
+from duolocal.models.registry import resolve
+from duolocal.quantize import QuantizeProgress, QuantizeResult, QuantizeSettings, quantize
+from duolocal.quantize.work_area import NAME as WORK_AREA
+from duolocal.settings import ChatSettings
+from duolocal.terminal import figures
+from duolocal.terminal.clean import clean_line
+from duolocal.terminal.progress import Bar, bar
+
+_READS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
+
+
+def quantize_model(
+    settings: ChatSettings,
+    out: Path,
+    wanted: QuantizeSettings,
+    *,
+    text: str | None,
+    console: Console,
+    progress: Console,
+) -> int:
+    """Quantize the model of `settings` into `out`, and print what it came to."""
+    with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
+        source = open_model(resolve(settings.model, on_progress=shown.update))
+    if (out / WORK_AREA).is_dir():
+        console.print(f"going on in {clean_line(str(out))}", style="dim", soft_wrap=True)
+    result = None
+    with (
+        _saying_how_to_go_on(out, console),
+        bar(progress, f"{wanted.method}: opening {clean_line(settings.model)}", "layers") as shown,
+    ):
+        for event in quantize(source, out, wanted, text=text, device=settings.device, threads=settings.threads):
+            if isinstance(event, QuantizeProgress):
+                _show(event, shown, wanted.method)
+            else:
+                result = event
+    assert result is not None
+    console.print(_losses_table(result))
+    what = "weights" if result.method == "rtn" else f"outputs, over {figures.tokens(result.num_tokens)} of text"
+    console.print(f"relative squared error of the {what}; mean over {len(result.layers)} layers", style="dim")
+    console.print(
+        f"{figures.size(result.bytes_before)} ({source.weight_format}) to {figures.size(result.bytes_after)}: "
+        f"{result.linear_bits:.3g} bits per quantized weight, {result.bits:.3g} over the whole model",
+        soft_wrap=True,
+    )
+    resumed = f" ({result.resumed} layers were there already)" if result.resumed else ""
+    console.print(
+        f"written in {figures.duration(result.elapsed_s)}{resumed}: use it with --model {clean_line(str(out))}",
+        soft_wrap=True,
+    )
+    report = {
+        "quantization": result.method,
+        "model": settings.model,
+        "out": str(out),
+        "group_size": result.group_size,
+        "calibration_tokens": result.num_tokens,
+        "seed": wanted.seed,
+        "bits_per_quantized_weight": result.linear_bits,
+        "bits_per_weight": result.bits,
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "resumed_layers": result.resumed,
+        "seconds": round(result.elapsed_s, 1),
+        "layers": [asdict(losses) for losses in result.layers],
+    }
+    print(json.dumps(report))
+    return 0
+
+
+@contextmanager
+def _saying_how_to_go_on(out: Path, console: Console) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (out / WORK_AREA).is_dir():
+            console.print(f"interrupted; the same command goes on in {clean_line(str(out))}", soft_wrap=True)
+        raise
+
+
+def _show(event: QuantizeProgress, shown: Bar, method: str) -> None:
+    words = f"{method}: {event.doing}"
+    if event.losses is not None:
+        words += f", loss {event.losses.mean:.2g}"
+        if event.losses.alphas:
+            words += f" (rtn {event.losses.plain_mean:.2g})"
+    shown.describe(words)
+    # Layers that an earlier run finished took this one no time: scaled so that the time left is right.
+    elapsed_s = event.elapsed_s * event.done / event.fresh if event.fresh else None
+    shown.update(event.done, event.total, elapsed_s)
+
+
+def _losses_table(result: QuantizeResult) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("linears", no_wrap=True)
+    searched = result.method == "awq"
+    for heading in ("rtn", "awq", "worst layer") if searched else ("rtn", "worst layer"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group, name in _READS.items():
+        values = [layer.losses[group] for layer in result.layers]
+        plain = [layer.plain[group] for layer in result.layers]
+        worst = max(range(len(values)), key=values.__getitem__)
+        row = [f"{sum(plain) / len(plain):.2e}"]
+        if searched:
+            row.append(f"{sum(values) / len(values):.2e}")
+        table.add_row(name, *row, f"{values[worst]:.2e} (layer {worst + 1})")
+    return table
