@@ -13,7 +13,7 @@ from torch import Tensor
 
 from duolocal.engine import engine as engine_module
 from duolocal.engine.engine import Cancelled, Engine
-from duolocal.errors import ContextOverflowError, DuoLocalError
+from duolocal.errors import ContextOverflowError, DuoLocalError, TokenizerError
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
 from duolocal.sampling import Sampling
@@ -240,3 +240,20 @@ def test_a_context_that_does_not_fit_names_numbers_and_what_fits(
     suggested = int(text.split("--context ")[1].split("K")[0]) * 1024
     engine = Engine.load(str(tmp_path), context=suggested, kv="16", heads="all")
     assert engine.memory().cache.total < 2**30
+
+
+@pytest.mark.parametrize("wrong", [-1, 320])
+def test_a_token_that_the_model_has_not_is_refused_before_any_work(wrong: int) -> None:
+    """A tokenizer of another model must not make a kernel read past the embedding."""
+    engine = make_engine()
+    message = f"token {wrong} is not one of the model's 320: its tokenizer belongs to another model"
+    for use in (
+        lambda tokens: list(engine.prefill(tokens)),
+        lambda tokens: list(engine.generate(tokens, GREEDY)),
+        engine.logits,
+        engine.step,
+    ):
+        with pytest.raises(TokenizerError, match=message):
+            use([*ids(100), wrong])
+    assert engine.position == 0
+    assert len(engine.logits([0, 319])) == 2

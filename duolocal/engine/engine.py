@@ -21,7 +21,7 @@ from duolocal.engine.kernels import arrangement, choose_kernels, undecoded_note
 from duolocal.engine.kv_choice import choose_kv
 from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
 from duolocal.engine.place import device_named, dtype_named
-from duolocal.errors import ContextOverflowError, SettingsError
+from duolocal.errors import ContextOverflowError, SettingsError, TokenizerError
 from duolocal.heads import HeadPlan, choose_heads
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource, open_model
@@ -322,6 +322,7 @@ class Engine:
 
         What prefill and decode are made of; raises Cancelled between layers after `cancel`.
         """
+        self._check_ids(token_ids)
         start, device = self.position, self.transformer.device
         return self.append(
             token_ids,
@@ -376,7 +377,17 @@ class Engine:
         self.cache.reset()
         self.token_ids.clear()
 
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        # A kernel would read past the embedding.
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.config.vocab_size:
+            wrong = next(token for token in token_ids if not 0 <= token < self.config.vocab_size)
+            raise TokenizerError(
+                f"token {wrong} is not one of the model's {self.config.vocab_size:,}: its tokenizer belongs to another "
+                "model; download the whole model again"
+            )
+
     def _check_fits(self, token_ids: Sequence[int]) -> None:
+        self._check_ids(token_ids)
         if self.position + len(token_ids) > self.context:
             raise ContextOverflowError(
                 f"{len(token_ids):,} tokens do not fit: {self.position:,} of {self.context:,} are in use, "
