@@ -1,7 +1,6 @@
 """The native format: exact for every kind of weight, opened like any model, refused where it was not written so."""
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,6 @@ from duolocal.quant.weight import Weight
 from duolocal.tokenizer import load_tokenizer
 from tests.loading import LINEARS, loaded_state
 from tests.model_files import random_awq, write_gguf
-from tests.test_loader_fuzz import counts, damaged, outcome
 from tests.tiny import ARCHITECTURES, ROPE_SCALINGS, Architecture, huggingface_model, save_checkpoint, tiny_config
 from tests.tokenizer_files import LLAMA3_SPLIT, byte_level
 
@@ -247,28 +245,6 @@ def test_what_was_not_written_so_is_refused_in_one_line(tmp_path: Path, edit: Ca
         open_model(tmp_path / "native")
     text = str(caught.value)
     assert said in text and "\n" not in text and len(text) < 700
-
-
-@pytest.mark.parametrize("arrangement", ["rows", "planes"])
-def test_damaged_files_are_refused_or_load_whole(tmp_path: Path, arrangement: str) -> None:
-    gguf = tmp_path / "a.gguf"
-    write_gguf(gguf, huggingface_model("llama", vocab_size=33), "llama", kind=GGMLType.Q4_1)
-    whole = tmp_path / "whole"
-    convert(open_model(gguf), whole, arrangement)
-    assert outcome(whole) == "loaded"
-    rng = random.Random(7)
-    results = []
-    for number in range(80):
-        folder = tmp_path / str(number)
-        shutil.copytree(whole, folder)
-        name = rng.choice(("config.json", "model.safetensors", "gguf_metadata.json"))
-        content = (folder / name).read_bytes()
-        head = min(len(content), 12_000) if name == "model.safetensors" else len(content)
-        (folder / name).write_bytes(damaged(content, rng, head=head))
-        results.append(outcome(folder))
-        shutil.rmtree(folder)
-    loaded, refused = counts(results)
-    assert refused > 40 and loaded + refused == 80  # room in the header and names are of no importance
 
 
 def test_nothing_is_left_where_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
