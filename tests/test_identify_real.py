@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from duolocal.errors import SettingsError
+from duolocal.heads import shipped_pattern
 from duolocal.identify import IdentifyResult, agreement, identify
 from duolocal.identify.text import PasskeyShape, PasskeyTexts
 from duolocal.models.loader import ModelSource, open_model
@@ -55,6 +56,22 @@ def test_echo_and_copy_agree_far_above_chance(smollm2_path: Path) -> None:
     assert agreement(echo.scores, copied.scores, secondary_b=copied.secondary).overlap > 0.7
 
 
+def test_drift_and_attribution_agree_with_the_pattern_that_ships(
+    smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("duolocal.identify.run.ATTRIBUTION_TEXTS", 1)
+    source = open_model(smollm2_path)
+    shipped = shipped_pattern(source.fingerprint)
+    assert shipped is not None and shipped.method == "attribution"
+    drift = result(source, method="drift", num_tokens=800)
+    attribution = result(source, method="attribution", num_tokens=800)
+    # Rank correlations: 0 ± 0.11 by chance. The pattern was made with 5 texts of 3,072 tokens.
+    assert agreement(drift.scores, shipped.scores).spearman > 0.45
+    assert agreement(attribution.scores, shipped.scores).spearman > 0.45
+    assert attribution.details["kl_at_answers"] > attribution.details["kl_at_text"] > 0
+    assert drift.scores != attribution.scores
+
+
 def test_distill_goes_on_from_its_file(smollm2_path: Path, tmp_path: Path) -> None:
     source, file = open_model(smollm2_path), tmp_path / "heads.state.json"
     settings = {"method": "distill", "num_tokens": 520, "steps": 2, "state_file": file, **SMALL}
@@ -90,6 +107,7 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(smollm2_path: Path
         ({"method": "copy", "num_tokens": 9000}, "this model reaches 8,192: use fewer"),
         ({"method": "copy", "num_tokens": 100}, "leave no room"),
         ({"method": "distill", "num_tokens": 100}, "leave no room"),
+        ({"method": "drift", "num_tokens": 700}, "drift needs 726 tokens or more with this window, not 700: use more"),
         ({"method": "echo", "recent_size": 0}, "recent_size is 0"),
     ):
         with pytest.raises(SettingsError, match=message):
