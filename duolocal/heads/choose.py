@@ -25,7 +25,7 @@ from duolocal.heads.plan import HeadPlan, uniform_plan
 from duolocal.heads.published import read_published, write_published
 from duolocal.paths import cache_folder
 
-# Where nothing is measured for a model: what was measured for SmolLM2, and careful (docs/head-pattern.md).
+# Where nothing is measured for a model: careful: SmolLM2 is served by a half (docs/quality.md).
 UNMEASURED_RATIO = 2 / 3
 PUBLISHED = "published"
 RANDOM = "random"  # a ranking by chance: what a method has to beat
