@@ -292,7 +292,9 @@ def test_sections_that_no_longer_fit_are_left_out(tmp_path: Path) -> None:
 
 def test_partial_results_are_on_disk_when_the_suite_itself_is_killed(tmp_path: Path) -> None:
     program = (
-        "import time; from pathlib import Path; from duolocal.bench.gpu.suite import *\n"
+        "import signal, time; from pathlib import Path; from duolocal.bench.gpu.suite import *\n"
+        # Where the tests themselves run in the background, Ctrl-C is ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"files = suite_files(Path({str(tmp_path)!r}), 'x', 'd')\n"
         "run_suite([Section('a', 'hang', 'tests.gpu_sections:hang', 1, 90)], files, device='x',"
         " deadline=time.monotonic() + 100, torch_device='cpu', sizes='tiny')\n"
