@@ -137,7 +137,7 @@ def test_a_crashing_child_is_one_line_with_the_end_of_its_stderr(tmp_path: Path,
     with pytest.raises(DuoLocalError) as raised:
         measure([spec(log, "ours", DUOLOCAL), spec(log, "llama.cpp fa f16", LLAMA_CPP, crash=moment)], [32])
     assert str(raised.value) == (
-        "llama.cpp fa f16 ended with exit code 7: warming up | CUDA error: out of\tpaper | "
+        "llama.cpp fa f16 ended with exit code 7: warming up | CUDA error: out of paper | "
         "assertion failed: tokens <= paper"
     )
 
