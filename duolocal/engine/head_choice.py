@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 WINDOW = DEFAULT_SINK_SIZE + DEFAULT_RECENT_SIZE  # tokens
 # Echo looks from one copy of random tokens back into the other, past a whole window: two copies have to fit.
 LEAST_POSITIONS = 2 * (WINDOW + 2)
-DRIFT_POSITIONS = 4096
+DRIFT_POSITIONS = 4096  # tokens of drift's texts, as in duolocal.identify, which is not imported until it is needed
 
 
 def can_rank(source: ModelSource, context: int) -> bool:
