@@ -16,6 +16,7 @@
 #endif
 #define KC 256   // depth of a panel: input features; a multiple of every block size
 #define SLICE 1024  // input features decoded at a time for few rows
+#define AWQ_MOST (16 * AWQ_CHANNELS)  // output features that are one item of work
 
 typedef struct {
   const float *x;         // [num_rows, cols]
@@ -191,21 +192,26 @@ static void linear_few_rows(const linear_args *a, int64_t which, int64_t first, 
   }
 }
 
-// Channels of AWQ_CHANNELS / 8 words for a few rows of x.
-static void linear_awq(const linear_args *a, int64_t which, int64_t word) {
-  const matrix *w = &a->w[which];
-  for (int64_t i = 0; i < a->num_rows; i++) {
-    float y[AWQ_CHANNELS];
-    awq_dot(w, word, a->x + i * w->cols, y);
-    for (int64_t j = 0; j < AWQ_CHANNELS && 8 * word + j < w->rows; j++)
-      a->y[which][i * w->rows + 8 * word + j] = y[j] + start_value(a, which, i, 8 * word + j);
-  }
+// Output features first .. last - 1 of an AWQ matrix for one row of x.
+static void linear_awq(const linear_args *a, int64_t which, int64_t first, int64_t last) {
+  float y[AWQ_MOST];
+  awq_dot(&a->w[which], first, last - first, a->x, y);
+  for (int64_t out = first; out < last; out++) a->y[which][out] = y[out - first] + start_value(a, which, 0, out);
+}
+
+// Whether W is decoded panel by panel.
+INLINE int by_panels(const linear_args *a, const matrix *w) {
+  return a->num_rows > FEW_ROWS || (w->format == AWQ && a->num_rows > 1);
 }
 
 // Rows of W that are one item of work.
 INLINE int64_t rows_per_item(const linear_args *a, const matrix *w, int64_t threads) {
-  if (a->num_rows > FEW_ROWS) return NR;
-  if (w->format == AWQ) return AWQ_CHANNELS;
+  if (by_panels(a, w)) return NR;
+  if (w->format == AWQ) {
+    // Its rows are input features: the wider an item, the longer the runs of memory that it reads.
+    int64_t rows = w->rows / threads / AWQ_CHANNELS * AWQ_CHANNELS;
+    return rows < AWQ_CHANNELS ? AWQ_CHANNELS : rows > AWQ_MOST ? AWQ_MOST : rows;
+  }
   int64_t rows = w->rows / (4 * threads) / 8 * 8;
   return rows < 16 ? 16 : rows > 512 ? 512 : rows;
 }
@@ -224,8 +230,8 @@ static void run_linear(const void *args, pool *p, int64_t thread) {
     const matrix *w = &a->w[which];
     int64_t per_item = rows_per_item(a, w, p->num_threads), first = item * per_item;
     int64_t last = first + per_item < w->rows ? first + per_item : w->rows;
-    if (a->num_rows > FEW_ROWS) linear_panel(a, which, first);
-    else if (w->format == AWQ) linear_awq(a, which, first / 8);
+    if (by_panels(a, w)) linear_panel(a, which, first);
+    else if (w->format == AWQ) linear_awq(a, which, first, last);
     else if (a->num_rows == 1) linear_one_row(a, which, first, last);
     else linear_few_rows(a, which, first, last);
   }

@@ -245,70 +245,98 @@ static void decode_row(const matrix *w, int64_t row, int64_t first, int64_t coun
   for (int64_t col = units * UNIT; col < count; col++) out[col] = dense_at(w, data, first + col);
 }
 
-// AWQ: the i-th nibble of an int32, from below, holds this output channel of its eight.
-static const int awq_channel[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-#define AWQ_CHANNELS (8 * LANES)  // output channels that LANES packed words hold
+// AWQ: nibbles 0 ... 7 of an int32, from below, hold output channels 0, 2, 4, 6, 1, 3, 5, 7 of its eight.
+#define AWQ_WORDS (LANES / 8)  // packed words that hold LANES output channels
+#define AWQ_STRIP 8            // vectors of channels whose sums stay in registers
+#define AWQ_CHANNELS (AWQ_STRIP * LANES)
+#define AWQ_AHEAD 64           // input features between what is prefetched and what is read
 
-// LANES words from word `at` of the row `words`, of which `count` are there.
-INLINE vi awq_words(const int32_t *words, int64_t at, int64_t count) {
-  if (at + LANES <= count) return *(const vi_u *)(words + at);
-  vi w = {0};
-  for (int64_t i = 0; at + i < count; i++) w[i] = words[at + i];
-  return w;
+// The codes of LANES channels, in order, from AWQ_WORDS words; of `there` words if these are fewer, then zeros.
+INLINE vf awq_codes(const int32_t *words, int64_t there) {
+  int32_t some[AWQ_WORDS] = {0};
+  if (there < AWQ_WORDS) {
+    for (int64_t i = 0; i < there; i++) some[i] = words[i];
+    words = some;
+  }
+#if LANES == 16
+  const vf steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vu bit = {0, 16, 4, 20, 8, 24, 12, 28, 0, 16, 4, 20, 8, 24, 12, 28};
+  typedef uint32_t pair __attribute__((vector_size(8)));
+  typedef pair pair_u __attribute__((aligned(4)));
+  pair p = *(const pair_u *)words;
+  vu spread = __builtin_shufflevector(p, p, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  return (vf)__builtin_ia32_permvarsf512(steps, (vi)(spread >> bit));  // the permutation reads the lowest four bits
+#else
+  const vu bit = {0, 16, 4, 20, 8, 24, 12, 28};
+  vu spread = (vu){0} + (uint32_t)*words;
+  return __builtin_convertvector((vi)(spread >> bit) & 15, vf);
+#endif
 }
 
-// Scales and zeros of one group: lane c of vector i is channel 8c + awq_channel[i] of the words from `word` on.
-INLINE void awq_group(const matrix *w, int64_t group, int64_t word, vf *scale, vf *zero) {
-  int64_t words = w->rows / 8;
-  vi z = awq_words((const int32_t *)w->zeros + group * words, word, words);
-  const uint8_t *scales = w->scales + 2 * group * w->rows;
-  for (int i = 0; i < 8; i++) {
-    zero[i] = __builtin_convertvector((vi)((vu)z >> (4 * i)) & 15, vf);
-    for (int c = 0; c < LANES; c++) {
-      int64_t channel = 8 * (word + c) + awq_channel[i];
-      scale[i][c] = channel < w->rows ? half_at(scales + 2 * channel) : 0.0f;
-    }
+// Scales of the same channels.
+INLINE vf awq_scales(const uint8_t *scales, int64_t there) {
+  if (there >= AWQ_WORDS) return from_half(*(const vhf_u *)scales);
+  vf some = {0};
+  for (int64_t i = 0; i < 8 * there; i++) some[i] = half_at(scales + 2 * i);
+  return some;
+}
+
+// y [vectors * LANES] += channels of one group times x [w->group], whose sum is x_sum. words, zeros and scales begin at
+// the first channel; `vectors` is a constant wherever this is inlined, so that the sums stay in registers.
+INLINE void awq_strip(int vectors, int64_t there, const matrix *w, const int32_t *words, const int32_t *zeros,
+                      const uint8_t *scales, const float *x, float x_sum, float *y) {
+  vf acc[AWQ_STRIP] = {0};
+  int64_t stride = w->rows / 8;
+  for (int64_t k = 0; k < w->group; k++, words += stride) {
+    vf xk = splat(x[k]);
+    __builtin_prefetch(words + AWQ_AHEAD * stride);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < vectors; i++) acc[i] += awq_codes(words + i * AWQ_WORDS, there) * xk;
+  }
+  for (int i = 0; i < vectors; i++) {
+    vf offset = awq_codes(zeros + i * AWQ_WORDS, there) * x_sum;
+    store(y + i * LANES, load(y + i * LANES) + (acc[i] - offset) * awq_scales(scales + 2 * i * LANES, there));
   }
 }
 
-// y[0 .. AWQ_CHANNELS - 1] = the channels of the words from `word` on, times x [cols].
-static void awq_dot(const matrix *w, int64_t word, const float *x, float *y) {
-  int64_t words = w->rows / 8;
-  vf total[8] = {0};
-  for (int64_t first = 0, group = 0; first < w->cols; first += w->group, group++) {
-    vf scale[8], zero[8], acc[8] = {0};
+// y [count, rounded up to LANES] = output channels first .. first + count - 1, a multiple of 8, times x [cols].
+static void awq_dot(const matrix *w, int64_t first, int64_t count, const float *x, float *y) {
+  int64_t row = w->rows / 8, words = count / 8;
+  for (int64_t i = 0; i < count; i += LANES) store(y + i, splat(0));
+  for (int64_t group = 0; group < w->cols / w->group; group++, x += w->group) {
+    const int32_t *q = (const int32_t *)w->data + group * w->group * row + first / 8;
+    const int32_t *z = (const int32_t *)w->zeros + group * row + first / 8;
+    const uint8_t *scales = w->scales + 2 * (group * w->rows + first);
     float x_sum = 0;
-    for (int64_t k = first; k < first + w->group; k++) {
-      vi q = awq_words((const int32_t *)w->data + k * words, word, words);
-      for (int i = 0; i < 8; i++) acc[i] += __builtin_convertvector((vi)((vu)q >> (4 * i)) & 15, vf) * x[k];
-      x_sum += x[k];
-    }
-    awq_group(w, group, word, scale, zero);
-    for (int i = 0; i < 8; i++) total[i] += (acc[i] - zero[i] * x_sum) * scale[i];
+    for (int64_t k = 0; k < w->group; k++) x_sum += x[k];
+    int64_t at = 0;
+#define STRIPS(vectors)                                                                                            \
+  for (; at + (vectors) * AWQ_WORDS <= words; at += (vectors) * AWQ_WORDS)                                         \
+    awq_strip(vectors, AWQ_WORDS, w, q + at, z + at, scales + 16 * at, x, x_sum, y + 8 * at);
+    STRIPS(AWQ_STRIP)
+    STRIPS(4)
+    STRIPS(1)
+#undef STRIPS
+    if (at < words) awq_strip(1, words - at, w, q + at, z + at, scales + 16 * at, x, x_sum, y + 8 * at);
   }
-  for (int i = 0; i < 8; i++)
-    for (int c = 0; c < LANES; c++) y[8 * c + awq_channel[i]] = total[i][c];
 }
 
-// out[k][0 .. channels - 1] for input features first .. first + count - 1, the channels from 8 * word on; rows of
-// `out` are `stride` floats apart; `channels` is a multiple of 8.
+// out[k][0 .. channels - 1] for input features first .. first + count - 1, the channels from 8 * word on, 0 beyond the
+// last; rows of `out` are `stride` floats apart; `channels` is a multiple of LANES.
 static void awq_decode(const matrix *w, int64_t word, int64_t channels, int64_t first, int64_t count, float *out,
                        int64_t stride) {
   int64_t words = w->rows / 8;
-  for (int64_t k = first; k < first + count; k++, out += stride) {
-    const int32_t *data = (const int32_t *)w->data + k * words, *zeros = (const int32_t *)w->zeros + k / w->group * words;
-    const uint8_t *scales = w->scales + 2 * (k / w->group) * w->rows;
-    for (int64_t c = 0; c < channels / 8; c++) {
-      if (word + c >= words) {
-        for (int i = 0; i < 8; i++) out[8 * c + i] = 0.0f;
-        continue;
+  for (int64_t c = 0; c < channels; c += LANES) {
+    int64_t at = word + c / 8, there = words - at;
+    vf scale = {0}, zero = {0};
+    for (int64_t k = 0; k < count; k++) {
+      int64_t group = (first + k) / w->group;
+      if (k == 0 || (first + k) % w->group == 0) {
+        zero = awq_codes((const int32_t *)w->zeros + group * words + at, there);
+        scale = awq_scales(w->scales + 2 * (group * w->rows + 8 * at), there);
       }
-      uint32_t q = (uint32_t)data[word + c], z = (uint32_t)zeros[word + c];
-      for (int i = 0; i < 8; i++) {
-        int j = awq_channel[i];
-        float code = (float)((int)(q >> 4 * i & 15) - (int)(z >> 4 * i & 15));
-        out[8 * c + j] = code * half_at(scales + 2 * (8 * (word + c) + j));
-      }
+      vf codes = awq_codes((const int32_t *)w->data + (first + k) * words + at, there);
+      store(out + k * stride + c, (codes - zero) * scale);
     }
   }
 }
