@@ -129,7 +129,7 @@ def main() -> None:
                 "perplexity_rise": math.expm1(sum(rise[ratio, kind]) / len(windows)),
                 "predictions": len(windows) * (options.context - 1),
             }
-            print(json.dumps(figures), flush=True)  # noqa: T201
+            print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

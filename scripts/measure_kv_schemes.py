@@ -115,7 +115,7 @@ def main() -> None:
             log_probs = _log_probs(transformer, caches[scheme.name], ids, chunk)
             reference = log_probs if reference is None else reference
             tallies[scheme.name].add(log_probs, reference, ids[chunk.start + 1 : chunk.stop + 1])
-        print(f"{chunk.stop} of {len(ids)} tokens", flush=True)  # noqa: T201
+        print(f"{chunk.stop} of {len(ids)} tokens", flush=True)
     base = tallies[candidates[0].name].perplexity
     rows = []
     for scheme in candidates:
@@ -130,11 +130,11 @@ def main() -> None:
                 "top1_agreement": tally.agreed / tally.count,
             }
         )
-        print(  # noqa: T201
+        print(
             f"| {scheme.name} | {scheme.bits:g} | {tally.kl / tally.count:.5f} | {tally.perplexity:.3f} "
             f"| {tally.perplexity / base - 1:+.2%} | {tally.agreed / tally.count:.2%} |"
         )
-    print(json.dumps({"model": arguments.model, "tokens": len(ids), "rows": rows}))  # noqa: T201
+    print(json.dumps({"model": arguments.model, "tokens": len(ids), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
     # Without the web fonts that Rich's template names: a picture of ours loads nothing from elsewhere.
     template = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     console.save_svg(str(ROOT / "docs" / "chat.svg"), title="python chat.py --doc README.md", code_format=template)
-    print("\n".join(Text.from_ansi(line).plain for line in lines))  # noqa: T201
+    print("\n".join(Text.from_ansi(line).plain for line in lines))
 
 
 if __name__ == "__main__":

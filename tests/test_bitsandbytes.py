@@ -286,6 +286,10 @@ def test_rows_that_are_no_whole_blocks_stay_as_they_are(library, tmp_path: Path)
     held = sum(matrix.nbytes for matrix in loaded.transformer.weights.matrices())
     assert held == loaded.source.size_bytes - 5 * 64 * 4  # the norms
 
+    both = engine(tmp_path, "torch", weights="nf4", outer_weights="int8").notes
+    for said in ("down_proj stay F32", "as --outer-weights int8 asks"):
+        assert any(said in note for note in both)
+
 
 def test_a_context_is_refused_by_the_size_after_quantizing(library, folder: Path, monkeypatch) -> None:
     plain = open_model(folder)

@@ -121,6 +121,7 @@ class Engine:
         """
         source = model if isinstance(model, ModelSource) else open_model(resolve(model, on_progress=on_fetch))
         source = quantize_on_load(source, weights)
+        dense_note = kept_dense_note(source)
         source = quantize_outer(source, outer_weights, on_progress=on_quantize)
         where = device_named(device)
         compute = dtype_named(dtype, where)
@@ -196,7 +197,7 @@ class Engine:
             check_fits(kv=kv)
         transformer = Transformer(config, loaded, context=context, device=where, dtype=compute, kernels=chosen)
         slow_note = undecoded_note(chosen, loaded)
-        found = (rope_note, heads_note, kv_note, kernels_note, slow_note, kept_dense_note(source), outer_note(source))
+        found = (rope_note, heads_note, kv_note, kernels_note, slow_note, dense_note, outer_note(source))
         notes = [note for note in found if note]
         engine = cls.build(transformer, plan, kv=kv, chunk_size=chunk_size, source=source, notes=notes)
         if engine.cache.capturable:
