@@ -207,4 +207,17 @@ def test_a_pipe_gets_no_bar() -> None:
     output = StringIO()
     with progress.bar(Console(file=output, width=80), "reading", "tokens") as bar:
         bar.update(5, 5, 0.1)
+        bar.measuring(5, 10)
     assert output.getvalue() == ""
+
+
+def test_a_pipe_is_told_once_of_long_work_that_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_SAY_AFTER_S", -1.0)
+    output = StringIO()
+    with progress.bar(Console(file=output, width=80), "loading", "layers") as bar:
+        bar.identifying(1, 10)
+        bar.identifying(2, 10)
+        bar.measuring(3, 4)
+    first, second = output.getvalue().splitlines()
+    assert first.startswith("finding the retrieval heads, once for this model: 10%")
+    assert second.startswith("measuring KV formats, once for this model: 75%")

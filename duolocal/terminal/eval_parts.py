@@ -48,15 +48,6 @@ def load_lineup(
 ) -> Lineup:
     """Load the weights once for all choices; context: tokens of the longest cache."""
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
-
-        def measuring(done: int, total: int) -> None:
-            shown.describe("measuring KV formats, once for this model")
-            shown.update(done, total, unit="tokens")
-
-        def identifying(done: int, total: int) -> None:
-            shown.describe("ranking the heads, once for this model")
-            shown.update(done, total, unit="")
-
         return Lineup.load(
             source,
             choices,
@@ -67,8 +58,8 @@ def load_lineup(
             threads=settings.threads,
             kernels=settings.kernels,
             on_layer=shown.update,
-            on_measure=measuring,
-            on_identify=identifying,
+            on_measure=shown.measuring,
+            on_identify=shown.identifying,
             on_build=shown.compiling,
         )
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from duolocal.terminal import figures
 
 _SHOW_AFTER_S = 0.3  # what is done sooner needs no bar
+_SAY_AFTER_S = 3.0  # into a pipe, where there is no bar, longer work that comes once is said in a line
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _MIN_DESCRIPTION = 16  # columns
 _MIN_BAR, _MAX_BAR = 8, 40  # columns
@@ -97,6 +98,7 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
+        self._began_s: dict[str, float] = {}  # work that comes once, until it was said
 
     def update(self, done: int, total: int | None, elapsed_s: float | None = None, *, unit: str | None = None) -> None:
         fields: dict[str, Any] = {} if unit is None else {"unit": unit}
@@ -111,13 +113,26 @@ class Bar:
 
     def identifying(self, done: int, total: int) -> None:
         """Say that the heads of an unknown model are being ranked: the `on_identify` of a load."""
-        self.describe("finding the retrieval heads, once for this model")
-        self.update(done, total, unit="")
+        self._step("finding the retrieval heads, once for this model", done, total, unit="")
+
+    def measuring(self, done: int, total: int) -> None:
+        """Say that KV formats are being measured on an unknown model: the `on_measure` of a load."""
+        self._step("measuring KV formats, once for this model", done, total, unit="tokens")
 
     def quantizing(self, done: int, total: int) -> None:
         """Say that lm_head and embedding are being made smaller: the `on_quantize` of a load."""
-        self.describe("making lm_head and embedding smaller")
-        self.update(done, total, unit="rows")
+        self._step("making lm_head and embedding smaller", done, total, unit="rows")
+
+    def _step(self, description: str, done: int, total: int, *, unit: str) -> None:
+        self.describe(description)
+        self.update(done, total, unit=unit)
+        console = self._progress.console
+        if console.is_terminal:
+            return
+        began_s = self._began_s.setdefault(description, time.monotonic())
+        if time.monotonic() - began_s > _SAY_AFTER_S:
+            self._began_s[description] = float("inf")
+            console.print(f"{description}: {100 * done / total:.0f}% after {_SAY_AFTER_S:.0f} s", highlight=False)
 
 
 @contextmanager

@@ -40,10 +40,6 @@ def start(settings: ChatSettings, *, system: str | None, progress: Console) -> S
             source = quantize_on_load(open_model(path), settings.weights)
             tokenizer = load_tokenizer(source)
 
-        def measuring(done: int, total: int) -> None:
-            shown.describe("measuring KV formats, once for this model")
-            shown.update(done, total, unit="tokens")
-
         engine = Engine.load(
             source,
             context=settings.context or min(source.config.max_positions, DEFAULT_CONTEXT),
@@ -59,7 +55,7 @@ def start(settings: ChatSettings, *, system: str | None, progress: Console) -> S
             kernels=settings.kernels,
             outer_weights=settings.outer_weights,
             on_layer=shown.update,
-            on_measure=measuring,
+            on_measure=shown.measuring,
             on_identify=shown.identifying,
             on_build=shown.compiling,
             on_quantize=shown.quantizing,
