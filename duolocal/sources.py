@@ -1,0 +1,189 @@
+"""Sources: which passages of the context the retrieval heads looked at while an answer was written.
+
+The tokens since a snapshot (the question and its answer) are read once more against the cache as it is, which is left
+untouched, and the attention of the retrieval heads is listened to. A passage's score is
+
+    mean over the answer's tokens of  max over retrieval heads and the passage's tokens of  attention weight
+
+so 1 means that at every token some head looked at one place of this passage and nowhere else. The maximum, not the sum:
+what many heads spread thinly over a long context adds up to more than the one head that copies. Attention says where a
+model looked, not why it said what it said; docs/sources.md has how often the right passage is among the first three.
+
+Memory is bounded: one span of keys and one chunk of queries at a time, whatever the context.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duolocal.cache import DuoCache, Snapshot
+from duolocal.engine.engine import Engine
+from duolocal.kernels.attention import KEY_SPAN, block_attention, merge, window_attention
+from duolocal.kernels.blocks import decode_blocks, hadamard
+from duolocal.kernels.interface import Rotation
+
+PASSAGE_TOKENS = 64
+QUERY_CHUNK = 64  # tokens read again at a time
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Positions start … stop - 1 of the context, and how much was looked at them, 0 … 1."""
+
+    start: int
+    stop: int
+    score: float
+
+
+def passages(spans: Sequence[range], *, size: int = PASSAGE_TOKENS) -> list[range]:
+    """Cut spans of positions into passages of `size` tokens; the last of a span may be shorter."""
+    return [
+        range(start, min(start + size, span.stop)) for span in spans for start in range(span.start, span.stop, size)
+    ]
+
+
+@torch.inference_mode()
+def attended(engine: Engine, snapshot: Snapshot, spans: Sequence[range], *, num_answer: int) -> list[Passage]:
+    """Return the passages of `spans` by score, the highest first.
+
+    snapshot: a moment before the last `num_answer` tokens were generated; `engine.token_ids` since then are read
+    again, and what the queries at the last `num_answer` positions but one, and at the one before them, looked at is
+    counted: those are the positions whose next token is the answer. Nothing in the engine changes.
+    """
+    start, ids = snapshot.num_tokens, engine.token_ids
+    first = len(ids) - num_answer - 1
+    assert start <= first and num_answer > 0, (start, len(ids), num_answer)
+    cut = passages(spans)
+    if not cut:
+        return []
+    listening = _Listening(engine.cache, snapshot, cut, first=first, last=len(ids) - 1)
+    device = engine.transformer.device
+    for chunk in range(start, len(ids) - 1, QUERY_CHUNK):
+        positions = torch.arange(chunk, min(chunk + QUERY_CHUNK, len(ids) - 1), device=device)
+        token_ids = torch.tensor(ids[chunk : int(positions[-1]) + 1], dtype=torch.int64, device=device)
+        engine.transformer.hidden(token_ids, positions, listening)
+    scores = listening.best.mean(0).tolist()
+    found = [Passage(each.start, each.stop, score) for each, score in zip(cut, scores, strict=True)]
+    return sorted(found, key=lambda passage: -passage.score)
+
+
+class _Listening:
+    """A cache that reads another as it stands, keeps what is appended to itself, and listens.
+
+    The blocks of the other hold the same tokens, quantized, that are appended here once more: what a query sees, and in
+    which precision, is what it saw the first time.
+    """
+
+    rotates = recordable = capturable = False
+
+    def __init__(self, cache: DuoCache, snapshot: Snapshot, cut: Sequence[range], *, first: int, last: int) -> None:
+        self._cache = cache
+        self._ring = snapshot.ring
+        self._start = snapshot.num_tokens
+        self._first = first
+        device = cache.device
+        self.best = torch.zeros(last - first, len(cut), device=device)  # [answer tokens, passages]
+        # Passage of each position; len(cut) for positions in none.
+        self._passage = torch.full((cache.num_tokens,), len(cut), dtype=torch.int64, device=device)
+        for index, each in enumerate(cut):
+            self._passage[each.start : each.stop] = index
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+        self._rows, row = [], 0
+        for flags in cache.plan.retrieval:
+            heads = [head for head, retrieval in enumerate(flags) if retrieval]
+            self._rows.append((torch.tensor(heads, dtype=torch.int64, device=device), slice(row, row + len(heads))))
+            row += len(heads)
+
+    def append(self, layer: int, k: Tensor, v: Tensor, _rotation: Rotation | None = None) -> None:
+        """Keep k and v [q_len, num_kv_heads, head_dim] of tokens that are read again."""
+        new = (k.transpose(0, 1), v.transpose(0, 1))  # [num_kv_heads, q_len, head_dim]
+        if layer in self._own:
+            new = (torch.cat((self._own[layer][0], new[0]), dim=1), torch.cat((self._own[layer][1], new[1]), dim=1))
+        self._own[layer] = new
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor, _rotation: Rotation | None = None) -> Tensor:
+        """Attend as the cache does, and note the weights of the answer's queries."""
+        cache = self._cache
+        plan, scale = cache.plan, cache.layout.head_dim**-0.5
+        grouped = q.view(q.shape[0], plan.num_kv_heads, cache.query_group, -1).permute(1, 2, 0, 3)
+        heads, rows = self._rows[layer]
+        keys, values, key_positions = self._window(layer, int(positions[-1]) + 1)
+        recent = [cache.exact_recent if retrieval else plan.recent_size for retrieval in plan.retrieval[layer]]
+        out, lse = window_attention(
+            grouped,
+            keys,
+            values,
+            q_positions=positions,
+            k_positions=key_positions,
+            sink_size=plan.sink_size,
+            recent_sizes=torch.tensor(recent, device=q.device),
+            scale=scale,
+        )
+        if len(heads):
+            table = cache.pool.table[rows, : cache.pool.num_blocks]
+            block_out, block_lse = block_attention(
+                grouped[heads],
+                cache.pool.records,
+                table,
+                cache.layout,
+                q_positions=positions,
+                sink_size=plan.sink_size,
+                recent_size=cache.exact_recent,
+                scale=scale,
+            )
+            out[heads] = merge(out[heads], lse[heads], block_out, block_lse)
+            asked = positions >= self._first
+            if bool(asked.any()):
+                self._listen(
+                    grouped[heads][:, :, asked].float(),
+                    torch.logaddexp(lse[heads], block_lse)[:, :, asked].float(),
+                    positions[asked],
+                    self._keys(table, keys[heads], key_positions, last=int(positions[-1])),
+                )
+        return out.permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype)
+
+    def _window(self, layer: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys and values [num_kv_heads, kv_len, head_dim] as computed, and their positions, ascending."""
+        cache, start = self._cache, self._start
+        held = cache.ring.positions(start)
+        held, order = held.sort()
+        order = order[held >= 0]
+        own_k, own_v = self._own[layer]
+        k, v = self._ring[:, layer].index_select(2, order)
+        own = torch.arange(start, end, device=held.device)
+        return torch.cat((k, own_k), dim=1), torch.cat((v, own_v), dim=1), torch.cat((held[held >= 0], own))
+
+    def _keys(
+        self, table: Tensor, window: Tensor, window_positions: Tensor, *, last: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield keys [heads, n, head_dim] float32 and their positions [n], each position up to `last` once."""
+        cache = self._cache
+        layout, size = cache.layout, cache.layout.block_size
+        yield window.float(), window_positions
+        missing = torch.ones(last + 1, dtype=torch.bool, device=window.device)
+        missing[window_positions] = False
+        step = max(1, KEY_SPAN // size)
+        for block in range(0, table.shape[1], step):
+            span = torch.arange(block * size, min((block + step) * size, table.shape[1] * size), device=window.device)
+            span = span[span <= last]
+            kept = missing[span]
+            if not bool(kept.any()):
+                continue
+            records = cache.pool.records[table[:, block : block + step].reshape(-1)]
+            keys = decode_blocks(records, layout, "key", dtype=torch.float32)
+            keys = (hadamard(keys) if layout.key.rotate else keys).view(table.shape[0], -1, layout.head_dim)
+            yield keys[:, : len(span)][:, kept], span[kept]
+
+    def _listen(self, q: Tensor, lse: Tensor, positions: Tensor, spans: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Note the weights of q [heads, group, n, head_dim] with log-sum-exps [heads, group, n] at `positions` [n]."""
+        rows = positions - self._first
+        nowhere = self.best.new_zeros(len(rows), 1)
+        for keys, key_positions in spans:
+            scores = torch.einsum("hgqd,hkd->hgqk", q, keys) * self._cache.layout.head_dim**-0.5
+            weights = (scores - lse[..., None]).exp_().amax((0, 1))  # [n, keys]
+            weights.masked_fill_(key_positions > positions[:, None], 0.0)
+            index = self._passage[key_positions].expand_as(weights)
+            best = torch.cat((self.best[rows], nowhere), dim=1).scatter_reduce(1, index, weights, "amax")
+            self.best[rows] = best[:, :-1]
