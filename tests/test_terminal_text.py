@@ -214,7 +214,7 @@ def test_a_pipe_gets_no_bar() -> None:
 def test_a_pipe_is_told_once_of_long_work_that_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_SAY_AFTER_S", -1.0)
     output = StringIO()
-    with progress.bar(Console(file=output, width=80), "loading", "layers") as bar:
+    with progress.bar(Console(file=output, width=80, quiet=True), "loading", "layers") as bar:
         bar.identifying(1, 10)
         bar.identifying(2, 10)
         bar.measuring(3, 4)

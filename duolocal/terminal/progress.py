@@ -132,7 +132,9 @@ class Bar:
         began_s = self._began_s.setdefault(description, time.monotonic())
         if time.monotonic() - began_s > _SAY_AFTER_S:
             self._began_s[description] = float("inf")
+            quiet, console.quiet = console.quiet, False  # it is, where bars would be in the way
             console.print(f"{description}: {100 * done / total:.0f}% after {_SAY_AFTER_S:.0f} s", highlight=False)
+            console.quiet = quiet
 
 
 @contextmanager
