@@ -66,7 +66,7 @@ $(VENV)/.torch: $(VENV)/.python scripts/install-torch
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(PY) -m pip install --quiet -e .
+	$(PY) -m pip install --quiet -e ".[documents]"
 	@touch $@
 
 $(VENV)/.developed: $(VENV)/.installed

@@ -1,7 +1,7 @@
 """The command line: `duolocal chat`, `models`, `bench`, `heads`… Parses, dispatches, turns errors into one line.
 
 Loads neither torch nor a model before a command needs them, so that `--help` is quick.
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 an answer that is not complete, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not complete (an answer, or some of the inputs), 130 interrupted.
 """
 
 import argparse
@@ -19,10 +19,19 @@ from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.settings import DTYPES, ChatSettings, parse_threads, parse_tokens
 from duolocal.startup import without_collection
 from duolocal.terminal.bench_options import add_bench_parsers, run_bench
+from duolocal.terminal.docs_options import add_docs_parsers, run_docs
 from duolocal.terminal.eval_options import add_eval_parsers, run_eval
 from duolocal.terminal.heads_options import add_heads_parsers, run_heads
 from duolocal.terminal.models_options import add_convert_parser, run_convert
 from duolocal.terminal.quantize_options import add_quantize_parser, run_quantize
+from duolocal.terminal.sessions_options import (
+    add_session_options,
+    add_sessions_parsers,
+    make_keeper,
+    run_sessions,
+    settings_of_session,
+)
+from duolocal.terminal.summarize_options import add_summarize_parser, run_summarize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,6 +108,10 @@ def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]
     what = heads.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
     parsers |= {"heads": heads, **add_heads_parsers(what, add_model=_add_model, add_machine=_add_machine_options)}
 
+    sessions = commands.add_parser("sessions", help="list, show or remove saved contexts", allow_abbrev=False)
+    what = sessions.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
+    parsers |= {"sessions": sessions, **add_sessions_parsers(what)}
+
     evaluate = commands.add_parser(
         "eval", help="measure what a smaller KV cache costs, beside the dense model", allow_abbrev=False
     )
@@ -106,8 +119,15 @@ def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]
     evaluations = add_eval_parsers(what, _add_model_options, add_model=_add_model, add_machine=_add_machine_options)
     parsers |= {"eval": evaluate, **evaluations}
 
+    docs = commands.add_parser("docs", help="what documents would take of the context", allow_abbrev=False)
+    what = docs.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
+    parsers |= {"docs": docs, **add_docs_parsers(what, add_model=_add_model)}
+
     quantize = add_quantize_parser(commands, add_machine=_add_machine_options)
     parsers["quantize"] = quantize
+    parsers["summarize"] = add_summarize_parser(
+        commands, add_model_options=_add_model_options, add_compute_options=_add_compute_options
+    )
     return parser, parsers
 
 
@@ -185,7 +205,7 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="documents to load: text, Markdown, code",
+        help="documents to load: files of many formats, folders, zip archives, patterns such as 'docs/*.md'",
     )
     group.add_argument("--system", metavar="TEXT", help="a system message")
     group.add_argument(
@@ -194,6 +214,7 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
         help="answer this once and exit; piped stdin is then a document named stdin, and without --prompt the question",
     )
     group.add_argument("--json", action="store_true", help="print the one answer as JSON, with counts and timings")
+    add_session_options(parser)
     _add_model_options(parser)
     _add_compute_options(parser)
     sampling = parser.add_argument_group("sampling")
@@ -256,12 +277,19 @@ def _run(argv: list[str], program: str) -> int:
         return run_bench(options, _settings(options), _console(), _progress_console())
     if options.command == "heads":
         return run_heads(options, _console(), _progress_console())
+    if options.command == "sessions":
+        return run_sessions(options, _console())
     if name == "kv measure":
         return _kv_measure(options)
+    if options.command == "docs":
+        return run_docs(options, _console(), _progress_console())
     if options.command == "eval":
         return run_eval(options, _console(), _progress_console())
     if name == "quantize":
         return run_quantize(options, _console(), _progress_console())
+    if name == "summarize":
+        progress = _progress_console()
+        return run_summarize(options, _settings(options), _console(), progress, starting=_import_notice(progress))
     return _models(options)
 
 
@@ -374,15 +402,23 @@ def _progress_console(*, no_color: bool = False) -> "Console":
 def _chat(options: argparse.Namespace, program: str) -> int:
     # All that can be refused is refused before the model is loaded.
     settings = _settings(options)
-    from duolocal.documents import load_document
+    from duolocal.documents.loading import summary
+    from duolocal.terminal.docs_load import load_paths
 
-    documents = [load_document(path) for path in options.doc]
+    progress = _progress_console(no_color=options.no_color)
+    loaded = load_paths(options.doc, progress)
+    documents, left_out = list(loaded.documents), summary(loaded.skipped)
     question, piped = _question(options)
     if piped is not None:
         documents.append(piped)
-    progress = _progress_console(no_color=options.no_color)
+    if left_out and question is not None:
+        print(f"duolocal: {_one_line(left_out)}", file=sys.stderr)
+    settings, taken = settings_of_session(options, settings)
     with _import_notice(progress), without_collection():
         sampling = _sampling(options)
+        keeper = make_keeper(options, settings, private=piped is not None)
+        keeper.notes += [taken] if taken else []
+        from duolocal.terminal.sessions_chat import begin_or_open, extra_of, follow, not_yet_read
         from duolocal.terminal.start import start
 
         if question is None:
@@ -390,7 +426,15 @@ def _chat(options: argparse.Namespace, program: str) -> int:
         else:
             from duolocal.terminal.once import answer_once
     started = start(settings, system=options.system, progress=progress)
+    started.session.keeper = keeper
+    files: dict[str, Document] = {}
+    keeper.extra = lambda: extra_of(files)
+    if options.session is not None:
+        files |= begin_or_open(keeper, started.session, options.session, system=options.system)
+        documents, known = not_yet_read(started.session, documents)
+        keeper.notes += [f"{name} is in the context already" for name in known]
     if question is not None:
+        files |= {document.name: document for document in documents}
         return answer_once(
             started.session,
             started.facts,
@@ -399,6 +443,7 @@ def _chat(options: argparse.Namespace, program: str) -> int:
             documents=documents,
             as_json=options.json,
             progress=progress,
+            keeper=keeper,
         )
     chat = Chat(
         _console(no_color=options.no_color),
@@ -408,8 +453,13 @@ def _chat(options: argparse.Namespace, program: str) -> int:
         sampling,
         program=program,
         history_file=history_file(),
+        keeper=keeper,
+        files=files,
     )
-    return chat.run(documents)
+    if options.session is not None:
+        follow(chat)
+    keeper.extra = lambda: extra_of(chat.files)
+    return chat.run(documents, left_out=left_out)
 
 
 def _import_notice(progress: "Console") -> Any:

@@ -70,5 +70,13 @@ class DocumentError(DuoLocalError):
     """A document that cannot be read as text."""
 
 
+class SummaryFileError(DuoLocalError):
+    """A file of summaries that cannot be written, or that is damaged."""
+
+
 class KernelError(DuoLocalError):
     """Compiled kernels that cannot be built or run on this machine."""
+
+
+class SessionError(DuoLocalError):
+    """A saved context that cannot be opened, does not belong to this model and settings, or cannot be written."""

@@ -12,3 +12,13 @@ def cache_folder() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("duolocal", appauthor=False)
+
+
+def sessions_folder(chosen: str | None = None) -> Path:
+    """Return the folder for saved contexts: `chosen`, $DUOLOCAL_SESSIONS, or one in the user's data folder."""
+    chosen = chosen or os.environ.get("DUOLOCAL_SESSIONS")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    import platformdirs
+
+    return platformdirs.user_data_path("duolocal", appauthor=False) / "sessions"

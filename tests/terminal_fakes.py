@@ -120,14 +120,18 @@ class FakeSession:
         reason: Literal["loaded", "cancelled"] = "loaded" if done == total else "cancelled"
         yield Finished(reason, done, 0, 0.2, 0.0)
 
-    def undo(self) -> bool:
-        if not self.items:
-            return False
-        if self.items[-1].kind == "assistant":
+    def undo(self, count: int = 1) -> bool:
+        for _ in range(count):
+            if not self.items:
+                return False
+            if self.items[-1].kind == "assistant":
+                self._pop()
+                del self.messages[-2:]
             self._pop()
-            del self.messages[-2:]
-        self._pop()
         return True
+
+    def go_back(self, count: int) -> Iterator[Event] | None:
+        return iter((Finished("loaded", 0, 0, 0.0, 0.0),)) if self.undo(count) else None
 
     def reset(self) -> None:
         self.engine.position = 0

@@ -74,7 +74,8 @@ def test_piped_bytes_that_are_no_text() -> None:
     result = run("--prompt", "a", stdin=b"%PDF-1.4 ...")
     assert (result.returncode, result.stderr) == (
         1,
-        "duolocal: stdin is a PDF: convert it (for example: pdftotext stdin) and load the text\n",
+        "duolocal: stdin is a damaged PDF (Failed to load document (PDFium: Data format error).): open it "
+        "elsewhere and save it anew\n",
     )
 
 
@@ -86,7 +87,11 @@ def test_empty_stdin_is_no_question() -> None:
     ("words", "message"),
     [
         (["chta"], "unknown command 'chta': did you mean chat?"),
-        (["zzz"], "unknown command 'zzz': give one of bench, chat, eval, heads, kv, models, quantize"),
+        (
+            ["zzz"],
+            "unknown command 'zzz': give one of bench, chat, docs, eval, heads, kv, models, "
+            "quantize, sessions, summarize",
+        ),
         (["models", "fetch"], "the following arguments are required: name"),
         (["models", "fetch", "smollm2-135n"], None),
         (["bench"], "the following arguments are required: WHAT"),
@@ -248,10 +253,10 @@ def test_once_on_a_terminal_is_harmless(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_once_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    notes = Document("notes.txt", Path("notes.txt"), "one two three", "latin-1", 13)
+    notes = Document("notes.txt", Path("notes.txt"), "one two three", "latin-1", 13, notes=("not UTF-8: a guess",))
     assert once(FakeSession(), documents=[notes], as_json=True) == 0
     shown = capsys.readouterr()
-    assert "notes.txt is not UTF-8" in shown.err
+    assert "duolocal: notes.txt: not UTF-8: a guess" in shown.err
     assert json.loads(shown.out) == {
         "text": "It is **green**.",
         "finish_reason": "stop",

@@ -1,4 +1,5 @@
 import codecs
+import hashlib
 import os
 import threading
 from pathlib import Path
@@ -7,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duolocal import documents
-from duolocal.documents import decode_document, load_document
+from duolocal.documents import Document, Part, decode_document, load, load_document
 from duolocal.errors import DocumentError
 
 TEXT = "Grüße, naïve café – “quoted”\nsecond line\n"
@@ -33,21 +33,89 @@ def test_encodings_are_found(tmp_path: Path, data: bytes, encoding: str) -> None
     path = tmp_path / "a.txt"
     path.write_bytes(data)
     document = load_document(path)
-    assert (document.name, document.path) == ("a.txt", path)
+    assert (document.name, document.path, document.kind, document.parts) == ("a.txt", path, "text", ())
     assert (document.text, document.encoding, document.num_bytes) == (TEXT, encoding, len(data))
+    assert document.digest == hashlib.sha256(data).hexdigest()
     assert (document.note is None) == (encoding != "cp1252")
 
 
 def test_latin_1_is_the_last_resort() -> None:
-    document = decode_document(b"caf\xe9 \x81 la cr\xe8me", Path("a.txt"))
+    document = decode_document(b"caf\xe9 \x81 la cr\xe8me, d\xe9j\xe0 \xe0 No\xebl br\xfbl\xe9", Path("a.txt"))
     assert document.encoding == "latin-1"
-    assert document.note == ("a.txt is not UTF-8: read as latin-1; look at its accents before you rely on it")
+    assert document.note == ("a.txt: not UTF-8: read as latin-1, a guess; look at its accents before you rely on it")
 
 
 def test_a_stray_byte_does_not_spoil_utf_8() -> None:
     document = decode_document(("é" * 50).encode() + b"\xff" + "ü".encode(), Path("a.txt"))
     assert document.text == "é" * 50 + "\ufffd" + "ü"
-    assert document.note == "a.txt is not quite UTF-8: 1 times U+FFFD stands for what was unreadable"
+    assert document.num_replaced == 1
+    assert document.note == "a.txt: not quite UTF-8: 1 times U+FFFD stands for what was unreadable"
+
+
+# The beginning of the Universal Declaration of Human Rights (public domain), twice: a guess needs a few words.
+LANGUAGES = {
+    "cs": "Všichni lidé rodí se svobodní a sobě rovní co do důstojnosti a práv. Jsou nadáni rozumem a svědomím a mají "
+    "spolu jednat v duchu bratrství. Příliš žluťoučký kůň.",
+    "pl": "Wszyscy ludzie rodzą się wolni i równi pod względem swej godności i swych praw. Są oni obdarzeni rozumem i "
+    "sumieniem i powinni postępować wobec innych w duchu braterstwa. Źródło, łąka.",
+    "tr": "Bütün insanlar hür, haysiyet ve haklar bakımından eşit doğarlar. Akıl ve vicdana sahiptirler ve "
+    "birbirlerine karşı kardeşlik zihniyeti ile hareket etmelidirler.",
+    "fr": "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de "
+    "conscience et doivent agir les uns envers les autres dans un esprit de fraternité.",
+    "ru": "Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены разумом и совестью и "
+    "должны поступать в отношении друг друга в духе братства.",
+    "el": "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα. Είναι προικισμένοι με "
+    "λογική και συνείδηση.",
+    "ja": "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。"
+    "人間は、理性と良心とを授けられており、互いに同胞の精神をもって行動しなければならない。",
+    "zh": "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心,并应以兄弟关系的精神相对待。",
+    "ko": "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다. "
+    "인간은 천부적으로 이성과 양심을 부여받았다.",
+}
+
+
+@pytest.mark.parametrize(
+    ("language", "codec"),
+    [
+        ("cs", "cp1250"),
+        ("cs", "iso8859-2"),
+        ("pl", "cp1250"),
+        ("pl", "iso8859-2"),
+        ("tr", "cp1254"),
+        ("fr", "cp1252"),
+        ("ru", "cp1251"),
+        ("ru", "koi8-r"),
+        ("ru", "cp866"),
+        ("ru", "utf-16-le"),
+        ("el", "cp1253"),
+        ("ja", "shift_jis"),
+        ("ja", "euc-jp"),
+        ("ja", "iso2022_jp"),
+        ("ja", "utf-16-be"),
+        ("zh", "gb18030"),
+        ("zh", "utf-16-le"),
+        ("ko", "cp949"),
+    ],
+)
+def test_guessed_encodings_give_the_text_back_and_say_so(language: str, codec: str) -> None:
+    text = f"{LANGUAGES[language]}\nPlain words, and code: x = f(1) + 2;\n{LANGUAGES[language]}\n"
+    document = decode_document(text.encode(codec), Path("a.txt"))
+    assert document.text == text
+    if not codec.startswith("utf-16"):
+        assert f"read as {document.encoding}, a guess" in (document.note or "")
+
+
+def test_what_a_source_file_says_of_its_encoding_is_believed() -> None:
+    for name, head, codec in (
+        ("a.py", "#!/usr/bin/python\n# -*- coding: {} -*-\n", "iso8859-15"),
+        ("a.rb", "# coding: {}\n", "koi8-r"),
+        ("a.xml", '<?xml version="1.0" encoding="{}"?>\n', "cp866"),
+    ):
+        text = head.format(codec) + ("# Œuvre: 5 €\n" if codec == "iso8859-15" else "# да\n")
+        document = decode_document(text.encode(codec), Path(name))
+        assert (document.text, document.encoding, document.note) == (text, codecs.lookup(codec).name, None)
+    assert decode_document("# coding: nonsense\n# é".encode("cp1252"), Path("a.py")).text.endswith("é")
+    assert decode_document("# coding: cp1252\n# é".encode(), Path("a.py")).text.endswith("é")
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
@@ -56,12 +124,35 @@ def test_utf_8_is_read_back(text: str) -> None:
     assert decode_document(text.encode(), Path("a.txt")).text == text
 
 
+@given(st.binary(max_size=300))
+def test_any_bytes_are_text_or_refused(data: bytes) -> None:
+    document, message = None, "a.txt "
+    try:
+        document = decode_document(data, Path("a.txt"))
+    except DocumentError as error:
+        message = str(error)
+    assert message.startswith("a.txt ") and message.isprintable()
+    if document is not None:
+        assert document.text.strip() and document.num_bytes == len(data)
+        document.text.encode()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.pdf", b"%PDF-1.7\n", "{} is a PDF: convert it (for example: pdftotext {}) and load the text"),
-        ("a.docx", b"PK\x03\x04..", "{} is a Word document: save or convert it as plain text and load that"),
         ("a.zip", b"PK\x03\x04..", "{} is a zip archive: unpack it and load the text inside"),
+        ("a.odt", b"PK\x03\x04..", "{} is an OpenDocument text: save it as docx or plain text and load that"),
+        ("a.rtf", b"{\\rtf1 x}", "{} is a rich-text (RTF) file: save it as docx or plain text and load that"),
+        (
+            "a.doc",
+            b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+            "{} is an old Office file: save it in its new format (docx, xlsx, pptx) or as plain text",
+        ),
+        (
+            "a.docx",
+            b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+            "{} is locked with a password, or an old Office file: save it without one, in its new format",
+        ),
         ("a.gz", b"\x1f\x8b\x08", "{} is a gzip archive: unpack it and load the text inside"),
         ("a.gguf", b"GGUF\x03\0\0\0", "{} is a model file: choose it with --model"),
         ("a.bin", bytes(range(256)) * 4, "{} is a binary file, not text: load a text file instead"),
@@ -82,6 +173,21 @@ def test_what_is_no_text_is_refused_in_one_line(tmp_path: Path, name: str, data:
     with pytest.raises(DocumentError) as raised:
         load_document(path)
     assert str(raised.value) == message.replace("{}", str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.md", "markdown"),
+        ("a.py", "code"),
+        ("a.csv", "csv"),
+        ("a.jsonl", "json"),
+        ("Makefile", "text"),
+        ("a.unknown", "text"),
+    ],
+)
+def test_kinds_by_name(name: str, kind: str) -> None:
+    assert decode_document(b"GGUF, BZh, ID3 and Rar! are words here", Path(name)).kind == kind
 
 
 def test_missing_file_suggests_a_neighbour(tmp_path: Path) -> None:
@@ -112,8 +218,19 @@ def test_a_pipe_is_read(tmp_path: Path) -> None:
 
 
 def test_a_file_beyond_any_context_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(load, "MAX_BYTES", 2**20)
     path = tmp_path / "huge.txt"
     path.write_bytes(b"a" * (2**20 + 1))
     with pytest.raises(DocumentError, match="is larger than 1 MiB: cut it up"):
         load_document(path)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_the_part_of_a_position(lengths: list[int]) -> None:
+    starts = [sum(lengths[:at]) for at in range(len(lengths))]
+    owners = [at for at, length in enumerate(lengths) for _ in range(length)]  # by position
+    parts = tuple(Part(f"page {at}", start) for at, start in enumerate(starts))
+    document = Document("a", Path("a"), "x" * sum(lengths), "", 1, parts=parts)
+    assert [document.part_at(at) for at in range(len(owners))] == [parts[owner] for owner in owners]
+    assert document.part_at(-1) is None
+    assert Document("a", Path("a"), "x", "", 1).part_at(0) is None

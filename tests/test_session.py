@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from duolocal.engine.engine import Engine
-from duolocal.engine.session import MAX_UNDO, ChatSession, Event, Finished, Prefilled, Text
+from duolocal.engine.session import ChatSession, Event, Finished, Prefilled, Text
 from duolocal.errors import ContextOverflowError, SettingsError
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
@@ -129,18 +129,20 @@ def test_undo_takes_documents_back_and_ends(tmp_path: Path) -> None:
     assert not session.undo()
 
 
-def test_old_snapshots_are_dropped_but_the_documents_stay_reachable(tmp_path: Path) -> None:
+def test_every_turn_can_be_undone_and_the_documents_stay(tmp_path: Path) -> None:
     session = make_session(tmp_path)
     finish(session.add_document("mill.txt", DOCUMENT))
     loaded = in_context(session)
-    for turn in range(MAX_UNDO + 4):
+    for turn in range(12):
         finish(session.ask(f"Question {turn}?", GREEDY))
-    kept = [step for step in session._steps if step.snapshot is not None]
-    assert len(kept) == MAX_UNDO + 1
-    assert [session.undo() for _ in range(MAX_UNDO + 1)] == [True] * MAX_UNDO + [False]
+    assert [session.undo() for _ in range(12)] == [True] * 12
+    assert in_context(session) == loaded
+    finish(session.ask("Question?", GREEDY))
+    assert not session.undo(3)
     session.forget_conversation()
     assert in_context(session) == loaded
     assert session.documents == ["mill.txt"]
+    assert len(session.tree.turns) == 2
 
 
 def test_cancelling_a_document_leaves_no_trace(tmp_path: Path) -> None:
@@ -223,10 +225,10 @@ def test_documents_that_do_not_fit_are_refused_whole_before_any_is_read(tmp_path
     with pytest.raises(ContextOverflowError) as caught:
         session.add_documents([("a.txt", "Alpha."), ("b.txt", "word " * 600)])
     message = str(caught.value)
-    assert f"a.txt {sizes[0]:,}" in message
+    assert f"a.txt ({sizes[0]:,})" in message
     assert "the context is 512, 0 are in use and 128 are kept for a question" in message
     assert session.engine.position == 0
-    suggested = int(message.rsplit("--context ", 1)[1].removesuffix("K")) * 1024
+    suggested = int(message.rsplit("--context ", 1)[1].partition("K")[0]) * 1024
     bigger = make_session(tmp_path, context=suggested)
     assert finish(bigger.add_documents([("a.txt", "Alpha."), ("b.txt", "word " * 600)])).reason == "loaded"
 

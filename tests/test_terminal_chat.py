@@ -56,9 +56,13 @@ def test_what_is_a_command(text: str, command: tuple[str, str] | None) -> None:
         ("/load", "/load needs a path: /load FILE..."),
         ("/load 'a", 'a quote is not closed in "\'a": close it'),
         ("/undo", "there is nothing (more) to undo: /reset forgets the conversation, /reset all everything"),
-        ("/undo 2", "/undo takes nothing after it, but there is '2': leave it out"),
+        ("/undo 2", "there are not 2 turns to undo: /turns lists them"),
+        ("/undo all", "/undo takes a number of turns, not 'all': /undo 2"),
+        ("/goto", "/goto needs a turn or a line: /goto 3; /turns lists them"),
+        ("/save book", "this chat keeps no sessions: start it with `duolocal chat`"),
+        ("/open", "/open needs one name: /open NAME; `duolocal sessions list` shows what there is"),
         ("/copy", "there is no answer to copy yet"),
-        ("/save", "/save needs one file name: /save chat.md"),
+        ("/save", "/save needs one name: /save NAME keeps this chat, /save chat.md writes the transcript"),
         ("/set temprature 1", "unknown setting 'temprature': did you mean temperature?"),
         ("/set temperature warm", "temperature is 'warm': give a number such as 0.7"),
         ("/set seed x", "seed is 'x': give a whole number, or none"),
@@ -107,7 +111,7 @@ def test_load_docs_context_undo(tmp_path: Path) -> None:
     chat, output = make_chat(columns=100)
     chat.handle(f"/load {tmp_path}/a.txt '{tmp_path}/b c.txt'")
     assert shown(output).splitlines() == [
-        "b c.txt is not UTF-8: read as cp1252; look at its accents before you rely on it",
+        "b c.txt: not UTF-8: read as cp1252, a guess; look at its accents before you rely on it",
         "loaded a.txt: 4 tokens",
         "loaded b c.txt: 2 tokens",
         "994 tokens are free",
@@ -124,13 +128,21 @@ def test_load_docs_context_undo(tmp_path: Path) -> None:
     assert shown(output) == "undone: 2 tokens freed, 4 in the context"
 
 
-def test_load_takes_patterns_and_spaces(tmp_path: Path) -> None:
-    for name in ("b.md", "a.md", "c.txt", "d e.txt"):
-        (tmp_path / name).write_text("x")
-    assert commands.expand_paths(f"{tmp_path}/*.md") == [tmp_path / "a.md", tmp_path / "b.md"]
-    assert commands.expand_paths(f"{tmp_path}/d e.txt") == [tmp_path / "d e.txt"]
-    with pytest.raises(SettingsError, match=r"no file matches .*\*\.rst: check the pattern"):
-        commands.expand_paths(f"{tmp_path}/*.rst")
+def test_load_takes_patterns_folders_and_spaces(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.md", "a.md", "c.txt", "d e.txt", "sub/10.txt", "sub/9.txt", "sub/x.bin"):
+        (tmp_path / name).write_bytes(b"\0\1\2\3" if name.endswith("bin") else b"x")
+    chat, output = make_chat(columns=100)
+    chat.handle(f"/load {tmp_path}/*.md")
+    chat.handle(f"/load {tmp_path}/d e.txt")
+    shown(output)
+    chat.handle(f"/load {tmp_path}/sub")
+    assert shown(output).splitlines()[0] == (
+        "1 file or folder left out (a binary file ×1); `duolocal docs tokens PATH` lists them"
+    )
+    assert chat.session.documents == ["a.md", "b.md", "d e.txt", "sub/9.txt", "sub/10.txt"]
+    with pytest.raises(DocumentError, match=r"no file matches .*\*\.rst: check the pattern"):
+        chat.handle(f"/load {tmp_path}/*.rst")
 
 
 def test_one_bad_file_loads_nothing(tmp_path: Path) -> None:

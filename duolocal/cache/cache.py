@@ -9,6 +9,7 @@ Appending is a transaction over all layers: begin, then append and attend per la
 leaves the cache as it was before `begin`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -173,6 +174,41 @@ class DuoCache:
         self.pool.shrink(snapshot.num_tokens // self.layout.block_size)
         self.num_tokens = snapshot.num_tokens
         self._truncated_to.append(self.num_tokens)
+
+    def read_ring(self) -> Tensor:
+        """Copy the sink and recent tokens of all heads to host memory."""
+        assert self._step is None
+        return self.ring.data.to("cpu", copy=True)
+
+    def resume(
+        self,
+        ring: Tensor,
+        *,
+        num_tokens: int,
+        first_block: int,
+        columns: Iterable[Tensor] = (),
+    ) -> None:
+        """Become a context of `num_tokens` tokens that was computed before, computing nothing.
+
+        Blocks before `first_block` stay; `columns` are the others, in order, as the pool's `read` returned them, in
+        pieces of any length; `ring`: what `read_ring` returned after those tokens. Where reading `columns` raises, call
+        `reset` before anything else.
+        """
+        assert self._step is None
+        num_blocks = num_tokens // self.layout.block_size
+        assert 0 <= num_tokens <= self.context and first_block <= min(num_blocks, self.pool.num_blocks)
+        assert ring.shape == self.ring.data.shape and ring.dtype == self.dtype, (ring.shape, ring.dtype)
+        self._truncated_to.append(min(self.num_tokens, first_block * self.layout.block_size))
+        self.num_tokens = min(self.num_tokens, first_block * self.layout.block_size)
+        self.pool.shrink(first_block)
+        self.pool.grow(num_blocks)
+        at = first_block
+        for piece in columns:
+            self.pool.write(at, piece)
+            at += piece.shape[0]
+        assert at == num_blocks, (at, num_blocks)
+        self.ring.data.copy_(ring)
+        self.num_tokens = num_tokens
 
     def reset(self) -> None:
         """Forget everything."""

@@ -14,7 +14,8 @@ class BlockPool:
 
     Invariant: a record is either on the free list or in exactly one place of the table, and the first `num_blocks`
     columns of the table are in use. All memory is reserved here, once, so that a context that was accepted never
-    runs out half-way.
+    runs out half-way. `stamps` has one number per column, given once: where it is still there, the bytes of the column
+    are what they were.
     """
 
     def __init__(self, layout: BlockLayout, *, num_rows: int, max_blocks: int, device: torch.device) -> None:
@@ -22,6 +23,8 @@ class BlockPool:
         self.num_rows = num_rows
         self.max_blocks = max_blocks
         self.num_blocks = 0  # of each row
+        self.stamps: list[int] = []
+        self._next_stamp = 0
         num_records = num_rows * max_blocks
         self.records = torch.empty(num_records, layout.record_bytes, dtype=torch.uint8, device=device)
         self.table = torch.full((num_rows, max_blocks), -1, dtype=torch.int64, device=device)
@@ -47,6 +50,8 @@ class BlockPool:
         # A row's new blocks are neighbours, so that a span of one head is read in sequence.
         self.table[:, self.num_blocks : num_blocks] = taken.view(self.num_rows, num_blocks - self.num_blocks)
         self._num_free -= wanted
+        self.stamps += range(self._next_stamp, self._next_stamp + num_blocks - self.num_blocks)
+        self._next_stamp += num_blocks - self.num_blocks
         self.num_blocks = num_blocks
 
     def shrink(self, num_blocks: int) -> None:
@@ -56,7 +61,27 @@ class BlockPool:
         self._free[self._num_free : self._num_free + freed.shape[0]] = freed
         self._num_free += freed.shape[0]
         self.table[:, num_blocks : self.num_blocks] = -1
+        del self.stamps[num_blocks:]
         self.num_blocks = num_blocks
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Copy columns first..last-1 to host memory: uint8 [last - first, num_rows, record_bytes]."""
+        assert 0 <= first <= last <= self.num_blocks, (first, last, self.num_blocks)
+        shape = (last - first, self.num_rows, self.layout.record_bytes)
+        words = self.records.view(torch.int64)[self._column_records(first, last)]  # faster than bytes
+        return words.cpu().view(torch.uint8).view(shape)
+
+    def write(self, first: int, columns: Tensor) -> None:
+        """Fill columns from `first` on, which `grow` has just given, with what `read` returned."""
+        last = first + columns.shape[0]
+        assert 0 <= first <= last <= self.num_blocks, (first, last, self.num_blocks)
+        assert columns.shape[1:] == (self.num_rows, self.layout.record_bytes), columns.shape
+        if columns.numel():
+            flat = columns.reshape(-1, self.layout.record_bytes).view(torch.int64).to(self.records.device)
+            self.records.view(torch.int64).index_copy_(0, self._column_records(first, last), flat)
+
+    def _column_records(self, first: int, last: int) -> Tensor:
+        return self.table[:, first:last].t().reshape(-1)
 
     def free_records(self) -> Tensor:
         """Return the indices of the records that are free (tests poison them)."""

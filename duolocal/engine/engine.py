@@ -6,7 +6,7 @@ nothing of text, templates or terminals; it yields, and its caller consumes.
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -372,6 +372,37 @@ class Engine:
         """Return to an earlier moment of this context, prefilling nothing."""
         self.cache.restore(snapshot)
         del self.token_ids[snapshot.num_tokens :]
+
+    def resume(
+        self,
+        ring: Tensor,
+        *,
+        keep: int,
+        token_ids: Sequence[int] = (),
+        columns: Iterable[Tensor] = (),
+    ) -> None:
+        """Keep the first `keep` tokens and take `token_ids` after them as computed before: nothing is prefilled.
+
+        ring, columns: as in `DuoCache.resume`, of the blocks from that on which holds token number `keep`.
+        Raises ContextOverflowError or TokenizerError with nothing changed; where reading `columns` raises, the context
+        is empty afterwards.
+        """
+        assert keep <= self.position
+        self._check_ids(token_ids)
+        if keep + len(token_ids) > self.context:
+            raise ContextOverflowError(
+                f"{keep + len(token_ids):,} tokens do not fit into the context of {self.context:,}; "
+                f"a context of {keep + len(token_ids):,} or more is needed"
+            )
+        num_tokens = keep + len(token_ids)
+        first_block = keep // self.cache.layout.block_size
+        try:
+            self.cache.resume(ring, num_tokens=num_tokens, first_block=first_block, columns=columns)
+        except BaseException:
+            self.reset()
+            raise
+        del self.token_ids[keep:]
+        self.token_ids.extend(token_ids)
 
     def reset(self) -> None:
         """Forget all tokens."""

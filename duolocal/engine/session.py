@@ -1,26 +1,28 @@
-"""A conversation over an engine: documents, questions, answers, undo.
+"""A conversation over an engine: documents, questions, answers, and the way back to any of them.
 
 Owns the messages and what they are in tokens; yields events and prints nothing. The conversation only ever grows at
-its end, or returns to a snapshot: what is in the cache is never rewritten. Generated ids stay as they were
-generated; they are not rendered and tokenized again.
+its end, or goes to the end of another turn (`turns`): what is in the cache is never rewritten. Generated ids stay as
+they were generated; they are not rendered and tokenized again.
 """
 
 import html
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
-from duolocal.cache import Snapshot
+from torch import Tensor
+
 from duolocal.engine.engine import Cancelled, Engine
+from duolocal.engine.fitting import Fit
+from duolocal.engine.turns import ContextItem, State, Turn, TurnTree
 from duolocal.errors import ContextOverflowError, SettingsError
 from duolocal.sampling import Sampling, StopStrings
 from duolocal.tokenizer import ChatPiece, Message, Tokenizer
 
 # A document must leave room for a question and its answer, or loading it was in vain.
 ROOM_TO_ASK = 128  # tokens
-# Snapshots are of constant size, but each holds the windows of all heads; older turns can no longer be undone.
-MAX_UNDO = 8
 
 
 @dataclass(frozen=True)
@@ -50,37 +52,48 @@ class Finished:
     decode_s: float
 
 
-Event = Prefilled | Text | Finished
-
-
 @dataclass(frozen=True)
-class ContextItem:
-    """Something that is in context, with its tokens and those of the template (and system prompt) before it."""
+class Reused:
+    """Tokens that were found computed before and are in the cache now, instead of being read."""
 
-    kind: Literal["document", "user", "assistant"]
-    name: str
     num_tokens: int
+    origin: str  # for people
+    elapsed_s: float
 
 
-@dataclass(frozen=True)
-class _State:
-    """All that an undo brings back, besides the cache."""
-
-    messages: tuple[Message, ...]
-    items: tuple[ContextItem, ...] = ()
-    # What of the last user message's content is in the cache while that message is still open (documents, and no
-    # question yet); None when the conversation ends with an answer or is empty.
-    open_content: str | None = None
-    unfed: tuple[int, ...] = ()  # generated ids that are not in the cache yet: the last of an answer
+Event = Prefilled | Text | Finished | Reused
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One thing done, and the moment before it; the snapshot is dropped when it is too old."""
+class Keeper(Protocol):
+    """Keeps what a session computes where the session can be taken up again (`duolocal.sessions`)."""
 
-    kind: Literal["document", "exchange"]
-    state: _State
-    snapshot: Snapshot | None
+    def look_up(
+        self, session: "ChatSession", token_ids: Sequence[int], ends: Sequence[int]
+    ) -> tuple[str, dict[int, Tensor]] | None:
+        """Bring the engine further into what is about to be read after its context: `token_ids`, computing nothing.
+
+        ends: positions in the context at which a ring is wanted, rising. Returns where the tokens came from, for
+        people, and the rings known at positions that were passed; of the last of `ends` that was passed always. None
+        where nothing is kept.
+        """
+        ...
+
+    def chunk_read(self, session: "ChatSession") -> None:
+        """A chunk of documents is in the cache: now and then a moment to keep them."""
+        ...
+
+    def turn_added(self, session: "ChatSession", turn: Turn) -> None:
+        """Documents or an exchange are complete, or were gone to; the engine is further where reading was stopped."""
+        ...
+
+    def forgotten(self, session: "ChatSession") -> None:
+        """Everything was forgotten, documents and conversation."""
+        ...
+
+
+def document_content(name: str, text: str) -> str:
+    """Return what the model reads of a document: its text between two lines that name it."""
+    return f'<document name="{html.escape(name)}">\n{text}\n</document>'
 
 
 class ChatSession:
@@ -90,14 +103,19 @@ class ChatSession:
     the open content.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, system: str | None = None) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, *, system: str | None = None, keeper: Keeper | None = None
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.system = system or None
-        self._state = _empty_state(self.system)
-        self._steps: list[_Step] = []
-        self._texts: list[tuple[str, str]] = []  # documents as (name, text), in order
+        self.keeper = keeper
+        self.tree = TurnTree(engine, _empty_state(self.system))
         self._cancelled = False
+
+    @property
+    def _state(self) -> State:
+        return self.tree.current.state
 
     @property
     def messages(self) -> list[Message]:
@@ -108,6 +126,11 @@ class ChatSession:
     def documents(self) -> list[str]:
         """Names of the documents in context."""
         return [item.name for item in self._state.items if item.kind == "document"]
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """The documents in context as (name, text), in order."""
+        return [(turn.name, turn.text) for turn in self.tree.current.way() if turn.kind == "document"]
 
     def context_items(self) -> list[ContextItem]:
         """Return everything that is in context, in order; the token counts add up to all of it."""
@@ -153,121 +176,148 @@ class ChatSession:
         return self._answer(messages, token_ids, sampling)
 
     def retry(self, sampling: Sampling) -> Iterator[Event]:
-        """Answer the last question anew. Raises SettingsError where there is none."""
-        if not self._steps or self._steps[-1].kind != "exchange":
+        """Answer the last question anew; the answer before stays a turn. Raises SettingsError where there is none."""
+        turn = self.tree.current
+        if turn.kind != "exchange":
             raise SettingsError("there is no answer to try again: ask something first")
-        step = self._steps[-1]
-        if step.snapshot is None:
-            raise SettingsError("that answer is too far back to try again")
-        question = self._state.messages[-2].content
-        if step.state.open_content is not None:
-            question = question.removeprefix(f"{step.state.open_content}\n\n")
         self.undo()
-        return self.ask(question, sampling)
+        return self.ask(turn.name, sampling)
 
-    def undo(self) -> bool:
-        """Take back the last exchange or document; False where there is nothing (more) to take back."""
-        if not self._steps or self._steps[-1].snapshot is None:
-            return False
-        step = self._steps.pop()
-        self._return_to(step.snapshot, step.state)
-        if step.kind == "document":
-            self._texts.pop()
-        return True
+    def undo(self, count: int = 1) -> bool:
+        """Go back before the last `count` exchanges or documents; False where there are not so many.
+
+        Takes milliseconds, unless the ring at that point had to be given up (`TurnTree.needs_reading`).
+        """
+        events = self.go_back(count)
+        for _ in events or ():
+            pass
+        return events is not None
+
+    def go_back(self, count: int) -> Iterator[Event] | None:
+        """Go back before the last `count` turns, yielding as `go_to`; None where there are not so many."""
+        way = self.tree.current.way()
+        return self.go_to(way[-1 - count]) if 1 <= count < len(way) else None
+
+    def go_to(self, turn: Turn, *, line: str | None = None) -> Iterator[Event]:
+        """Go to the end of another turn, yielding progress where tokens must be read again, then Finished.
+
+        What is left can be gone to as well. "cancelled": the session is at the last whole turn on the way.
+        """
+        self._cancelled = False
+        started = time.perf_counter()
+        done = 0
+        reason: Literal["loaded", "cancelled"] = "loaded"
+        steps = self.tree.go_to(turn, line=line)
+        try:
+            for done, total in steps:
+                yield Prefilled(done, total, time.perf_counter() - started)
+                if self._cancelled and done < total:
+                    raise Cancelled
+        except Cancelled:
+            reason = "cancelled"
+        finally:
+            steps.close()  # type: ignore[attr-defined]
+            self._tell_keeper()
+        yield Finished(reason, done, 0, time.perf_counter() - started, 0.0)
 
     def reset(self) -> None:
         """Forget the conversation and all documents."""
         self.engine.reset()
-        self._state = _empty_state(self.system)
-        self._steps.clear()
-        self._texts.clear()
+        self.tree.begin(_empty_state(self.system))
+        if self.keeper is not None:
+            self.keeper.forgotten(self)
 
     def forget_conversation(self) -> None:
         """Forget all questions and answers; documents loaded before the first question stay."""
-        for index, step in enumerate(self._steps):
-            if step.kind == "exchange":
-                assert step.snapshot is not None  # the first exchange's is never dropped
-                self._return_to(step.snapshot, step.state)
-                del self._steps[index:]
-                del self._texts[index:]
-                return
+        exchange = next((turn for turn in self.tree.current.way() if turn.kind == "exchange"), None)
+        if exchange is not None and exchange.parent is not None:
+            for _ in self.tree.go_to(exchange.parent):
+                pass
+        self.tree.prune(self.tree.current)
+        self._tell_keeper()
 
     def set_system(self, text: str | None) -> Iterator[Event]:
         """Begin anew with another system prompt: the conversation is forgotten, documents are read again.
 
         Raises ContextOverflowError, with nothing changed, where they no longer fit.
         """
-        texts, before, state = list(self._texts), self.system, self._state
+        texts = self.texts
+        self._check_documents_fit(self._plan_documents(texts, state=_empty_state(text or None)), used=0)
         self.system = text or None
-        self._state = _empty_state(self.system)
-        try:
-            self._check_documents_fit(self._plan_documents(texts), used=0)
-        except ContextOverflowError:
-            self.system, self._state = before, state
-            raise
         self.reset()
         return self.add_documents(texts) if texts else iter(())
 
     # --- documents -------------------------------------------------------------------------------------------------
 
-    def _plan_documents(self, documents: Sequence[tuple[str, str]]) -> list["_PlannedDocument"]:
+    def _plan_documents(
+        self, documents: Sequence[tuple[str, str]], *, state: State | None = None
+    ) -> list["_PlannedDocument"]:
         planned = []
-        state = self._state
+        state = state or self._state
         for name, text in documents:
-            wrapped = f'<document name="{html.escape(name)}">\n{text}\n</document>'
+            wrapped = document_content(name, text)
             content = wrapped if state.open_content is None else f"{state.open_content}\n\n{wrapped}"
             messages, token_ids = self._encode_user(content, closed=False, state=state)
             fed = messages[-1].content
             items = (*state.items, ContextItem("document", name, len(token_ids) - len(state.unfed)))
-            before, state = state, replace(state, messages=messages, items=items, open_content=fed, unfed=())
-            planned.append(_PlannedDocument(name, text, token_ids, before=before, after=state))
+            state = replace(state, messages=messages, items=items, open_content=fed, unfed=())
+            planned.append(_PlannedDocument(name, text, token_ids, after=state))
         return planned
 
     def _check_documents_fit(self, planned: Sequence["_PlannedDocument"], *, used: int | None = None) -> None:
         used = self.engine.position if used is None else used
-        total = sum(len(document.token_ids) for document in planned)
-        free = self.engine.context - used - ROOM_TO_ASK
-        if total <= free:
-            return
-        sizes = ", ".join(f"{document.name} {len(document.token_ids):,}" for document in planned)
-        needed = used + total + ROOM_TO_ASK
-        raise ContextOverflowError(
-            f"{total:,} tokens of documents do not fit ({sizes}): the context is {self.engine.context:,}, "
-            f"{used:,} are in use and {ROOM_TO_ASK} are kept for a question; "
-            f"load fewer or start with --context {-(-needed // 1024)}K"
-        )
+        sizes = tuple((document.name, len(document.token_ids)) for document in planned)
+        fit = Fit(sizes, self.engine.context, used=used, kept=ROOM_TO_ASK)
+        if not fit.fits:
+            raise ContextOverflowError(fit.refusal())
 
     def _read_documents(self, planned: Sequence["_PlannedDocument"]) -> Iterator[Event]:
         self._cancelled = False
+        engine = self.engine
         total = sum(len(document.token_ids) for document in planned)
         started = time.perf_counter()
-        done = 0
-        for document in planned:
-            snapshot = self.engine.snapshot()
-            finished = False
-            try:
-                for count in self._prefill(document.token_ids):
-                    yield Prefilled(done + count, total, time.perf_counter() - started)
-                finished = True
-            except Cancelled:
-                pass
-            finally:
-                if not finished:
-                    self._return_to(snapshot, document.before)
-            if not finished:
-                break
-            done += len(document.token_ids)
-            self._remember("document", document.before, snapshot)
-            self._state = document.after
-            self._texts.append((document.name, document.text))
+        begin = end = engine.position
+        rings: dict[int, Tensor] = {}
+        read_from = begin
+        try:
+            if self.keeper is not None and planned:
+                token_ids = [token for document in planned for token in document.token_ids]
+                ends = list(itertools.accumulate((len(document.token_ids) for document in planned), initial=begin))
+                found = self.keeper.look_up(self, token_ids, ends[1:])
+                if found is not None:
+                    origin, rings = found
+                    yield Reused(engine.position - begin, origin, time.perf_counter() - started)
+            read_from = engine.position
+            for document in planned:
+                start, end = end, end + len(document.token_ids)
+                for _ in self._prefill(document.token_ids[engine.position - start :]) if engine.position < end else ():
+                    if self.keeper is not None:
+                        self.keeper.chunk_read(self)
+                    progress = engine.position - read_from
+                    yield Prefilled(progress, total - (read_from - begin), time.perf_counter() - started)
+                self.tree.add(
+                    "document",
+                    document.after,
+                    num_tokens=end,
+                    ring=rings.get(end),
+                    name=document.name,
+                    text=document.text,
+                )
+        except Cancelled:
+            pass
+        finally:
+            self._tell_keeper()
+            self.tree.take_up()  # what was read of a document that is not whole is gone
+        done = self.tree.current.end - begin
+        num_read = max(0, self.tree.current.end - read_from)
         reason: Literal["loaded", "cancelled"] = "loaded" if done == total else "cancelled"
-        yield Finished(reason, done, 0, time.perf_counter() - started, 0.0)
+        yield Finished(reason, num_read, 0, time.perf_counter() - started, 0.0)
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
     def _answer(self, messages: tuple[Message, ...], token_ids: list[int], sampling: Sampling) -> Iterator[Event]:
         self._cancelled = False
-        engine, before, snapshot = self.engine, self._state, self.engine.snapshot()
+        engine = self.engine
         fed_before = engine.position
         started = time.perf_counter()
         produced: list[int] = []
@@ -303,22 +353,24 @@ class ChatSession:
         finally:
             if produced or reason == "stop":
                 fed = engine.position - fed_before
-                self._remember("exchange", before, snapshot)
-                self._state = self._answered(messages, token_ids, produced, fed=fed, answer="".join(parts))
+                state = self._answered(messages, token_ids, produced, fed=fed, answer="".join(parts))
+                question = state.items[-2].name
+                self.tree.add("exchange", state, num_tokens=engine.position, name=question, reason=reason)
+                self._tell_keeper()
             else:
-                self._return_to(snapshot, before)
+                self.tree.take_up()
         now = time.perf_counter()
         yield Finished(reason, len(token_ids), len(produced), decoding_since - started, now - decoding_since)
 
     def _answered(
         self, messages: tuple[Message, ...], token_ids: list[int], produced: list[int], *, fed: int, answer: str
-    ) -> _State:
+    ) -> State:
         """Return the state after an answer, `fed` ids of question and answer being in the cache."""
         state = self._state
         question = messages[-1].content
         if state.open_content is not None:
             question = question.removeprefix(f"{state.open_content}\n\n")
-        return _State(
+        return State(
             messages=(*messages, Message("assistant", answer)),
             items=(
                 *state.items,
@@ -332,7 +384,7 @@ class ChatSession:
     # --- tokens ----------------------------------------------------------------------------------------------------
 
     def _encode_user(
-        self, content: str, *, closed: bool, state: _State | None = None
+        self, content: str, *, closed: bool, state: State | None = None
     ) -> tuple[tuple[Message, ...], list[int]]:
         """Return the messages with `content` as the last user message, and the ids still to be fed for it.
 
@@ -359,7 +411,7 @@ class ChatSession:
         kept = content if closed or is_open else pieces[at].text
         return (*messages[:-1], Message("user", kept)), token_ids
 
-    def _end_of_answer(self, pieces: Sequence[ChatPiece], state: _State) -> int:
+    def _end_of_answer(self, pieces: Sequence[ChatPiece], state: State) -> int:
         """Return the first piece after the last answer, 0 where there is none."""
         index = len(state.messages) - 1
         if index < 0 or state.messages[index].role != "assistant":
@@ -378,19 +430,11 @@ class ChatSession:
         if self._cancelled:
             raise Cancelled
 
-    # --- undo ------------------------------------------------------------------------------------------------------
+    # --- turns -----------------------------------------------------------------------------------------------------
 
-    def _remember(self, kind: Literal["document", "exchange"], state: _State, snapshot: Snapshot) -> None:
-        self._steps.append(_Step(kind, state, snapshot))
-        first_exchange = next((i for i, step in enumerate(self._steps) if step.kind == "exchange"), None)
-        for index in range(len(self._steps) - MAX_UNDO):
-            if index != first_exchange and self._steps[index].snapshot is not None:
-                self._steps[index] = replace(self._steps[index], snapshot=None)
-
-    def _return_to(self, snapshot: Snapshot | None, state: _State) -> None:
-        assert snapshot is not None
-        self.engine.restore(snapshot)
-        self._state = state
+    def _tell_keeper(self) -> None:
+        if self.keeper is not None:
+            self.keeper.turn_added(self, self.tree.current)
 
 
 @dataclass(frozen=True)
@@ -398,9 +442,8 @@ class _PlannedDocument:
     name: str
     text: str
     token_ids: list[int]
-    before: _State
-    after: _State
+    after: State
 
 
-def _empty_state(system: str | None) -> _State:
-    return _State(messages=(Message("system", system),) if system else ())
+def _empty_state(system: str | None) -> State:
+    return State(messages=(Message("system", system),) if system else ())

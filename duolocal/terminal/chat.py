@@ -7,6 +7,7 @@ context and the conversation belong to the session.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -18,8 +19,12 @@ from duolocal.sampling import Sampling
 from duolocal.settings import ChatSettings
 from duolocal.terminal import commands, figures, views
 from duolocal.terminal.clean import clean, clean_line
+from duolocal.terminal.progress import bar
 from duolocal.terminal.prompt import InputCompleter, InputLine
 from duolocal.terminal.stream import show_events
+
+if TYPE_CHECKING:
+    from duolocal.sessions.keeper import ContextKeeper
 
 
 @dataclass
@@ -40,12 +45,16 @@ class Chat:
     last_answer: Finished | None = None
     last_load: Finished | None = None
     leaving: bool = False
+    keeper: "ContextKeeper | None" = None  # of sessions and documents on disk
 
-    def run(self, documents: Sequence[Document] = ()) -> int:
-        """Talk until the user leaves; return the exit code."""
+    def run(self, documents: Sequence[Document] = (), *, left_out: str | None = None) -> int:
+        """Talk until the user leaves; return the exit code. `left_out` tells which files were not loaded."""
         self.show(views.welcome(self.facts, len(documents)))
         for note in views.notes_view(self.facts):
             self.show(note)
+        self.show_notes()
+        if left_out:
+            self.note(left_out)
         self.add_documents(documents)
         line = InputLine(
             history_file=self.history_file,
@@ -64,6 +73,7 @@ class Chat:
                 self.complain(str(error))
             except KeyboardInterrupt:
                 self.note("stopped")
+            self.show_notes()
         return 0
 
     def handle(self, text: str) -> None:
@@ -104,7 +114,16 @@ class Chat:
 
     def consume(self, events: Iterable[Event], *, reading: str) -> Finished | None:
         """Show a session's events until they end."""
-        return show_events(self.console, self.session, events, reading=reading)
+        finished = show_events(self.console, self.session, events, reading=reading)
+        self.show_notes()
+        return finished
+
+    def show_notes(self) -> None:
+        """Show what the keeper of sessions wants to be known."""
+        if self.keeper is not None:
+            for note in self.keeper.notes:
+                self.note(note)
+            self.keeper.notes.clear()
 
     def add_documents(self, documents: Sequence[Document]) -> None:
         """Read documents into the context, all or, when they do not fit, none; complain when it does not work."""
@@ -116,12 +135,14 @@ class Chat:
                 self.note(document.note)
         names = ", ".join(map(clean_line, named)) if len(named) < 4 else f"{len(named)} documents"
         texts = [(name, document.text) for name, document in named.items()]
+        self.files |= named  # now, for what is saved while they are read
         try:
-            finished = self.consume(self.session.add_documents(texts), reading=f"reading {names}")
+            with bar(self.console, "counting tokens", ""):
+                events = self.session.add_documents(texts)
+            finished = self.consume(events, reading=f"reading {names}")
         except DuoLocalError as error:
             self.complain(str(error))
             return
-        self.files |= named
         self.last_load = finished
         sizes = {item.name: item.num_tokens for item in self.session.context_items() if item.kind == "document"}
         free = self.facts.context - self.session.engine.position

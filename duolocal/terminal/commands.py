@@ -1,7 +1,7 @@
 """The commands of the chat: each is one function, its help line stands beside it."""
 
 import difflib
-import glob
+import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from duolocal.documents import load_document
+from duolocal.documents.loading import summary
 from duolocal.errors import SettingsError
 from duolocal.sampling import Sampling
-from duolocal.terminal import figures, transcript, views
+from duolocal.terminal import docs_view, sessions_chat, sources_view, transcript, views
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.docs_load import load_paths
 from duolocal.terminal.sampling_options import change, show_value
 
 if TYPE_CHECKING:
@@ -102,42 +103,31 @@ def _no_words(name: str, rest: str) -> None:
         raise SettingsError(f"/{name} takes nothing after it, but there is {rest!r}: leave it out")
 
 
-def expand_paths(rest: str) -> list[Path]:
-    """Turn what follows /load into paths: `~`, patterns and quotes as in a shell; a path may hold spaces."""
-    whole = Path(rest).expanduser()
-    if whole.is_file():
-        return [whole]
-    paths: list[Path] = []
-    for word in split_words(rest):
-        path = Path(word).expanduser()
-        if not glob.has_magic(word) or path.exists():
-            paths.append(path)
-            continue
-        matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        found = [match for match in matches if match.is_file()]
-        if not found:
-            raise SettingsError(f"no file matches {word}: check the pattern and the folder")
-        paths += found
-    return paths
+def paths_in(rest: str) -> list[str]:
+    """Split what follows /load into paths, quotes as in a shell; one path may hold spaces without them."""
+    return [rest] if os.path.exists(os.path.expanduser(rest)) else split_words(rest)
 
 
-@_command("/load PATH...", "add documents to the context; patterns such as docs/*.md work")
+@_command("/load PATH...", "add documents: files, folders, zip archives, patterns such as docs/*.md")
 def _load(chat: "Chat", rest: str) -> None:
     if not rest:
         raise SettingsError("/load needs a path: /load FILE...")
-    chat.add_documents([load_document(path) for path in expand_paths(rest)])
+    loaded = load_paths(paths_in(rest), chat.console)
+    left_out = summary(loaded.skipped)
+    if left_out:
+        chat.note(left_out)
+    chat.add_documents(loaded.documents)
 
 
-@_command("/docs", "list the documents in the context")
+@_command("/docs", "list the documents in the context: source, pages, tokens, share")
 def _docs(chat: "Chat", rest: str) -> None:
     _no_words("docs", rest)
-    rows = []
-    for item in chat.session.context_items():
-        if item.kind == "document":
-            file = chat.files.get(item.name)
-            about = f"{file.path} ({figures.size(file.num_bytes)}, {file.encoding})" if file else ""
-            rows.append((item.name, item.num_tokens, about))
-    chat.show(views.documents_view(rows))
+    rows = [
+        (item.name, item.num_tokens, chat.files.get(item.name))
+        for item in chat.session.context_items()
+        if item.kind == "document"
+    ]
+    chat.show(docs_view.loaded_view(rows, context=chat.facts.context, columns=chat.console.width))
 
 
 @_command("/context", "show everything in the context, with token counts")
@@ -146,6 +136,11 @@ def _context(chat: "Chat", rest: str) -> None:
     items = chat.session.context_items()
     position = chat.session.engine.position
     chat.show(views.context_view(items, position, chat.facts.context, chat.console.width))
+
+
+@_command("/sources [N]", "show the passages that were looked at most for the last answer")
+def _sources(chat: "Chat", rest: str) -> None:
+    sources_view.sources(chat, rest)
 
 
 @_command("/stats", "speeds, memory by head class, head plan, KV format")
@@ -181,19 +176,30 @@ def _restart_words(chat: "Chat", name: str, value: str) -> list[str]:
         words[words.index(option) + 1] = value
     else:
         words += [option, value]
-    paths = [str(chat.files[name].path) for name in chat.session.documents if name in chat.files]
+    # Of a zip archive every member has the archive's path.
+    paths = list(dict.fromkeys(str(chat.files[name].path) for name in chat.session.documents if name in chat.files))
     return [*chat.program.split(), *words, *(["--doc", *paths] if paths else [])]
 
 
-@_command("/undo", "take the last question and answer (or document) out of the context")
+@_command("/undo [N]", "take the last question and answer (or document) out of the context")
 def _undo(chat: "Chat", rest: str) -> None:
-    _no_words("undo", rest)
-    before = chat.session.engine.position
-    if not chat.session.undo():
-        raise SettingsError("there is nothing (more) to undo: /reset forgets the conversation, /reset all everything")
-    chat.forget_undone()
-    now = chat.session.engine.position
-    chat.note(f"undone: {figures.tokens(before - now)} freed, {now:,} in the context")
+    sessions_chat.undo(chat, rest)
+
+
+@_command("/turns", "list the turns, also those of other lines")
+def _turns(chat: "Chat", rest: str) -> None:
+    _no_words("turns", rest)
+    sessions_chat.turns(chat)
+
+
+@_command("/goto TURN", "go to the end of a turn, or of a line; nothing is forgotten")
+def _goto(chat: "Chat", rest: str) -> None:
+    sessions_chat.go_to(chat, rest)
+
+
+@_command("/fork [NAME]", "begin another line of the conversation here")
+def _fork(chat: "Chat", rest: str) -> None:
+    sessions_chat.fork(chat, rest)
 
 
 @_command("/retry", "answer the last question once more")
@@ -238,17 +244,32 @@ def _transcript(chat: "Chat") -> str:
     )
 
 
-@_command("/save [--force] FILE", "write the transcript as Markdown")
-def _save(chat: "Chat", rest: str) -> None:
+def _one_name(command: str, rest: str, wanted: str) -> tuple[str, bool]:
+    """Split `[--force] NAME`."""
     words = split_words(rest)
     force = words[:1] == ["--force"]
     if force:
         words = words[1:]
     if len(words) != 1:
-        raise SettingsError("/save needs one file name: /save chat.md")
-    path = Path(words[0]).expanduser()
+        raise SettingsError(f"/{command} needs one name: {wanted}")
+    return words[0], force
+
+
+@_command("/save [--force] NAME", "keep this chat as a session; a FILE.md gets the transcript")
+def _save(chat: "Chat", rest: str) -> None:
+    name, force = _one_name("save", rest, "/save NAME keeps this chat, /save chat.md writes the transcript")
+    if not sessions_chat.is_transcript(name):
+        sessions_chat.save(chat, name, force=force)
+        return
+    path = Path(name).expanduser()
     transcript.save(_transcript(chat), path, overwrite=force)
     chat.note(f"saved {path}")
+
+
+@_command("/open [--force] NAME", "go on with a saved session")
+def _open(chat: "Chat", rest: str) -> None:
+    name, force = _one_name("open", rest, "/open NAME; `duolocal sessions list` shows what there is")
+    sessions_chat.open_named(chat, name, force=force)
 
 
 @_command("/copy [all]", "put the last answer (or the whole transcript) on the clipboard")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -19,6 +19,9 @@ from duolocal.terminal.clean import clean, clean_line
 from duolocal.terminal.progress import Bar, bar
 from duolocal.terminal.stream import cancel_on_interrupt
 from duolocal.terminal.views import Facts, retrieval_bytes, streaming_bytes
+
+if TYPE_CHECKING:
+    from duolocal.sessions.keeper import ContextKeeper
 
 EXIT_CODES = {"stop": 0, "length": 3, "context": 3, "cancelled": 130}
 _WHY_CUT = {
@@ -44,19 +47,26 @@ def answer_once(
     documents: Sequence[Document] = (),
     as_json: bool = False,
     progress: Console,
+    keeper: "ContextKeeper | None" = None,
 ) -> int:
     """Answer one question over documents on stdout; return the exit code. `progress` is a console on stderr.
+
+    keeper: of sessions and documents on disk, whose notes go to stderr.
 
     Raises ContextOverflowError before work when something does not fit.
     """
     for note in (document.note for document in documents):
         if note:
             print(f"duolocal: {clean_line(note)}", file=sys.stderr)
+    _print_notes(keeper)
     num_read, read_s = 0, 0.0
     with cancel_on_interrupt(session) as insist:
         if documents:
             named = [(document.name, document.text) for document in documents]
-            tally = _consume(session.add_documents(named), "reading documents", progress, insist)
+            with bar(progress, "counting tokens", ""):
+                events = session.add_documents(named)
+            tally = _consume(events, "reading documents", progress, insist)
+            _print_notes(keeper)
             assert tally.finished is not None, "a session ends every reading with Finished"
             if tally.finished.reason == "cancelled":
                 return EXIT_CODES["cancelled"]
@@ -71,9 +81,17 @@ def answer_once(
         report = _report(session, facts, tally, num_read + finished.prompt_tokens, read_s + finished.prefill_s)
         print(json.dumps(report, ensure_ascii=False))
     sys.stdout.flush()
+    _print_notes(keeper)
     if finished.reason in _WHY_CUT:
         print(f"duolocal: {_WHY_CUT[finished.reason]}", file=sys.stderr)
     return EXIT_CODES[finished.reason]
+
+
+def _print_notes(keeper: "ContextKeeper | None") -> None:
+    for note in keeper.notes if keeper is not None else ():
+        print(f"duolocal: {clean_line(note)}", file=sys.stderr)
+    if keeper is not None:
+        keeper.notes.clear()
 
 
 class _Writer:

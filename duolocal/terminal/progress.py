@@ -138,6 +138,16 @@ class Bar:
 
 
 @contextmanager
+def bars(console: Console, *kinds: tuple[str, str]) -> Iterator[list[Bar]]:
+    """Show transient bars below each other; a kind is a description and a unit, as in `bar`."""
+    with _LateProgress(console=console) as progress:
+        yield [
+            Bar(progress, progress.add_task(description, total=None, unit=unit, elapsed_s=None))
+            for description, unit in kinds
+        ]
+
+
+@contextmanager
 def bar(console: Console, description: str, unit: str) -> Iterator[Bar]:
     """Show a transient progress bar on `console`; `unit` is "tokens", "bytes", "layers" or ""."""
     with _LateProgress(console=console) as progress:

@@ -13,7 +13,7 @@ from duolocal.settings import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 
-_BAR_COLUMNS = 20
+BAR_COLUMNS = 20
 _KIND_STYLES = {"document": "cyan", "user": "green", "assistant": "yellow"}
 
 
@@ -95,7 +95,7 @@ def context_view(items: Sequence[ContextItem], position: int, context: int, colu
     table.add_column("what", no_wrap=True)
     wide = columns >= 60
     # A question can be longer than the screen; the counts must not shrink for it.
-    room = columns - (10 + 9 + 2) - (_BAR_COLUMNS + 2 if wide else 0)
+    room = columns - (10 + 9 + 2) - (BAR_COLUMNS + 2 if wide else 0)
     table.add_column("name", overflow="ellipsis", no_wrap=True, max_width=max(8, room))
     table.add_column("tokens", justify="right", no_wrap=True)
     if wide:
@@ -108,7 +108,7 @@ def context_view(items: Sequence[ContextItem], position: int, context: int, colu
             f"{item.num_tokens:,}",
         ]
         if wide:
-            cells.append(Text(_bar(item.num_tokens, context), style))
+            cells.append(Text(share_bar(item.num_tokens, context), style))
         table.add_row(*cells)
     free = context - position
     percent = 100 * position / context
@@ -116,25 +116,13 @@ def context_view(items: Sequence[ContextItem], position: int, context: int, colu
     return Group(table, total) if items else total
 
 
-def _bar(part: int, whole: int) -> str:
-    eighths = round(part / whole * _BAR_COLUMNS * 8)
+def share_bar(part: int, whole: int) -> str:
+    """Draw the share of `part` in `whole`, in eighths of a column; a small one is still seen, a large one ends."""
+    eighths = min(round(part / whole * BAR_COLUMNS * 8), BAR_COLUMNS * 8)
     if part and not eighths:
         eighths = 1
     full, rest = divmod(eighths, 8)
     return "█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
-
-
-def documents_view(rows: Sequence[tuple[str, int, str]]) -> RenderableType:
-    """List documents: (name, tokens, what is known of the file)."""
-    if not rows:
-        return Text("no documents in the context; /load FILE adds one")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("document", overflow="fold")
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("file", overflow="fold")
-    for name, num_tokens, about in rows:
-        table.add_row(Text(clean_line(name)), f"{num_tokens:,}", Text(clean_line(about)))
-    return table
 
 
 def stats_view(

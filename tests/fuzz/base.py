@@ -26,6 +26,7 @@ class Target:
     seeds: str  # folder below that of all seeds
     damage: Callable[[Path, Path, random.Random], Path]
     read: Callable[[Path], None]
+    least_refused: float = 0.25  # share of the damaged files; a reader that takes nearly anything says so here
 
 
 def check_refusal(error: DuoLocalError) -> str:

@@ -15,6 +15,8 @@ from duolocal.engine.kernels import arrange_rows
 from duolocal.models.loader import open_model
 from duolocal.models.native_writer import write_native
 from duolocal.quant.grouped import group
+from tests.fuzz.documents import make_documents
+from tests.fuzz.sessions import make_session_seeds
 from tests.model_files import random_awq, write_gguf
 from tests.tiny import huggingface_model
 from tests.tokenizer_files import LLAMA3, MISTRAL, SMOLLM2, Files, chatml, llama2, llama3, train_sentencepiece, write
@@ -33,6 +35,8 @@ def make_seeds(folder: Path) -> Path:
         ("native", _native),
         ("tokenizer", _tokenizers),
         ("sentencepiece", _sentencepiece),
+        ("session", make_session_seeds),
+        ("documents", make_documents),
     ):
         place = folder / name
         place.mkdir(parents=True)

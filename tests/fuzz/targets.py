@@ -1,7 +1,9 @@
 """The targets by name."""
 
 from tests.fuzz.base import Target
+from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.models import damage_config, damage_gguf, damage_native, damage_shards, read_model
+from tests.fuzz.sessions import SESSION
 from tests.fuzz.tokenizers import (
     damage_gguf_keys,
     damage_sentencepiece,
@@ -28,5 +30,7 @@ TARGETS = {
         Target("tokenizer-config", "tokenizer", damage_tokenizer_config, read_tokenizer_folder),
         Target("sentencepiece", "sentencepiece", damage_sentencepiece, read_tokenizer_folder),
         Target("template", "tokenizer", damage_template, read_template),
+        *DOCUMENTS,
+        SESSION,
     )
 }

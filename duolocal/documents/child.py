@@ -1,0 +1,120 @@
+"""The process that converts formats, seen from inside: limits first, then one file after the other.
+
+A request is a JSON line {"kind", "num_bytes"} and the bytes; an answer is any number of lines {"done", "total"}, then
+one with what was found out, followed by the text in UTF-8. Imports neither torch nor a library before it is needed.
+"""
+
+import importlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from duolocal.documents.converted import ConversionError, Converted
+from duolocal.errors import one_line
+
+MEMORY_BYTES = 2 * 2**30  # address space of this process
+_DEEP = 3000  # Python frames; deeper nesting than any document has ends in RecursionError, not in a crash
+
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # by UTF-8, and by what reads C strings; one character for one
+
+Report = Callable[[int, int], None]
+_MODULES = {
+    "html": "duolocal.documents.html_text",
+    "pdf": "duolocal.documents.pdf",
+    "docx": "duolocal.documents.docx",
+    "epub": "duolocal.documents.epub",
+    "xlsx": "duolocal.documents.xlsx",
+    "pptx": "duolocal.documents.pptx",
+}
+_CALLED = {
+    "html": "a web page",
+    "pdf": "a PDF",
+    "docx": "a Word document",
+    "epub": "an EPUB book",
+    "xlsx": "an Excel workbook",
+    "pptx": "a PowerPoint file",
+}
+
+
+def convert_bytes(data: bytes, kind: str, report: Report = lambda done, total: None) -> Converted:
+    """Convert in this process, without any limit of time or memory; raises ConversionError."""
+    try:
+        converted: Converted = importlib.import_module(_MODULES[kind]).convert(data, report)
+    except (ConversionError, MemoryError):
+        raise
+    except RecursionError:
+        raise ConversionError(f"is nested deeper than {_CALLED[kind]} can be: it is damaged or made to harm") from None
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}")[:200]
+        raise ConversionError(
+            f"cannot be read as {_CALLED[kind]} ({reason}): it may be damaged; open it elsewhere and save it anew"
+        ) from error
+    return replace(converted, text=_UNWRITABLE.sub("\ufffd", converted.text))
+
+
+def main() -> None:
+    """Serve requests until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started us
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    _limit()
+    sys.setrecursionlimit(_DEEP)
+
+    def report(done: int, total: int) -> None:
+        out.write(json.dumps({"done": done, "total": total}).encode() + b"\n")
+        out.flush()
+
+    while line := sys.stdin.buffer.readline():
+        request = json.loads(line)
+        answer, text = _answer(sys.stdin.buffer.read(request["num_bytes"]), request["kind"], report)
+        payload = text.encode()
+        answer |= {"text_bytes": len(payload), "peak_bytes": _peak_bytes()}
+        out.write(json.dumps(answer).encode() + b"\n")
+        out.write(payload)
+        out.flush()
+
+
+def _answer(data: bytes, kind: str, report: Report) -> tuple[dict[str, Any], str]:
+    try:
+        converted = convert_bytes(data, kind, report)
+    except ConversionError as error:
+        return {"error": str(error)}, ""
+    except MemoryError:
+        return {"error": f"needs more than {MEMORY_BYTES // 2**30} GiB of memory to be converted: cut it up"}, ""
+    answer = {
+        "parts": [(part.label, part.start) for part in converted.parts],
+        "notes": converted.notes,
+        "encoding": converted.encoding,
+        "num_replaced": converted.num_replaced,
+    }
+    return answer, converted.text
+
+
+def _limit() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits: there only the time is bounded
+        return
+    for what, limit in (
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),  # nothing is written to any file
+    ):
+        _, most = resource.getrlimit(what)
+        if most != resource.RLIM_INFINITY:
+            limit = min(limit, most)
+        resource.setrlimit(what, (limit, limit))
+
+
+def _peak_bytes() -> int:
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,338 @@
+"""The Keeper of a chat: a named session saved after every turn, checkpoints while documents are read, reuse.
+
+Owns when something is written and where; what is written is `context`'s. It never raises while a session works: what
+went wrong is a note, and the work goes on.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from duolocal.engine.session import ChatSession
+from duolocal.engine.turns import Turn
+from duolocal.errors import SessionError, SettingsError
+from duolocal.sessions.context import (
+    ContextWriter,
+    Origin,
+    TakenUp,
+    check_shapes,
+    load_ring,
+    open_session,
+    usable,
+)
+from duolocal.sessions.file import ContextFile, remove
+from duolocal.sessions.identity import identify
+from duolocal.sessions.names import make_folder, session_file
+from duolocal.sessions.store import DocumentStore
+
+EVERY_S = 10.0  # seconds of reading between two checkpoints, at least; what is read sooner is not stored
+SHARE = 0.02  # of the time of reading that checkpoints may take
+
+
+class ContextKeeper:
+    """Keeps one chat's context in files.
+
+    store: where documents that took long to read are kept unasked; None for nowhere. every_s, share: as EVERY_S and
+    SHARE. notes: lines for people, to be shown and cleared by whoever shows. extra: of the chat, saved with a session.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        origin: Origin,
+        *,
+        store: DocumentStore | None = None,
+        every_s: float = EVERY_S,
+        share: float = SHARE,
+        extra: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self.folder = folder
+        self.name: str | None = None  # of the session that is kept up to date
+        self.notes: list[str] = []
+        self.checkpoint_s = 0.0  # seconds that checkpoints took, in all
+        self.num_checkpoints = 0
+        self.extra = extra
+        self._origin = origin
+        self._store = store
+        self._every_s, self._share = every_s, share
+        self._session: ContextWriter | None = None
+        self._next: tuple[str, ContextWriter] | None = None  # a session that `save` will go over to
+        self._document: ContextWriter | None = None  # the store's file for what is being read
+        self._reading_since: float | None = None
+        self._storing = False  # whether what is being read may go into the store
+        self._due = 0.0
+        self._total = 0  # tokens in the context when the reading is done
+
+    # --- named sessions --------------------------------------------------------------------------------------------
+
+    def open(self, name: str, session: ChatSession) -> Mapping[str, Any]:
+        """Make the saved session `name` the one that runs and is kept; returns the `extra` it was saved with.
+
+        Raises SessionError, SettingsError or ContextOverflowError; then the session is what it was, unless said.
+        """
+        path = session_file(self.folder, name)
+        if not path.is_file():
+            raise SessionError(
+                f"there is no session {name} in {self.folder}: `duolocal sessions list` shows what there is"
+            )
+        if self._session is not None and self._session.file.path == path:
+            raise SettingsError(f"session {name} is the one that is open; /goto goes to an earlier turn of it")
+        file = ContextFile.open(path, writable=True)
+        before, self._session = self._session, None  # not to be overwritten by what happens on the way
+        had = session.engine.position
+        try:
+            writer = open_session(file, session, name=name, origin=self._origin)
+        except BaseException:
+            file.close()
+            if had == session.engine.position:
+                self._session = before
+            raise
+        if before is not None:
+            before.close()
+        self._session, self.name = writer, name
+        assert file.opened is not None
+        extra = file.opened.description.get("extra")
+        return extra if isinstance(extra, dict) else {}
+
+    def begin(self, name: str, session: ChatSession, *, overwrite: bool = False) -> int:
+        """Return the bytes that saving the session as `name` will write; the next `save` does it.
+
+        Raises SettingsError for a name that is taken or none, SessionError where the disk has no room.
+        """
+        path = session_file(self.folder, name)
+        if self._session is not None and self._session.file.path == path:
+            writer = self._session
+        elif path.exists() and not overwrite:
+            raise SettingsError(f"there is a session {name} already: choose another name, or /save --force {name}")
+        else:
+            make_folder(self.folder)
+            writer = ContextWriter(ContextFile.create(path), self._origin)
+        wanted = writer.plan(session, kind="session", extra=self.extra())
+        try:
+            writer.file.check_space(wanted)
+        except SessionError:
+            if writer is not self._session:
+                writer.close()
+            raise
+        self._next = None if writer is self._session else (name, writer)
+        return wanted.new_bytes()
+
+    def save(self, session: ChatSession) -> int:
+        """Bring the session's file up to date; returns its size in bytes. Raises SessionError."""
+        following, self._next = self._next, None
+        writer = self._session if following is None else following[1]
+        assert writer is not None
+        try:
+            writer.commit(session.engine, writer.plan(session, kind="session", extra=self.extra()))
+        except SessionError:
+            if writer is not self._session:
+                writer.close()
+            raise
+        if following is not None:
+            if self._session is not None:
+                self._session.close()
+            self.name, self._session = following
+        return writer.file.nbytes
+
+    def close(self) -> None:
+        """Let go of all files."""
+        for writer in (self._session, self._document):
+            if writer is not None:
+                writer.close()
+        self._session = self._document = self.name = None
+
+    # --- what a session calls --------------------------------------------------------------------------------------
+
+    def look_up(
+        self, session: ChatSession, token_ids: Sequence[int], ends: Sequence[int]
+    ) -> tuple[str, dict[int, Tensor]] | None:
+        """See `duolocal.engine.session.Keeper`."""
+        self._end_reading()
+        self._reading_since = time.perf_counter()
+        self._due = self._reading_since + self._every_s
+        self._total = session.engine.position + len(token_ids)
+        # Only documents, and no conversation, are kept unasked.
+        self._storing = self._store is not None and all(turn.kind != "exchange" for turn in session.tree.current.way())
+        try:
+            found = self._in_session(session, token_ids, ends) or self._in_store(session, token_ids, ends)
+        except SessionError as error:
+            self.notes.append(str(error))
+            return None
+        if found is None:
+            return None
+        origin, taken, writer = found
+        engine, base = session.engine, session.engine.position
+        block_size = engine.cache.layout.block_size
+        try:
+            if base:
+                taken.check(engine, base // block_size)
+            passed = [ring for ring in _rings(taken) if ring.position in ends and base < ring.position]
+            rings = {
+                ring.position: load_ring(taken.file, ring, engine)
+                for ring in passed
+                if ring.position <= taken.num_tokens
+            }
+            taken.into(engine, keep=base, ring=rings.get(taken.num_tokens))
+        except SessionError as error:
+            self.notes.append(f"{error}")
+            if writer is not self._session:
+                writer.close()
+                self._document = None
+            return None
+        self.notes.append(
+            f"{taken.num_tokens - base:,} of {len(token_ids):,} tokens were read before: opened from {origin}"
+        )
+        whole = taken.num_tokens // block_size
+        if writer is self._session or base < block_size:
+            writer.adopt(engine, whole)
+            for ring in passed:
+                if ring.position in rings:
+                    writer.adopt_ring(rings[ring.position], ring)
+        if writer is not self._session:
+            if self._session is None and self._storing and taken.num_tokens == self._stored_tokens(taken):
+                self._document = writer  # what is read after it is added to the same file
+            else:
+                writer.close()
+        return origin, rings
+
+    def chunk_read(self, session: ChatSession) -> None:
+        """See `duolocal.engine.session.Keeper`."""
+        if self._reading_since is not None and time.perf_counter() >= self._due:
+            self._checkpoint(session)
+
+    def turn_added(self, session: ChatSession, turn: Turn) -> None:
+        """See `duolocal.engine.session.Keeper`."""
+        notes = len(self.notes)
+        reading, self._reading_since = self._reading_since, None
+        if self._session is not None:
+            self._keep_session(session)
+        elif reading is not None and (self._document is not None or time.perf_counter() - reading >= self._every_s):
+            self._keep_document(session)
+        kept = self._session or self._document
+        if reading is not None and session.engine.position > turn.end and kept is not None and len(self.notes) == notes:
+            self.notes.append(f"{session.engine.position:,} tokens are kept: the same command goes on from there")
+        self._end_reading()
+
+    def forgotten(self, session: ChatSession) -> None:
+        """See `duolocal.engine.session.Keeper`."""
+        self._reading_since = None
+        self._end_reading()
+        if self._session is not None:  # what took hours to read is not thrown away with it
+            self.notes.append(f"session {self.name} stays as it was saved; this chat has no name now")
+            self._session.close()
+            self._session = self.name = None
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _checkpoint(self, session: ChatSession) -> None:
+        began = time.perf_counter()
+        if self._session is not None:
+            self._keep_session(session)
+        else:
+            self._keep_document(session)
+        now = time.perf_counter()
+        self.checkpoint_s += now - began
+        self.num_checkpoints += 1
+        self._due = now + max(self._every_s, (now - began) / self._share)
+
+    def _keep_session(self, session: ChatSession) -> None:
+        try:
+            self.save(session)
+        except SessionError as error:
+            self.notes.append(f"not saved: {error}")
+
+    def _keep_document(self, session: ChatSession) -> None:
+        """Bring the store's file for what is being read up to date; begin one where there is none."""
+        if not self._storing or self._store is None:
+            return
+        opened = None if self._document is None else self._document.file.opened
+        if opened is not None and opened.index.num_tokens == session.engine.position:
+            return  # all of it was there
+        try:
+            if self._document is None:
+                needed = self._needed_bytes(session)
+                file = self._store.begin(needed)
+                if file is None:
+                    self._storing = False
+                    self.notes.append(
+                        f"what is read is not kept for next time: it takes {needed / 1e6:,.0f} MB, too much for the "
+                        f"store ({self._store.limit / 1e6:,.0f} MB) or the disk; --keep SIZE changes the store, "
+                        "--session NAME keeps it under a name"
+                    )
+                    return
+                self._document = ContextWriter(file, self._origin)
+                self.notes.append(
+                    f"kept for next time in {self._store.place} ({needed / 1e6:,.0f} MB, readable by you alone); "
+                    "--keep off keeps nothing"
+                )
+            wanted = self._document.plan(session, kind="documents")
+            self._document.commit(session.engine, wanted)
+            self._store.shrink_to(self._store.limit, keep=self._document.file.path)
+        except SessionError as error:
+            self._storing = False
+            self.notes.append(f"what is read is not kept for next time: {error}")
+            self._end_reading()
+
+    def _needed_bytes(self, session: ChatSession) -> int:
+        engine = session.engine
+        blocks = self._total // engine.cache.layout.block_size * engine.plan.num_retrieval
+        return blocks * engine.cache.layout.record_bytes + 2 * engine.cache.ring.nbytes + 8 * self._total
+
+    def _end_reading(self) -> None:
+        if self._document is not None:
+            self._document.close()
+            self._document = None
+
+    def _in_session(
+        self, session: ChatSession, token_ids: Sequence[int], ends: Sequence[int]
+    ) -> tuple[str, TakenUp, ContextWriter] | None:
+        """Return what the session's own file holds of a reading that was stopped."""
+        if self._session is None or self._session.file.opened is None:
+            return None
+        taken = usable(self._session.file, session.engine.token_ids, token_ids, ends)
+        return None if taken is None else (f"session {self.name}", taken, self._session)
+
+    def _in_store(
+        self, session: ChatSession, token_ids: Sequence[int], ends: Sequence[int]
+    ) -> tuple[str, TakenUp, ContextWriter] | None:
+        """Return the longest beginning of what is to be read that the store has."""
+        if self._store is None:
+            return None
+        before = session.engine.token_ids
+        best: tuple[TakenUp, ContextFile] | None = None
+        for path in self._store.candidates(identify(session.engine, session.tokenizer)):
+            try:
+                file = ContextFile.open(path, writable=True)
+            except SessionError:
+                continue  # another process reads or writes it
+            try:
+                check_shapes(file, session.engine)
+                taken = usable(file, before, token_ids, ends)
+            except SessionError:
+                file.close()
+                with contextlib.suppress(SessionError):
+                    remove(path)  # damaged, and it can be made again
+                continue
+            if taken is not None and (best is None or taken.num_tokens > best[0].num_tokens):
+                if best is not None:
+                    best[1].close()
+                best = taken, file
+            else:
+                file.close()
+        if best is None:
+            return None
+        self._store.touch(best[1].path)
+        return "the store of documents", best[0], ContextWriter(best[1], self._origin)
+
+    def _stored_tokens(self, taken: TakenUp) -> int:
+        assert taken.file.opened is not None
+        return taken.file.opened.index.num_tokens
+
+
+def _rings(taken: TakenUp) -> Sequence[Any]:
+    assert taken.file.opened is not None
+    return taken.file.opened.index.rings

@@ -1,0 +1,172 @@
+"""What `duolocal sessions` and the chat show of saved contexts. Loads no torch."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from duolocal.errors import SessionError
+from duolocal.sessions.file import ContextFile, remove
+from duolocal.sessions.names import DOCUMENTS, files_in, session_file
+from duolocal.terminal import figures
+from duolocal.terminal.clean import clean_line
+
+
+def _report(path: Path) -> dict[str, Any]:
+    """Return what a file says of itself; one that cannot be read says why."""
+    report: dict[str, Any] = {"name": path.stem, "path": str(path)}
+    try:
+        report["bytes"] = path.stat().st_size
+        file = ContextFile.open(path)
+        file.close()
+        assert file.opened is not None
+        fields, index = file.opened.fields(), file.opened.index
+        identity = fields.inner("identity")
+        documents = fields.array("documents", longest=1 << 20)
+        if not all(isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in documents):
+            raise fields.wrong("documents", "names and tokens")
+        report |= {
+            "kind": fields.text("kind"),
+            "model": fields.text("model"),
+            "tokens": index.num_tokens,
+            "turns": fields.integer("num_turns", most=1 << 31),
+            "saved": fields.text("saved"),
+            "documents": [{"name": name, "tokens": tokens} for name, tokens in documents],
+            "read_ahead": fields.integer("read_ahead", most=1 << 40),
+            "kv": identity.text("kv"),
+            "dtype": identity.text("dtype"),
+            "rope": identity.inner("rope").text("shown"),
+            "options": fields.texts("options"),
+            "rings": len(index.rings),
+        }
+    except SessionError as error:
+        report["error"] = str(error)
+    except OSError as error:
+        report["error"] = f"{path} cannot be read: {error.strerror or error}"
+    return report
+
+
+def show_list(folder: Path, console: Console, *, as_json: bool) -> int:
+    """List sessions and kept documents; return the exit code."""
+    sessions = [_report(path) for path in files_in(folder)] if folder.is_dir() else []
+    place = folder / DOCUMENTS
+    documents = [_report(path) for path in files_in(place)] if place.is_dir() else []
+    if as_json:
+        print(json.dumps({"folder": str(folder), "sessions": sessions, "documents": documents}, ensure_ascii=False))
+        return 0
+    if not sessions and not documents:
+        console.print(Text(f"nothing is saved in {clean_line(str(folder))}; chat --session NAME begins a session"))
+        return 0
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("name", overflow="fold")
+    for title in ("tokens", "turns", "size"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("saved (UTC)", no_wrap=True)
+    table.add_column("model, documents", overflow="fold")
+    for report in sessions:
+        table.add_row(*_row(report, report["name"]))
+    for report in documents:
+        table.add_row(*_row(report, f"{DOCUMENTS}/{report['name']}"))
+    console.print(table)
+    total = figures.size(sum(report.get("bytes", 0) for report in (*sessions, *documents)))
+    console.print(Text(f"{total} in {clean_line(str(folder))}", "dim"))
+    return 0
+
+
+def _row(report: dict[str, Any], name: str) -> list[Text]:
+    size = figures.size(report.get("bytes", 0))
+    if "error" in report:
+        return [
+            Text(clean_line(name)),
+            Text(""),
+            Text(""),
+            Text(size),
+            Text(""),
+            Text(clean_line(report["error"]), "red"),
+        ]
+    names = ", ".join(item["name"] for item in report["documents"][:4])
+    more = f" and {len(report['documents']) - 4} more" if len(report["documents"]) > 4 else ""
+    about = f"{report['model']}: {names}{more}" if names else report["model"]
+    if report["read_ahead"]:
+        about += f" (a reading was stopped after {report['read_ahead']:,} tokens)"
+    turns = str(report["turns"]) if report["kind"] == "session" else ""
+    saved = report["saved"].replace("T", " ")[:16]
+    return [Text(clean_line(text)) for text in (name, f"{report['tokens']:,}", turns, size, saved, about)]
+
+
+def show_info(folder: Path, name: str, console: Console, *, as_json: bool) -> int:
+    """Show one session; return the exit code. Raises SessionError where there is none or it is damaged."""
+    report = _report(_existing(folder, name))
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+        return 1 if "error" in report else 0
+    if "error" in report:
+        raise SessionError(report["error"])
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("session", Text(clean_line(name)))
+    table.add_row("file", Text(clean_line(f"{report['path']} ({figures.size(report['bytes'])})")))
+    table.add_row("saved", Text(clean_line(report["saved"])))
+    table.add_row("model", Text(clean_line(report["model"])))
+    table.add_row("start with", Text(clean_line(" ".join(report["options"]))))
+    table.add_row("cache", Text(clean_line(f"KV {report['kv']}, {report['dtype']}, RoPE scaling {report['rope']}")))
+    table.add_row("context", f"{figures.tokens(report['tokens'])}, {report['turns']} questions")
+    for document in report["documents"]:
+        table.add_row("document", Text(clean_line(f"{document['name']}: {figures.tokens(document['tokens'])}")))
+    if report["read_ahead"]:
+        table.add_row("stopped", f"a reading was stopped after {figures.tokens(report['read_ahead'])}")
+    console.print(table)
+    return 0
+
+
+def _existing(folder: Path, name: str) -> Path:
+    path = session_file(folder, name)
+    if not path.is_file():
+        raise SessionError(f"there is no session {name} in {folder}: `duolocal sessions list` shows what there is")
+    return path
+
+
+def remove_sessions(folder: Path, names: Sequence[str], console: Console, *, documents: bool, as_json: bool) -> int:
+    """Remove sessions, all or none, and kept documents; return the exit code."""
+    paths = [_existing(folder, name) for name in dict.fromkeys(names)]
+    place = folder / DOCUMENTS
+    paths += files_in(place) if documents and place.is_dir() else []
+    freed = 0
+    for path in paths:
+        size = path.stat().st_size
+        remove(path)
+        freed += size
+    if as_json:
+        print(json.dumps({"removed": [str(path) for path in paths], "bytes": freed}, ensure_ascii=False))
+    else:
+        files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
+        console.print(Text(f"removed {files}, {figures.size(freed)}"))
+    return 0
+
+
+def turns_view(rows: Sequence[tuple[int, int | None, str, str, int, str, bool, bool]]) -> Table:
+    """List turns: (number, after, kind, name, tokens, lines that end there, on the way here, current)."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("turn", justify="right", no_wrap=True)
+    table.add_column("after", justify="right", no_wrap=True)
+    table.add_column("what", no_wrap=True)
+    table.add_column("name", overflow="ellipsis", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for number, after, kind, name, tokens, lines, on_way, current in rows:
+        mark = " ".join(filter(None, ("<- here" if current else "", lines)))
+        cells = (
+            str(number),
+            "" if after is None else str(after),
+            kind,
+            clean_line(" ".join(name.split())),
+            f"{tokens:,}",
+            mark,
+        )
+        table.add_row(*(Text(cell, "" if on_way else "dim") for cell in cells))
+    return table

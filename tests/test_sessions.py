@@ -1,0 +1,276 @@
+"""Contexts on disk: saved and opened they are the same context, and opening one computes nothing."""
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from duolocal.engine.session import ChatSession, Reused
+from duolocal.errors import ContextOverflowError, SessionError, SettingsError
+from duolocal.kernels.cpu import build
+from duolocal.models.transformer import Transformer
+from duolocal.quant.kv import KV_FORMATS
+from duolocal.sessions.context import Origin, usable
+from duolocal.sessions.file import ContextFile
+from duolocal.sessions.keeper import ContextKeeper
+from duolocal.sessions.store import DocumentStore
+from tests.compiled import compiled
+from tests.session_models import DOCUMENT, GREEDY, finish, in_context, tiny_session
+
+ORIGIN = Origin("tiny", ("--model", "tiny"))
+
+
+def keeper_for(folder: Path, **options: Any) -> ContextKeeper:
+    return ContextKeeper(folder / "sessions", ORIGIN, **options)
+
+
+def saved(folder: Path, session: ChatSession, name: str = "book") -> Path:
+    keeper = keeper_for(folder)
+    keeper.begin(name, session)
+    keeper.save(session)
+    keeper.close()
+    return folder / "sessions" / f"{name}.duo"
+
+
+def opened(folder: Path, session: ChatSession, name: str = "book") -> ContextKeeper:
+    keeper = keeper_for(folder)
+    keeper.open(name, session)
+    return keeper
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of every call of a Transformer."""
+    counts: list[int] = []
+    hidden = Transformer.hidden
+
+    def counting(self: Transformer, token_ids: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        counts.append(len(token_ids))
+        return hidden(self, token_ids, *arguments, **options)
+
+    monkeypatch.setattr(Transformer, "hidden", counting)
+    return counts
+
+
+def a_talk(folder: Path, **options: Any) -> ChatSession:
+    session = tiny_session(folder, **options)
+    finish(session.add_document("mill.txt", DOCUMENT))
+    finish(session.ask("Where did it stand?", GREEDY))
+    return session
+
+
+@pytest.mark.parametrize("kv", KV_FORMATS)
+def test_opened_it_is_the_same_context_and_nothing_was_computed(kv: str, tmp_path: Path, computed: list[int]) -> None:
+    first = a_talk(tmp_path, kv=kv)
+    path = saved(tmp_path, first)
+    computed.clear()
+    second = tiny_session(tmp_path, kv=kv, context=1000, chunk_size=17)
+    opened(tmp_path, second)
+    assert computed == []
+    assert in_context(second) == in_context(first)
+    assert (second.messages, second.context_items()) == (first.messages, first.context_items())
+    assert torch.equal(second.engine.cache.read_ring(), first.engine.cache.read_ring())
+    blocks = first.engine.cache.pool.num_blocks
+    assert blocks > 3
+    pools = [session.engine.cache.pool for session in (first, second)]
+    assert torch.equal(pools[0].read(0, blocks), pools[1].read(0, blocks))
+    for session in (first, second):
+        finish(session.ask("And why there?", GREEDY))
+    assert in_context(second) == in_context(first)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert sorted(os.listdir(path.parent)) == [".book.duo.lock", "book.duo"]
+
+
+def test_undo_and_goto_work_after_opening(tmp_path: Path, computed: list[int]) -> None:
+    first = a_talk(tmp_path)
+    states = [in_context(first)]
+    for question in ("Who built it?", "When was that?"):
+        finish(first.ask(question, GREEDY))
+        states.append(in_context(first))
+    first.undo()
+    finish(first.ask("Another question?", GREEDY))
+    branch = in_context(first)
+    saved(tmp_path, first)
+    second = tiny_session(tmp_path)
+    opened(tmp_path, second)
+    computed.clear()
+    assert second.undo()
+    assert in_context(second) == states[1]
+    assert second.undo()
+    assert in_context(second) == states[0]
+    finish(second.go_to(second.tree.find("5")))
+    assert in_context(second) == branch
+    assert computed == []  # all of it lies on the way that was saved
+    finish(second.go_to(second.tree.find("4")))
+    assert in_context(second) == states[2]
+    assert sum(computed) == len(second.tree.turns[4].token_ids)  # the branch was left: only it is read again
+    assert second.texts == first.texts
+
+
+def test_a_session_that_is_kept_is_on_disk_after_every_turn(tmp_path: Path) -> None:
+    session = tiny_session(tmp_path)
+    keeper = session.keeper = keeper_for(tmp_path)
+    keeper.begin("book", session)
+    keeper.save(session)
+    seen = []
+    steps = (
+        lambda: finish(session.add_documents([("a.txt", DOCUMENT), ("b.txt", "Beta. " * 70)])),
+        lambda: finish(session.ask("Where " * 90, GREEDY)),
+        lambda: finish(session.retry(GREEDY)),
+        lambda: session.undo(),
+        lambda: finish(session.ask("Why " * 90, GREEDY)),
+        lambda: finish(session.go_to(session.tree.find("3"))),
+        lambda: session.forget_conversation(),
+        lambda: finish(session.ask("Hello?", GREEDY)),
+    )
+    for step in steps:
+        step()
+        assert keeper.notes == []
+        copy = tmp_path / "sessions" / "copy.duo"
+        copy.write_bytes((tmp_path / "sessions" / "book.duo").read_bytes())
+        other = tiny_session(tmp_path)
+        opened(tmp_path, other, "copy").close()
+        assert in_context(other) == in_context(session)
+        assert other.messages == session.messages
+        assert other.tree.turns.keys() == session.tree.turns.keys()
+        pool = session.engine.cache.pool
+        assert torch.equal(pool.read(0, pool.num_blocks), other.engine.cache.pool.read(0, pool.num_blocks))
+        seen.append(copy.stat().st_size)
+    size = (tmp_path / "sessions" / "book.duo").stat().st_size
+    session.reset()
+    assert keeper.notes == ["session book stays as it was saved; this chat has no name now"]
+    finish(session.ask("Hello?", GREEDY))
+    other = tiny_session(tmp_path)
+    opened(tmp_path, other)
+    assert other.documents == ["a.txt", "b.txt"]
+    assert (tmp_path / "sessions" / "book.duo").stat().st_size == size
+
+
+def test_what_is_forgotten_is_gone_and_the_file_does_not_grow_without_need(tmp_path: Path) -> None:
+    session = tiny_session(tmp_path)
+    keeper = session.keeper = keeper_for(tmp_path)
+    keeper.begin("book", session)
+    keeper.save(session)
+    finish(session.add_document("mill.txt", DOCUMENT))
+    path = tmp_path / "sessions" / "book.duo"
+    before = path.stat().st_size
+    for turn in range(20):
+        finish(session.ask(f"A marked question {turn}?", GREEDY))
+    assert keeper.notes == []
+    held = ContextFile.open(path).opened
+    assert held is not None
+    needed = held.place.nbytes + sum(extent.nbytes for extent in held.index.extents())
+    assert held.file_bytes < 1.3 * needed + 2**16
+    assert b"A marked question 7" in path.read_bytes()
+    session.forget_conversation()
+    keeper.save(session)
+    assert path.stat().st_size < 2 * before
+    description = ContextFile.open(path).opened
+    assert description is not None and "marked" not in str(description.description)
+
+
+def test_only_what_is_new_is_written(tmp_path: Path) -> None:
+    session = tiny_session(tmp_path)
+    keeper = session.keeper = keeper_for(tmp_path)
+    keeper.begin("book", session)
+    keeper.save(session)
+    finish(session.add_document("mill.txt", DOCUMENT))
+    before = ContextFile.open(tmp_path / "sessions" / "book.duo").opened
+    finish(session.ask("Where?", GREEDY))
+    after = ContextFile.open(tmp_path / "sessions" / "book.duo").opened
+    assert before is not None and after is not None
+    columns = len(before.index.columns)
+    assert columns > 3
+    assert after.index.columns[:columns] == before.index.columns
+    assert {ring.extent for ring in before.index.rings} <= {ring.extent for ring in after.index.rings}
+    assert after.file_bytes < before.file_bytes * 2
+
+
+def test_a_context_that_is_too_small_is_named(tmp_path: Path) -> None:
+    saved(tmp_path, a_talk(tmp_path, context=2048))
+    small = tiny_session(tmp_path, context=128)
+    with pytest.raises(ContextOverflowError, match="and the context is 128: start with --context 2K"):
+        opened(tmp_path, small)
+    assert in_context(small) == []
+
+
+@pytest.mark.parametrize("name", ["../book", "a/b", "", ".", "..", ".hidden", "con", "a" * 81, "a\nb", "a\0b", "x."])
+def test_names_that_are_none(name: str, tmp_path: Path) -> None:
+    session = tiny_session(tmp_path)
+    with pytest.raises(SettingsError, match="cannot name a session"):
+        keeper_for(tmp_path).begin(name, session)
+    with pytest.raises(SettingsError, match="cannot name a session"):
+        keeper_for(tmp_path).open(name, session)
+
+
+def test_a_name_that_is_taken_and_one_that_is_not_there(tmp_path: Path) -> None:
+    session = a_talk(tmp_path)
+    saved(tmp_path, session)
+    keeper = keeper_for(tmp_path)
+    with pytest.raises(SettingsError, match="there is a session book already"):
+        keeper.begin("book", session)
+    keeper.begin("book", session, overwrite=True)
+    keeper.save(session)
+    with pytest.raises(SessionError, match="there is no session other"):
+        keeper.open("other", session)
+    with pytest.raises(SessionError, match="is in use by another duolocal"):
+        opened(tmp_path, tiny_session(tmp_path))
+
+
+def test_a_document_is_found_again_by_its_content(tmp_path: Path, computed: list[int]) -> None:
+    store = DocumentStore(tmp_path / "sessions")
+    documents = [("a.txt", DOCUMENT), ("b.txt", "Beta. " * 70), ("c.txt", "Gamma. " * 40)]
+    first = tiny_session(tmp_path)
+    first.keeper = keeper_for(tmp_path, store=store, every_s=0.0)
+    finish(first.add_documents(documents[:2]))
+    wanted = tiny_session(tmp_path)
+    finish(wanted.add_documents(documents))
+    computed.clear()
+    second = tiny_session(tmp_path, chunk_size=50)
+    second.keeper = keeper_for(tmp_path, store=store, every_s=0.0)
+    events = list(second.add_documents(documents))
+    assert [event.num_tokens for event in events if isinstance(event, Reused)] == [first.engine.position]
+    assert sum(computed) == wanted.engine.position - first.engine.position
+    assert in_context(second) == in_context(wanted)
+    assert second.undo() and second.undo()
+    assert second.documents == ["a.txt"]
+    assert sum(computed) == wanted.engine.position - first.engine.position  # the rings at the ends were there
+    finish(second.ask("Where?", GREEDY))
+    finish(wanted.go_to(wanted.tree.find("1")))
+    finish(wanted.ask("Where?", GREEDY))
+    assert in_context(second) == in_context(wanted)
+    assert len(list(store.place.glob("*.duo"))) == 1  # what was read after it went into the same file
+
+
+def test_nothing_is_taken_up_past_an_end_that_has_no_ring(tmp_path: Path) -> None:
+    session = a_talk(tmp_path)
+    file = ContextFile.open(saved(tmp_path, session))
+    ids = [*session.engine.token_ids, 5]
+    end = session.tree.turns[1].end
+    for ends, position in (([], session.engine.position), ([end], session.engine.position), ([end - 1], None)):
+        taken = usable(file, [], ids, ends)
+        assert (None if taken is None else taken.num_tokens) == position
+    changed = [*ids[:end], *(token ^ 1 for token in ids[end:])]
+    taken = usable(file, [], changed, [])
+    assert taken is not None and taken.num_tokens == end
+    assert usable(file, ids, [5], []) is None
+
+
+@pytest.mark.skipif(build.unsupported() is not None, reason=f"compiled kernels: {build.unsupported()}")
+def test_kernels_take_over_from_each_other(tmp_path: Path, computed: list[int]) -> None:
+    first = a_talk(tmp_path, kernels=compiled(2))
+    saved(tmp_path, first)
+    computed.clear()
+    same, other = tiny_session(tmp_path, kernels=compiled(1), chunk_size=33), tiny_session(tmp_path)
+    for session in (same, other):
+        keeper = opened(tmp_path, session)
+        keeper.close()
+    assert computed == []
+    for session in (first, same, other):
+        finish(session.ask("And why there?", GREEDY))
+        assert in_context(session) == in_context(first)
+    assert torch.equal(same.engine.cache.read_ring(), first.engine.cache.read_ring())

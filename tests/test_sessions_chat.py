@@ -1,0 +1,196 @@
+"""The chat's commands over turns and saved contexts, and `duolocal sessions`, over a tiny real session."""
+
+import argparse
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from duolocal import cli
+from duolocal.documents import Document
+from duolocal.errors import SettingsError
+from duolocal.sampling import Sampling
+from duolocal.sessions.context import Origin
+from duolocal.sessions.keeper import ContextKeeper
+from duolocal.settings import ChatSettings
+from duolocal.terminal.chat import Chat
+from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
+from duolocal.terminal.sessions_options import keep_bytes, settings_of_session
+from tests.session_models import DOCUMENT, in_context, tiny_session
+from tests.terminal_fakes import FACTS
+
+MILL = Document(
+    "mill.txt", Path("far/mill.txt"), DOCUMENT, "cp1252", 1234, kind="text", notes=("guessed",), digest="ab"
+)
+
+
+def a_chat(folder: Path) -> tuple[Chat, StringIO]:
+    output = StringIO()
+    console = Console(file=output, width=100, height=24, force_terminal=False, highlight=False)
+    session = tiny_session(folder)
+    settings = ChatSettings(model="tiny", kv="int8")
+    keeper = ContextKeeper(folder / "sessions", Origin("tiny", tuple(settings.options())))
+    session.keeper = keeper
+    sampling = Sampling(temperature=0, max_tokens=4)
+    chat = Chat(console, session, FACTS, settings, sampling, keeper=keeper)
+    keeper.extra = lambda: extra_of(chat.files)
+    return chat, output
+
+
+def said(output: StringIO) -> str:
+    text = output.getvalue()
+    output.seek(0)
+    output.truncate()
+    return text
+
+
+def test_save_open_and_go_on(tmp_path: Path) -> None:
+    chat, output = a_chat(tmp_path)
+    chat.add_documents([MILL])
+    chat.handle("Where?")
+    said(output)
+    chat.handle("/save book")
+    lines = said(output).splitlines()
+    assert lines[0].startswith("saving book: ") and lines[0].endswith(" to write")
+    assert lines[1].startswith("saved book (") and "from now on after every turn" in " ".join(lines)
+    chat.handle("Why there?")
+    context = in_context(chat.session)
+    with pytest.raises(SettingsError, match="session book is the one that is open"):
+        chat.handle("/open book")
+    assert chat.keeper is not None
+    chat.keeper.close()
+
+    other, output = a_chat(tmp_path)
+    other.handle("Something that is not saved")
+    with pytest.raises(SettingsError, match="this chat is not saved: /save NAME first, or leave it behind with"):
+        other.handle("/open book")
+    other.handle("/open --force book")
+    assert "opened session book: " in said(output)
+    assert in_context(other.session) == context
+    assert other.files == {"mill.txt": MILL}
+    assert list(other.questions.values()) == ["Where?", "Why there?"]
+    assert set(other.ends.values()) == {"length"}
+    other.add_documents([MILL])
+    assert "mill.txt is in the context already" in said(output)
+    assert not_yet_read(other.session, [MILL]) == ([], ["mill.txt"])
+    other.handle("/undo 2")
+    assert "undone: " in said(output)
+    assert other.questions == {}
+    assert other.session.documents == ["mill.txt"]
+    third, _ = a_chat(tmp_path)
+    with pytest.raises(SettingsError, match="there is a session book already"):
+        third.handle("/save book")
+
+
+def test_turns_fork_goto(tmp_path: Path) -> None:
+    chat, output = a_chat(tmp_path)
+    chat.add_documents([MILL])
+    chat.handle("Where?")
+    chat.handle("/fork sharper")
+    assert "line sharper begins here, after turn 2; /goto main goes back" in said(output)
+    chat.handle("Why?")
+    chat.handle("/goto main")
+    assert "at turn 2 of line main: " in said(output)
+    assert list(chat.questions.values()) == ["Where?"]
+    chat.handle("And when?")
+    said(output)
+    chat.handle("/turns")
+    shown = said(output)
+    assert [line.split()[:4] for line in shown.splitlines()[1:6]] == [
+        ["0", "start", "0"],
+        ["1", "0", "document", "mill.txt"],
+        ["2", "1", "exchange", "Where?"],
+        ["3", "2", "exchange", "Why?"],
+        ["4", "2", "exchange", "And"],
+    ]
+    assert "sharper" in shown.splitlines()[4] and "<- here main" in shown.splitlines()[5]
+    chat.handle("/goto sharper")
+    assert "at turn 3 of line sharper" in said(output)
+    with pytest.raises(SettingsError, match="there is no turn '9': give a number from /turns, or a line"):
+        chat.handle("/goto 9")
+    for turn in chat.session.tree.turns.values():
+        if turn is not chat.session.tree.current:
+            turn.ring = turn.columns = None
+    chat.handle("/goto 4")
+    assert "on the way there are not kept any more and are read again" in said(output)
+
+
+def test_a_session_by_option_begins_then_opens(tmp_path: Path) -> None:
+    chat, _ = a_chat(tmp_path)
+    assert chat.keeper is not None
+    assert begin_or_open(chat.keeper, chat.session, "book", system=None) == {}
+    assert "session book begins; it is saved after every turn in" in chat.keeper.notes[-1]
+    chat.add_documents([MILL])
+    chat.keeper.close()
+    other, _ = a_chat(tmp_path)
+    assert other.keeper is not None
+    assert begin_or_open(other.keeper, other.session, "book", system=None) == {"mill.txt": MILL}
+    assert other.keeper.notes[-1].startswith("opened session book: ")
+    other.keeper.close()
+    third, _ = a_chat(tmp_path)
+    assert third.keeper is not None
+    with pytest.raises(SettingsError, match="session book has another system message: leave --system out"):
+        begin_or_open(third.keeper, third.session, "book", system="Be brief.")
+
+
+def test_what_was_not_asked_is_taken_from_the_session(tmp_path: Path) -> None:
+    chat, _ = a_chat(tmp_path)
+    assert chat.keeper is not None
+    begin_or_open(chat.keeper, chat.session, "book", system=None)
+    chat.keeper.close()
+    options = argparse.Namespace(session="book", sessions_folder=str(tmp_path / "sessions"))
+    settings, line = settings_of_session(options, ChatSettings(model="tiny"))
+    assert (settings.kv, line) == ("int8", "as session book was saved: --kv int8")
+    asked = ChatSettings(model="tiny", kv="int4")
+    assert settings_of_session(options, asked) == (asked, None)
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("off", 0), ("0", 0), ("2GiB", 2 << 30), (None, 8 << 30)])
+def test_keep(text: str | None, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DUOLOCAL_KEEP", raising=False)
+    assert keep_bytes(text) == wanted
+    monkeypatch.setenv("DUOLOCAL_KEEP", "off")
+    assert keep_bytes(text) == (0 if text is None else wanted)
+    with pytest.raises(SettingsError, match="--keep is 'much'"):
+        keep_bytes("much")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(["sessions", *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_list_info_rm(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUOLOCAL_SESSIONS", str(tmp_path / "sessions"))
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(capsys, "list")
+    assert code == 0 and out.startswith("nothing is saved in ")
+    chat, _ = a_chat(tmp_path)
+    chat.add_documents([MILL])
+    chat.handle("Where?")
+    chat.handle("/save book")
+    assert chat.keeper is not None
+    chat.keeper.close()
+    (tmp_path / "sessions" / "bad\x1b[2J.duo").write_bytes(b"nothing")
+    code, out, _ = run(capsys, "list")
+    assert code == 0 and "tiny: mill.txt" in out and "is no saved context of duolocal" in out
+    assert "\x1b[2J" not in out
+    code, out, _ = run(capsys, "list", "--json")
+    listed = json.loads(out)
+    entry = next(item for item in listed["sessions"] if item["name"] == "book")
+    assert (entry["tokens"], entry["turns"]) == (chat.session.engine.position, 1)
+    assert entry["documents"][0]["name"] == "mill.txt"
+    code, out, _ = run(capsys, "info", "book")
+    assert code == 0 and "--model tiny --kv int8" in out
+    assert json.loads(run(capsys, "info", "book", "--json")[1])["kv"] == "int8"
+    assert run(capsys, "info", "other")[0] == 1
+    assert run(capsys, "info", "../book") == (2, "", run(capsys, "info", "../book")[2])
+    assert run(capsys, "rm")[0] == 2
+    assert run(capsys, "rm", "book", "other")[0] == 1
+    assert (tmp_path / "sessions" / "book.duo").exists()  # all or none
+    code, out, _ = run(capsys, "rm", "book")
+    assert code == 0 and out.startswith("removed 1 file, ")
+    assert sorted(path.name for path in (tmp_path / "sessions").glob("*book*")) == []
