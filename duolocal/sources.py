@@ -1,7 +1,7 @@
-"""Sources: which passages of the context the retrieval heads looked at while an answer was written.
+"""Sources: which passages of the documents the retrieval heads looked at while an answer was written.
 
-The tokens since a snapshot (the question and its answer) are read once more against the cache as it is, which is left
-untouched, and the attention of the retrieval heads is listened to. A passage's score is
+The question and its answer are read once more against the cache as it is, which is left untouched, and the attention of
+the retrieval heads is listened to. A passage's score is
 
     mean over the answer's tokens of  max over retrieval heads and the passage's tokens of  attention weight
 
@@ -12,19 +12,24 @@ model looked, not why it said what it said; docs/sources.md has how often the ri
 Memory is bounded: one span of keys and one chunk of queries at a time, whatever the context.
 """
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from duolocal.cache import DuoCache, Snapshot
+from duolocal.cache import DuoCache
 from duolocal.engine.engine import Engine
+from duolocal.engine.session import ChatSession, document_content
+from duolocal.engine.turns import Turn
+from duolocal.errors import SettingsError
 from duolocal.kernels.attention import KEY_SPAN, block_attention, merge, window_attention
 from duolocal.kernels.blocks import decode_blocks, hadamard
 from duolocal.kernels.interface import Rotation
 
 PASSAGE_TOKENS = 64
+STANDS_OUT = 0.4  # right answers with a needle scored 0.50 or more, answers without one 0.29 or less (docs/sources.md)
 QUERY_CHUNK = 64  # tokens read again at a time
 
 
@@ -37,33 +42,100 @@ class Passage:
     score: float
 
 
+@dataclass(frozen=True)
+class Source:
+    """A passage of a document: characters start … stop - 1 of its text."""
+
+    document: str
+    text: str  # of the whole document
+    start: int
+    stop: int
+    score: float
+
+    @property
+    def excerpt(self) -> str:
+        """The passage as one line."""
+        return " ".join(self.text[self.start : self.stop].split())
+
+    @property
+    def line(self) -> int:
+        """The line of the document, from 1, that the passage begins in."""
+        blank = len(self.text[self.start : self.stop]) - len(self.text[self.start : self.stop].lstrip())
+        return self.text.count("\n", 0, self.start + blank) + 1
+
+
+def find_sources(session: ChatSession, *, count: int = 3) -> list[Source]:
+    """Return the `count` passages of the loaded documents that were looked at most for the last answer, best first.
+
+    Reads question and answer again, and what came before them where no ring of that moment is kept. Raises
+    SettingsError where there is no answer, no document, or no retrieval head.
+    """
+    exchange, engine = session.tree.current, session.engine
+    if exchange.kind != "exchange" or exchange.parent is None:
+        raise SettingsError("there is no answer to look up: ask something first")
+    documents = [turn for turn in exchange.way() if turn.kind == "document"]
+    if not documents:
+        raise SettingsError("there are no documents in the context: /load one, and ask about it")
+    if not engine.plan.num_retrieval:
+        raise SettingsError("no head of this setting sees the whole context: start with other --heads")
+    before = exchange.parent
+    while before.ring is None and before.parent is not None:
+        before = before.parent
+    produced = exchange.state.items[-1].num_tokens
+    first = exchange.end - produced + len(exchange.state.unfed) - 1  # its next token is the first of the answer
+    found = attended(
+        engine,
+        engine.cache.ring.data if before.ring is None else before.ring,
+        range(before.end, first + produced),
+        [range(_text_start(session, turn), turn.end) for turn in documents],
+        num_queries=produced,
+    )
+    return [_source(session, documents, passage) for passage in found[:count]]
+
+
+def _source(session: ChatSession, documents: Sequence[Turn], passage: Passage) -> Source:
+    turn = next(turn for turn in documents if turn.start <= passage.start < turn.end)
+    start, stop = (min(len(_text_until(session, turn, at)), len(turn.text)) for at in (passage.start, passage.stop))
+    return Source(turn.name, turn.text, start, stop, passage.score)
+
+
+def _text_until(session: ChatSession, turn: Turn, position: int) -> str:
+    """Return the text of a document up to `position`: without the template and the line that names it."""
+    head = document_content(turn.name, "").partition("\n")[0] + "\n"
+    ids = session.engine.token_ids[turn.start : position]
+    return session.tokenizer.decode(ids, continues=turn.start > 0).partition(head)[2]
+
+
+def _text_start(session: ChatSession, turn: Turn) -> int:
+    """Return the position of the first token that says something of the document's text."""
+    positions = range(turn.start, turn.end)
+    return turn.start + bisect.bisect(positions, 0, key=lambda at: len(_text_until(session, turn, at + 1)))
+
+
 def passages(spans: Sequence[range], *, size: int = PASSAGE_TOKENS) -> list[range]:
     """Cut spans of positions into passages of `size` tokens; the last of a span may be shorter."""
-    return [
-        range(start, min(start + size, span.stop)) for span in spans for start in range(span.start, span.stop, size)
-    ]
+    return [range(at, min(at + size, span.stop)) for span in spans for at in range(span.start, span.stop, size)]
 
 
 @torch.inference_mode()
-def attended(engine: Engine, snapshot: Snapshot, spans: Sequence[range], *, num_answer: int) -> list[Passage]:
+def attended(engine: Engine, ring: Tensor, again: range, spans: Sequence[range], *, num_queries: int) -> list[Passage]:
     """Return the passages of `spans` by score, the highest first.
 
-    snapshot: a moment before the last `num_answer` tokens were generated; `engine.token_ids` since then are read
-    again, and what the queries at the last `num_answer` positions but one, and at the one before them, looked at is
-    counted: those are the positions whose next token is the answer. Nothing in the engine changes.
+    again: positions of the context to read again, at least `num_queries`; the queries of the last `num_queries` of them
+    are listened to, one for each token of an answer. ring: the cache's after `again.start` tokens, of any content where
+    that is 0. Nothing in the engine changes.
     """
-    start, ids = snapshot.num_tokens, engine.token_ids
-    first = len(ids) - num_answer - 1
-    assert start <= first and num_answer > 0, (start, len(ids), num_answer)
+    first = again.stop - num_queries
+    assert again.start <= first < again.stop <= engine.position, (again, num_queries, engine.position)
     cut = passages(spans)
     if not cut:
         return []
-    listening = _Listening(engine.cache, snapshot, cut, first=first, last=len(ids) - 1)
+    listening = _Listening(engine.cache, ring, again.start, cut, queries=range(first, again.stop))
     device = engine.transformer.device
-    for chunk in range(start, len(ids) - 1, QUERY_CHUNK):
-        positions = torch.arange(chunk, min(chunk + QUERY_CHUNK, len(ids) - 1), device=device)
-        token_ids = torch.tensor(ids[chunk : int(positions[-1]) + 1], dtype=torch.int64, device=device)
-        engine.transformer.hidden(token_ids, positions, listening)
+    for start in range(again.start, again.stop, QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, again.stop)
+        token_ids = torch.tensor(engine.token_ids[start:stop], dtype=torch.int64, device=device)
+        engine.transformer.hidden(token_ids, torch.arange(start, stop, device=device), listening)
     scores = listening.best.mean(0).tolist()
     found = [Passage(each.start, each.stop, score) for each, score in zip(cut, scores, strict=True)]
     return sorted(found, key=lambda passage: -passage.score)
@@ -78,13 +150,13 @@ class _Listening:
 
     rotates = recordable = capturable = False
 
-    def __init__(self, cache: DuoCache, snapshot: Snapshot, cut: Sequence[range], *, first: int, last: int) -> None:
+    def __init__(self, cache: DuoCache, ring: Tensor, start: int, cut: Sequence[range], *, queries: range) -> None:
         self._cache = cache
-        self._ring = snapshot.ring
-        self._start = snapshot.num_tokens
-        self._first = first
+        self._ring = ring.to(cache.device)
+        self._start = start
+        self._first = queries.start
         device = cache.device
-        self.best = torch.zeros(last - first, len(cut), device=device)  # [answer tokens, passages]
+        self.best = torch.zeros(len(queries), len(cut), device=device)
         # Passage of each position; len(cut) for positions in none.
         self._passage = torch.full((cache.num_tokens,), len(cut), dtype=torch.int64, device=device)
         for index, each in enumerate(cut):

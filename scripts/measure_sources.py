@@ -55,7 +55,7 @@ def main() -> None:
     for task, make in TASKS.items():
         for length in lengths:
             row = {"task": task, "tokens": length, "asked": 0, "right": 0, "first": 0, "top3": 0, "top3_of_right": 0}
-            chance = 0.0
+            chance, scores = 0.0, {True: [], False: []}
             for prompt in make(tokenizer, text, num_tokens=length, depths=depths, seed=options.seed):
                 engine.reset()
                 cut = prompt.num_tokens - TAIL
@@ -64,8 +64,8 @@ def main() -> None:
                 answer = list(
                     engine.generate(prompt.token_ids[cut:], Sampling(temperature=0, max_tokens=prompt.max_answer))
                 )
-                fed = engine.position - prompt.num_tokens  # the last token of an answer is not in the cache
-                ranked = attended(engine, snapshot, [range(HEAD, cut)], num_answer=fed)
+                again = range(cut, prompt.num_tokens + len(answer) - 1)
+                ranked = attended(engine, snapshot.ring, again, [range(HEAD, cut)], num_queries=len(answer))
                 holds = [needle(tokenizer, prompt, range(passage.start, passage.stop)) for passage in ranked]
                 right = all(word in tokenizer.decode(answer) for word in prompt.wanted)
                 row["asked"] += 1
@@ -73,8 +73,11 @@ def main() -> None:
                 row["first"] += holds[0]
                 row["top3"] += any(holds[:3])
                 row["top3_of_right"] += right and any(holds[:3])
+                scores[right].append(ranked[0].score)
                 chance += 1 - (1 - sum(holds) / len(holds)) ** 3
             row["chance"] = round(chance / len(depths), 3)
+            for right, name in ((True, "score_right"), (False, "score_wrong")):
+                row[name] = [round(min(scores[right]), 3), round(max(scores[right]), 3)] if scores[right] else None
             rows.append(row)
             print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     report = {"model": options.model, "text": options.text, "heads": engine.plan.source, "kv": engine.kv}

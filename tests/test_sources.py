@@ -1,18 +1,31 @@
 """Sources: the attention that is listened to is that of a dense float64 model, and listening changes nothing."""
 
+from collections.abc import Iterable
+from io import StringIO
+from pathlib import Path
+
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from duolocal.documents import Document, Part
 from duolocal.engine.engine import Engine
+from duolocal.engine.session import ChatSession, Event, Text
+from duolocal.errors import SettingsError
 from duolocal.heads import HeadPlan
 from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.config import ModelConfig
+from duolocal.models.loader import open_model
 from duolocal.models.transformer import Transformer
 from duolocal.sampling import Sampling
-from duolocal.sources import QUERY_CHUNK, Passage, attended, passages
+from duolocal.sources import QUERY_CHUNK, STANDS_OUT, Passage, Source, attended, find_sources, passages
+from duolocal.terminal.sources_view import sources as show_sources
+from duolocal.terminal.sources_view import sources_view
+from duolocal.tokenizer import load_tokenizer
 from tests.compiled import compiled
 from tests.oracle import OracleCache
+from tests.test_session import DOCUMENT, GREEDY, finish, make_session
 from tests.tiny import random_model, tiny_config
 
 PLANS = {
@@ -80,7 +93,8 @@ def test_scores_are_the_attention_of_the_dense_model(
         for each in passages([span for span in spans if span])
     }
 
-    found = attended(engine, snapshot, [span for span in spans if span], num_answer=12)
+    again = range(before, engine.position - 1)
+    found = attended(engine, snapshot.ring, again, [span for span in spans if span], num_queries=12)
 
     assert [passage.score for passage in found] == sorted((passage.score for passage in found), reverse=True)
     assert {(each.start, each.stop) for each in found} == set(wanted)
@@ -97,7 +111,7 @@ def test_listening_leaves_the_engine_as_it_was() -> None:
     cache = engine.cache
     records, ring, table = (x.clone() for x in (cache.pool.records, cache.ring.data, cache.pool.table))
     ids = list(engine.token_ids)
-    attended(engine, snapshot, [range(300)], num_answer=7)
+    attended(engine, snapshot.ring, range(300, 327), [range(300)], num_queries=8)
     assert torch.equal(cache.ring.data, ring) and torch.equal(cache.pool.table, table)
     assert torch.equal(cache.pool.records, records) and engine.token_ids == ids
 
@@ -113,5 +127,85 @@ def test_nothing_to_look_at() -> None:
     engine = make(PLANS["mixed"], "32", "torch")
     snapshot = engine.snapshot()
     list(engine.prefill(tokens(30, 1)))
-    assert attended(engine, snapshot, [], num_answer=3) == []
-    assert all(isinstance(each, Passage) for each in attended(engine, snapshot, [range(20)], num_answer=3))
+    assert attended(engine, snapshot.ring, range(30), [], num_queries=3) == []
+    assert all(
+        isinstance(each, Passage) for each in attended(engine, snapshot.ring, range(30), [range(20)], num_queries=3)
+    )
+
+
+# --- in a conversation ---
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "llama2"])
+@pytest.mark.parametrize("kept", [True, False], ids=["rings kept", "rings given up"])
+def test_every_passage_is_where_it_says(tmp_path: Path, template: str, kept: bool) -> None:
+    """The passages of all documents together are their texts, whatever template and names stand around them."""
+    session = make_session(tmp_path, template, system="Be brief.")
+    texts = {
+        "a & b.txt": "".join(f"Line {n} of the first, ünïcödé.\n" for n in range(40)),
+        "two": f'It says <document name="two">\n itself. {DOCUMENT}',
+    }
+    finish(session.add_documents(list(texts.items())))
+    finish(session.ask("Which?", GREEDY))
+    finish(session.add_document("three", DOCUMENT))
+    finish(session.ask("And now?", GREEDY))
+    if not kept:
+        for turn in session.tree.current.way()[:-1]:
+            turn.ring = None
+
+    found = find_sources(session, count=1000)
+
+    assert len({(source.document, source.start) for source in found}) == len(found) > 10
+    for name, text in {**texts, "three": DOCUMENT}.items():
+        mine = sorted((source for source in found if source.document == name), key=lambda source: source.start)
+        assert "".join(source.text[source.start : source.stop] for source in mine) == text
+        for source in mine:
+            assert text.splitlines()[source.line - 1].split()[:1] != []
+            assert source.excerpt in " ".join(text.split())
+
+
+def test_what_has_no_sources_is_said(tmp_path: Path) -> None:
+    session = make_session(tmp_path)
+    with pytest.raises(SettingsError, match="there is no answer to look up"):
+        find_sources(session)
+    finish(session.ask("Which?", GREEDY))
+    with pytest.raises(SettingsError, match="there are no documents in the context"):
+        find_sources(session)
+    finish(session.add_document("three", DOCUMENT))
+    with pytest.raises(SettingsError, match="there is no answer to look up"):
+        find_sources(session)
+
+
+@pytest.mark.real
+def test_the_answer_of_a_real_model_leads_to_the_place_it_was_read(smollm2_path: Path) -> None:
+    source = open_model(smollm2_path)
+    session = ChatSession(Engine.load(source, context=2048, kv="k8v4"), load_tokenizer(source))
+    plain = [f"On day {n} of the journey they walked {n + 3} miles and slept beside the road.\n" for n in range(1, 41)]
+    story = "".join([*plain[:25], "The secret word of the gatekeeper is marmalade.\n", *plain[25:]])
+    finish(session.add_documents([("other.txt", "".join(plain[:10])), ("story.txt", story)]))
+    question = "What is the secret word of the gatekeeper?"
+    answer = finish_text(session.ask(question, Sampling(temperature=0, max_tokens=20)))
+    assert "marmalade" in answer
+    best = find_sources(session)[0]
+    assert best.document == "story.txt" and "marmalade" in best.excerpt and abs(best.line - 26) <= 3
+    assert best.score >= STANDS_OUT
+
+    shown = StringIO()
+    pages = (Part("page 1", 0), Part("page 2", 900))
+    paged = Document("story.txt", Path("story.txt"), story, "utf-8", len(story), parts=pages)
+    Console(file=shown, width=100).print(sources_view([best], {"story.txt": paged}))
+    assert f"story.txt, page 2, line {best.line}" in shown.getvalue() and "stands out" not in shown.getvalue()
+
+
+def finish_text(events: Iterable[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def test_a_low_score_is_no_source_and_counts_are_checked() -> None:
+    shown = StringIO()
+    weak = Source("a.txt", "Some words.\nMore words.", 12, 23, 0.1)
+    Console(file=shown, width=100).print(sources_view([weak], {}))
+    assert "no passage stands out" in shown.getvalue() and "a.txt, line 2" in shown.getvalue()
+    for wrong in ("0", "21", "x", "-1", "99999999"):
+        with pytest.raises(SettingsError, match="/sources takes a number from 1 to 20"):
+            show_sources(None, wrong)  # type: ignore[arg-type]  # refused before the chat is looked at
