@@ -27,11 +27,10 @@ SHELL_PROMPT, CHAT_PROMPT = "$", ">"
 
 @dataclass(frozen=True)
 class Scene:
-    """What is typed, line by line; what stands before `shown_from` was only preparation."""
+    """What is typed, line by line; the screen at the end is kept, so `clear` ends a preparation."""
 
     title: str
     lines: Sequence[str]
-    shown_from: int = 0
 
 
 SCENES = {
@@ -56,13 +55,12 @@ SCENES = {
             "What is AWQ?",
             "/quit",
         ),
-        shown_from=3,
     ),
     "summarize": Scene(
         "duolocal summarize docs LICENSE --out summaries.jsonl",
         (
-            "duolocal summarize docs LICENSE --out $OUT/summaries.jsonl",
-            "head -c 700 $OUT/summaries.jsonl; echo",
+            "duolocal summarize docs LICENSE --out summaries.jsonl",
+            "head -c 700 summaries.jsonl; echo",
         ),
     ),
 }
@@ -91,7 +89,6 @@ def play(scene: Scene, folder: Path) -> list[str]:
         "PS1": f"{SHELL_PROMPT} ",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "DUOLOCAL_SESSIONS": str(folder / "sessions"),
-        "OUT": str(folder),
     }
     words = [f"{name}={value}" for name, value in environment.items()]
     size = ("-x", str(COLUMNS), "-y", str(LINES))
@@ -119,6 +116,7 @@ def main() -> None:
     for name in sys.argv[1:] or SCENES:
         with tempfile.TemporaryDirectory() as folder:
             lines = play(SCENES[name], Path(folder))
+        (ROOT / "summaries.jsonl").unlink(missing_ok=True)
         console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(Text.from_ansi("\n".join(lines)), soft_wrap=True)
         console.save_svg(str(ROOT / "docs" / f"{name}.svg"), title=SCENES[name].title, code_format=template)
