@@ -25,6 +25,7 @@ from duolocal.quant.weight import Weight
 NAMES = ("auto", "int8", "int4")
 ROW_FORMATS: Mapping[str, RowFormat] = {"int8": "Q8_0", "int4": "Q4_1"}
 _TYPES = {kind.name: kind for kind in GGUF_TYPES.values()}
+_UNROUNDED = ("f16", "bf16", "f32")
 _CPU = torch.device("cpu")
 
 
@@ -84,6 +85,23 @@ def outer_note(source: ModelSource) -> str | None:
         for change in source.tensors.changes.values()
     ]
     return f"{', '.join(said)}, as --outer-weights {wanted} asks"
+
+
+def outer_formats(source: ModelSource) -> list[str]:
+    """Return the formats of embedding and lm_head as they are computed with, which the fingerprint does not tell."""
+    tensors = source.tensors
+    changes = tensors.changes if isinstance(tensors, OuterQuantized) else {}
+    inner = tensors.source if isinstance(tensors, OuterQuantized) else tensors
+    formats = []
+    for role in _matrices(source):
+        change = changes.get(role.name)
+        if change is None:
+            formats.append(inner.weight(role, _CPU).format)
+        else:
+            # Rounded twice is another matrix than rounded once.
+            once = change.before.lower() in _UNROUNDED
+            formats.append(change.after if once else f"{change.after} of {change.before}")
+    return formats
 
 
 def _matrices(source: ModelSource) -> list[Role]:

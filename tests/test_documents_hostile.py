@@ -14,7 +14,7 @@ from duolocal.documents import converter as converter_module
 from duolocal.documents import decode_document, gather
 from duolocal.documents.child import convert_bytes
 from duolocal.documents.converted import ConversionError
-from duolocal.documents.converter import Converter
+from duolocal.documents.converter import SPENT_BYTES, Converter
 from duolocal.documents.zipped import MAX_MEMBERS, Archive, ArchiveError
 from duolocal.errors import DocumentError
 from tests.document_files import docx, epub, paragraph, pdf, pptx, zipped
@@ -252,6 +252,17 @@ def test_a_converter_that_is_forgotten_leaves_no_process() -> None:
     assert len(children() - before) == 1
     del converter
     assert children() == before
+
+
+def test_the_memory_of_who_starts_it_does_not_count() -> None:
+    """A loaded model is no reason to begin a new process for every file."""
+    held = bytearray(b"x") * (SPENT_BYTES + (64 << 20))  # written to, so that it is there
+    with Converter() as converter:
+        converter.convert(b"<p>x", "html")
+        first = converter._process
+        converter.convert(b"<p>y", "html")
+        assert converter._process is first is not None
+    assert len(held) > SPENT_BYTES
 
 
 def test_one_process_serves_many_files_and_threads(tmp_path: Path) -> None:

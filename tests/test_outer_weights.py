@@ -17,7 +17,7 @@ from duolocal.errors import ModelFileError, SettingsError
 from duolocal.kernels.cpu import build
 from duolocal.models.loader import open_model
 from duolocal.models.native_writer import write_native
-from duolocal.models.outer_weights import NAMES, outer_note, quantize_outer
+from duolocal.models.outer_weights import NAMES, outer_formats, outer_note, quantize_outer
 from duolocal.models.weights import ModelWeights
 from duolocal.quant import gguf_pack
 from duolocal.quant.gguf import GGUFWeight
@@ -246,3 +246,14 @@ def test_a_native_file_keeps_them(tmp_path: Path) -> None:
 def test_the_command_line_refuses_other_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", "--prompt", "x", "--outer-weights", "16"]) == 2
     assert capsys.readouterr().err == "duolocal: --outer-weights is '16': give one of auto, int8, int4\n"
+
+
+def test_formats_tell_apart_what_the_fingerprint_does_not(tmp_path: Path) -> None:
+    """Saved contexts and finished summaries are compared by these."""
+    save_checkpoint(tmp_path, vocab_size=64)
+    source = open_model(tmp_path)
+    sources = [quantize_outer(source, wanted) for wanted in NAMES]
+    assert [set(outer_formats(each)) for each in sources] == [{"f32"}, {"Q8_0"}, {"Q4_1"}]
+    assert len({each.fingerprint for each in sources}) == 1
+    twice = outer_formats(quantize_outer(sources[1], "int4"))
+    assert set(twice) == {"Q4_1 of Q8_0"}

@@ -9,13 +9,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from duolocal.engine.engine import Engine
 from duolocal.errors import SessionError
-from duolocal.models.assemble import outer_roles
-from duolocal.models.loader import ModelSource
-from duolocal.models.outer_weights import OuterQuantized
+from duolocal.models.outer_weights import outer_formats
 from duolocal.models.rope import describe, rope_frequencies
 from duolocal.sessions.fields import Fields
 from duolocal.settings import format_tokens
@@ -24,8 +20,6 @@ from duolocal.tokenizer import Tokenizer
 # Frequencies are float64, made by a power function that may differ in its last bit between machines. A part in 10^12
 # turns position 10^6 by 10^-6 of a radian: less than float32 resolves.
 _FREQUENCY_TOLERANCE = 1e-12
-_UNROUNDED = ("f16", "bf16", "f32")
-_CPU = torch.device("cpu")
 
 
 def identify(engine: Engine, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -36,7 +30,7 @@ def identify(engine: Engine, tokenizer: Tokenizer) -> dict[str, Any]:
     frequencies, scale = rope_frequencies(config, engine.context)
     return {
         "weights": source.fingerprint,
-        "outer": _outer(source),
+        "outer": outer_formats(source),
         "tokenizer": _tokenizer(tokenizer),
         "retrieval": ["".join("x" if flag else "-" for flag in layer) for layer in plan.retrieval],
         "sink_size": plan.sink_size,
@@ -130,25 +124,4 @@ def _same_rope(saved: object, now: Mapping[str, Any]) -> bool:
 
 def _tokenizer(tokenizer: Tokenizer) -> str:
     # The map between text and ids alone would take a conversation on in another template's words.
-    template = tokenizer._parts.template or ""
-    return hashlib.sha256(f"{tokenizer.fingerprint}\n{template}".encode()).hexdigest()
-
-
-def _outer(source: ModelSource) -> list[str]:
-    """Return the formats of embedding and lm_head as they are computed with: the fingerprint does not tell."""
-    tensors = source.tensors
-    changes = tensors.changes if isinstance(tensors, OuterQuantized) else {}
-    inner = tensors.source if isinstance(tensors, OuterQuantized) else tensors
-    formats = []
-    for role in outer_roles(source.config):
-        if len(role.shape) != 2:
-            continue
-        change = changes.get(role.name)
-        if change is None:
-            formats.append(inner.weight(role, _CPU).format)
-        else:
-            # Rounded twice is another matrix than rounded once.
-            formats.append(
-                change.after if change.before.lower() in _UNROUNDED else f"{change.after} of {change.before}"
-            )
-    return formats
+    return hashlib.sha256(f"{tokenizer.fingerprint}\n{tokenizer.chat_template or ''}".encode()).hexdigest()

@@ -14,6 +14,7 @@ from duolocal import __version__
 from duolocal.documents import Document
 from duolocal.engine.engine import Cancelled, Engine
 from duolocal.errors import DocumentError, DuoLocalError, SummaryFileError
+from duolocal.models.outer_weights import outer_formats
 from duolocal.sampling import Sampling
 from duolocal.summarize.events import Began, Ended, Looked, Opened, Planned, Progress
 from duolocal.summarize.frame import Frame, make_frame
@@ -255,6 +256,7 @@ class Summarizer:
             "model": model,
             "fingerprint": "" if source is None else source.fingerprint,
             "weights": "" if source is None else source.weight_format,
+            "outer_weights": [] if source is None else outer_formats(source),
             "tokenizer": self.frame.tokenizer.fingerprint,
             "heads": heads,
             "heads_digest": hashlib.sha256(repr(plan.retrieval).encode()).hexdigest()[:16],

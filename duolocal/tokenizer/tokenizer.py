@@ -48,6 +48,11 @@ class Tokenizer:
         self._hidden = parts.hidden_ids | self.eos_ids
 
     @property
+    def chat_template(self) -> str | None:
+        """The template as the model's files have it, None where they have none."""
+        return self._parts.template
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `chat_pieces` can be used."""
         return self._template is not None
