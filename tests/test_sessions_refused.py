@@ -13,6 +13,7 @@ from duolocal.heads import HeadPlan
 from duolocal.models.config import RopeScaling
 from duolocal.models.outer_weights import OuterChange, OuterQuantized
 from duolocal.sessions.context import Origin
+from duolocal.sessions.identity import compatible
 from duolocal.sessions.keeper import ContextKeeper
 from tests.session_models import GREEDY, PLAN, finish, in_context, tiny_session
 
@@ -126,3 +127,12 @@ def test_a_context_of_another_length_opens_where_it_fits(tmp_path: Path) -> None
         session = tiny_session(tmp_path, context=context, chunk_size=3)
         keeper_for(tmp_path).open("book", session).keys()
         assert session.engine.position > 0
+
+
+@pytest.mark.parametrize("wrong", [10**400, -(10**400), float("nan"), float("inf"), True, None, "1", [1.0]])
+def test_numbers_that_are_no_frequencies_are_another_rope(wrong: object) -> None:
+    """A JSON integer may be larger than any float."""
+    now = {"rope": {"frequencies": [1.0, 0.5], "scale": 1.0}}
+    assert compatible(now, now)
+    assert not compatible({"rope": {"frequencies": [1.0, wrong], "scale": 1.0}}, now)
+    assert not compatible({"rope": {"frequencies": [1.0, 0.5], "scale": wrong}}, now)

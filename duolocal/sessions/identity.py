@@ -35,7 +35,7 @@ def identify(engine: Engine, tokenizer: Tokenizer) -> dict[str, Any]:
         "retrieval": ["".join("x" if flag else "-" for flag in layer) for layer in plan.retrieval],
         "sink_size": plan.sink_size,
         "recent_size": plan.recent_size,
-        "rope": {"frequencies": frequencies.tolist(), "scale": scale, "shown": describe(config, engine.context)},
+        "rope": {"frequencies": frequencies.tolist(), "scale": float(scale), "shown": describe(config, engine.context)},
         "kv": engine.kv,
         "block_size": layout.block_size,
         "record_bytes": layout.record_bytes,
@@ -117,8 +117,7 @@ def _same_rope(saved: object, now: Mapping[str, Any]) -> bool:
         return False
     pairs = [*zip(frequencies, now["frequencies"], strict=True), (saved.get("scale"), now["scale"])]
     return all(
-        isinstance(then, float | int) and abs(then - value) <= _FREQUENCY_TOLERANCE * abs(value)
-        for then, value in pairs
+        isinstance(then, float) and abs(then - value) <= _FREQUENCY_TOLERANCE * abs(value) for then, value in pairs
     )
 
 
