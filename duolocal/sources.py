@@ -68,7 +68,7 @@ def find_sources(session: ChatSession, *, count: int = 3) -> list[Source]:
     """Return the `count` passages of the loaded documents that were looked at most for the last answer, best first.
 
     Reads question and answer again, and what came before them where no ring of that moment is kept. Raises
-    SettingsError where there is no answer, no document, or no retrieval head.
+    SettingsError where there is no answer or an empty one, no document, or no retrieval head.
     """
     exchange, engine = session.tree.current, session.engine
     if exchange.kind != "exchange" or exchange.parent is None:
@@ -78,10 +78,12 @@ def find_sources(session: ChatSession, *, count: int = 3) -> list[Source]:
         raise SettingsError("there are no documents in the context: /load one, and ask about it")
     if not engine.plan.num_retrieval:
         raise SettingsError("no head of this setting sees the whole context: start with other --heads")
+    produced = exchange.state.items[-1].num_tokens
+    if not produced:
+        raise SettingsError("the last answer is empty, so nothing was looked up for it: /retry, or ask again")
     before = exchange.parent
     while before.ring is None and before.parent is not None:
         before = before.parent
-    produced = exchange.state.items[-1].num_tokens
     first = exchange.end - produced + len(exchange.state.unfed) - 1  # its next token is the first of the answer
     found = attended(
         engine,

@@ -176,6 +176,16 @@ def test_what_has_no_sources_is_said(tmp_path: Path) -> None:
         find_sources(session)
 
 
+def test_an_empty_answer_has_no_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = make_session(tmp_path)
+    finish(session.add_document("three", DOCUMENT))
+    everything = frozenset(range(session.tokenizer.vocab_size))
+    monkeypatch.setattr(session.tokenizer, "eos_ids", everything)
+    assert finish(session.ask("Which?", GREEDY)).completion_tokens == 0
+    with pytest.raises(SettingsError, match="the last answer is empty"):
+        find_sources(session)
+
+
 @pytest.mark.real
 def test_the_answer_of_a_real_model_leads_to_the_place_it_was_read(smollm2_path: Path) -> None:
     source = open_model(smollm2_path)
