@@ -199,7 +199,7 @@ class _Listening:
             table = cache.pool.table[rows, : cache.pool.num_blocks]
             block_out, block_lse = block_attention(
                 grouped[heads],
-                cache.pool.records,
+                cache.pool.take,
                 table,
                 cache.layout,
                 q_positions=positions,
@@ -245,7 +245,7 @@ class _Listening:
             kept = missing[span]
             if not bool(kept.any()):
                 continue
-            records = cache.pool.records[table[:, block : block + step].reshape(-1)]
+            records = cache.pool.take(table[:, block : block + step].reshape(-1))
             keys = decode_blocks(records, layout, "key", dtype=torch.float32)
             keys = (hadamard(keys) if layout.key.rotate else keys).view(table.shape[0], -1, layout.head_dim)
             yield keys[:, : len(span)][:, kept], span[kept]

@@ -12,6 +12,8 @@ All KV heads share one layout: queries [num_kv_heads, query_group, q_len, head_d
 side by side. Scores, softmax and sums are float32 (float64 for float64 input).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def window_attention(
 
 def block_attention(
     q: Tensor,
-    records: Tensor,
+    take: Callable[[Tensor], Tensor],
     table: Tensor,
     layout: BlockLayout,
     *,
@@ -85,10 +87,10 @@ def block_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend to the quantized blocks behind the window.
 
-    q: [num_heads, group, q_len, head_dim] of retrieval KV heads; records: uint8 [num_records, record_bytes];
-    table: int64 [num_heads, num_blocks], the record of each block in order of position; q_positions:
-    int64 [q_len], consecutive. Returns out [num_heads, group, q_len, head_dim] and lse [num_heads, group, q_len];
-    a query that sees nothing has out 0 and lse -inf.
+    q: [num_heads, group, q_len, head_dim] of retrieval KV heads; table: int64 [num_heads, num_blocks], the record of
+    each block in order of position; take: gives the records uint8 [n, record_bytes] of n entries of the table;
+    q_positions: int64 [q_len], consecutive. Returns out [num_heads, group, q_len, head_dim] and lse
+    [num_heads, group, q_len]; a query that sees nothing has out 0 and lse -inf.
     """
     num_heads, group, q_len, head_dim = q.shape
     assert table.shape[0] == num_heads and layout.head_dim == head_dim, (q.shape, table.shape, layout)
@@ -107,7 +109,7 @@ def block_attention(
         span_table = table[:, block : block + blocks_per_span]
         span_start = block * layout.block_size
         span_end = min(span_start + span_table.shape[1] * layout.block_size, seen_end)
-        span_records = records[span_table.reshape(-1)]
+        span_records = take(span_table.reshape(-1))
         k, v = (
             decode_blocks(span_records, layout, which, dtype=accumulate).view(num_heads, -1, head_dim)[
                 :, : span_end - span_start

@@ -89,7 +89,7 @@ def test_undo_leaves_no_trace(before: int, lost: list[int], again: list[int], kv
         snapshot = cache.snapshot()
         first = feed(cache, *detour, lost)
         cache.restore(snapshot)
-        cache.pool.records[cache.pool.free_records()] = 0xFF
+        cache.pool.poison(0xFF)
         expected = feed(cache_of(kv, context=context), q, k, v, [*start, *again])[:, before:]
         close(feed(cache, q, k, v, again), expected)
         cache.restore(snapshot)
@@ -115,16 +115,16 @@ def test_a_cancelled_chunk_leaves_no_trace(
     with poisoned():
         cache = cache_of(kv, context=context, num_threads=num_threads)
         feed(cache, q, k, v, start) if before else None
-        ring, free = cache.ring.data.clone(), cache.pool.num_free
+        ring, blocks = cache.ring.data.clone(), cache.pool.num_blocks
         cache.begin(lost)
         for layer in range(layers_done):
             cache.append(layer, other[1][layer], other[2][layer])
             if attended or layer < layers_done - 1:  # else cancelled between append and attend
                 cache.attend(layer, other[0][layer], torch.arange(before, before + lost))
         cache.rollback()
-        assert (cache.num_tokens, cache.pool.num_free) == (before, free)
+        assert (cache.num_tokens, cache.pool.num_blocks) == (before, blocks)
         assert torch.equal(cache.ring.data.view(torch.int32), ring.view(torch.int32))  # NaN included
-        cache.pool.records[cache.pool.free_records()] = 0xFF
+        cache.pool.poison(0xFF)
         expected = feed(cache_of(kv, context=context), q, k, v, [*start, after])
         close(feed(cache, q, k, v, [after]), expected[:, before:])
 

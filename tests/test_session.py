@@ -282,4 +282,4 @@ def test_reset_forgets_everything(tmp_path: Path) -> None:
     finish(session.ask("Where?", GREEDY))
     session.reset()
     assert (in_context(session), session.messages, session.documents) == ([], [], [])
-    assert session.engine.cache.pool.num_free == session.engine.cache.pool.records.shape[0]
+    assert session.engine.cache.pool.num_blocks == 0

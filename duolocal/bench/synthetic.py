@@ -35,12 +35,11 @@ def fill_with_random_tokens(
     targets = pool.table[:, :num_blocks].reshape(-1)
     if targets.shape[0]:
         blocks = _random_blocks(layout, min(distinct_blocks, targets.shape[0]), generator)
-        # Words of 8 bytes, not bytes: a record is a multiple of 16.
-        records, blocks = pool.records.view(torch.int64), blocks.view(torch.int64)
         step = max(1, _COPIED_BYTES // layout.record_bytes)
         for part in targets.split(step):
             chosen = torch.randint(blocks.shape[0], part.shape, generator=generator, device=cache.device)
-            records.index_copy_(0, part, blocks[chosen])
+            pool.put(part, blocks[chosen])
+        pool.settle(0)
     ring = cache.ring.data
     for half in ring:  # keys, then values
         shape = (*half.shape[:2], 1, half.shape[3])

@@ -1,5 +1,6 @@
 """Floor 3: the KV cache."""
 
 from duolocal.cache.cache import CacheMemory, DuoCache, Snapshot
+from duolocal.cache.home import ON_DEVICE, Placement
 
-__all__ = ["CacheMemory", "DuoCache", "Snapshot"]
+__all__ = ["ON_DEVICE", "CacheMemory", "DuoCache", "Placement", "Snapshot"]

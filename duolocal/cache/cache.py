@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from duolocal.cache.compiled_path import CompiledPath
+from duolocal.cache.home import ON_DEVICE, Placement
 from duolocal.cache.path import Path, Step
 from duolocal.cache.pool import BlockPool
 from duolocal.cache.ring import Ring
@@ -43,21 +44,24 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """Bytes really allocated, by head class."""
+    """Bytes really allocated, by head class; `outer_blocks` are those beyond the device."""
 
     retrieval_blocks: int
     retrieval_windows: int
     streaming_windows: int
+    outer_blocks: int = 0
 
     @property
     def total(self) -> int:
+        """Bytes on the device."""
         return self.retrieval_blocks + self.retrieval_windows + self.streaming_windows
 
 
 class DuoCache:
     """Keys and values of up to `context` tokens under a HeadPlan and a block layout.
 
-    kernels: what the model computes with, which decides how the cache computes; None for plain torch.
+    kernels: what the model computes with, which decides how the cache computes; None for plain torch. placement: where
+    blocks lie. Raises MemoryLimitError where a file for them has no room.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class DuoCache:
         device: torch.device,
         dtype: torch.dtype,
         kernels: Kernels | None = None,
+        placement: Placement = ON_DEVICE,
     ) -> None:
         assert layout.block_size <= MIN_EXACT_RECENT, layout.block_size
         self.plan = plan
@@ -90,7 +95,11 @@ class DuoCache:
             dtype=dtype,
         )
         self.pool = BlockPool(
-            layout, num_rows=plan.num_retrieval, max_blocks=context // layout.block_size, device=device
+            layout,
+            num_rows=plan.num_retrieval,
+            max_blocks=context // layout.block_size,
+            device=device,
+            placement=placement,
         )
         # Tokens before the open transaction, where kernels read it: the position of the new token of a decode step.
         self.start = torch.zeros(1, dtype=torch.int64, device=device)
@@ -122,6 +131,7 @@ class DuoCache:
     def commit(self) -> None:
         """Make the appended tokens part of the context."""
         assert self._step is not None
+        self.pool.settle(self.num_tokens // self.layout.block_size)
         self.num_tokens = self._step.end
         self._step = None
 
@@ -207,6 +217,7 @@ class DuoCache:
             self.pool.write(at, piece)
             at += piece.shape[0]
         assert at == num_blocks, (at, num_blocks)
+        self.pool.settle(first_block)
         self.ring.data.copy_(ring)
         self.num_tokens = num_tokens
 
@@ -226,6 +237,7 @@ class DuoCache:
             retrieval_blocks=self.pool.nbytes,
             retrieval_windows=ring_per_head * retrieval,
             streaming_windows=ring_per_head * (num_heads - retrieval),
+            outer_blocks=self.pool.outer_bytes,
         )
 
 

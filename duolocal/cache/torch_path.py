@@ -64,7 +64,7 @@ class TorchPath:
         if heads.shape[0] and step.end - cache.exact_recent > cache.plan.sink_size:
             block_out, block_lse = block_attention(
                 grouped[heads],
-                cache.pool.records,
+                cache.pool.take,
                 cache.pool.table[self._rows[layer], : cache.pool.num_blocks],
                 cache.layout,
                 q_positions=positions,
@@ -109,4 +109,4 @@ class TorchPath:
             for older, newer in ((open_k, step.k), (open_v, step.v))
         )
         targets = cache.pool.table[self._rows[layer], first:last].reshape(-1)
-        cache.pool.records[targets] = encode_blocks(k, v, cache.layout)
+        cache.pool.put(targets, encode_blocks(k, v, cache.layout))

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from duolocal.cache.cache import exact_recent_size
+from duolocal.cache.pool import TABLE_BYTES
 from duolocal.errors import MemoryLimitError
 from duolocal.heads import HeadPlan
 from duolocal.kernels.attention import KEY_SPAN, QUERY_TILE
@@ -51,12 +52,12 @@ def memory_needs(
 ) -> MemoryNeeds:
     """Return the bytes that `context` tokens need, prefilled `chunk_size` at a time by the kernels of that name."""
     num_blocks = plan.num_retrieval * (context // layout.block_size)
-    bookkeeping = 16  # block table and free list, int64 each
+
     slots = plan.sink_size + exact_recent_size(plan)
     windows = 2 * config.num_layers * config.num_kv_heads * slots * config.head_dim * dtype.itemsize
     return MemoryNeeds(
         weights=weight_bytes,
-        blocks=num_blocks * (layout.record_bytes + bookkeeping),
+        blocks=num_blocks * (layout.record_bytes + TABLE_BYTES),
         windows=windows,
         transient=_transient(config, plan, chunk_size=chunk_size, context=context, dtype=dtype, kernels=kernels),
     )

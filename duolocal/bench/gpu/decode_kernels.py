@@ -84,7 +84,7 @@ def reference(cache: DuoCache, q: Tensor) -> Tensor:
     if heads.shape[0]:
         block_out, block_lse = block_attention(
             grouped[heads],
-            cache.pool.records,
+            cache.pool.take,
             cache.pool.table[: heads.shape[0], : cache.pool.num_blocks],
             cache.layout,
             q_positions=positions,
