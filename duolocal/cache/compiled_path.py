@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from duolocal.cache.home import madvise_address
 from duolocal.cache.path import Step
-from duolocal.kernels.cpu.attention import CpuAttention
+from duolocal.cache.pool import BlockPool
+from duolocal.kernels.cpu.attention import CpuAttention, Tiers
 from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.interface import Rotation
 
@@ -19,19 +21,20 @@ class CompiledPath:
     rotates = capturable = False
 
     def __init__(self, cache: "DuoCache", kernels: CpuKernels) -> None:
-        plan = cache.plan
+        plan, pool = cache.plan, cache.pool
         self._attention = CpuAttention(
             kernels,
             cache.layout,
             ring=cache.ring.data,
-            records=cache.pool.records,
-            table=cache.pool.table,
+            records=pool.records,
+            table=pool.table,
             start=cache.start,
             retrieval=plan.retrieval,
             query_group=cache.query_group,
             sink_size=plan.sink_size,
             recent_size=cache.exact_recent,
             streaming_size=plan.recent_size,
+            tiers=_tiers(pool),
         )
 
     def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
@@ -51,3 +54,9 @@ class CompiledPath:
         out = self._attention.prefill(layer, q, k, v)
         self._attention.write_ring(layer, k, v)
         return out
+
+
+def _tiers(pool: BlockPool) -> Tiers | None:
+    if not pool.tiered:
+        return None
+    return Tiers(pool.first_home, pool.num_slots, None if pool.mapping is None else madvise_address())

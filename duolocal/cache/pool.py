@@ -2,8 +2,8 @@
 
 Owns placement only; what the bytes mean is the business of `kernels.blocks`. Every block of every row has one home.
 Where all homes are on the device that is all there is. Otherwise they are in host memory or in a file, and the device
-has `num_slots` records per row for copies: block b may have its copy in slot b % num_slots of its row, and while it has,
-the table leads there. A block never changes once it is written, so a copy is dropped by forgetting it.
+has `num_slots` records per row for copies: block b may have its copy in slot b % num_slots of its row, and while it
+has, the table leads there. A block never changes once it is written, so a copy is dropped by forgetting it.
 """
 
 import mmap

@@ -6,6 +6,7 @@ the bytes mean is `kernels/blocks.py`, which of them a query sees `kernels/atten
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,12 +38,25 @@ def unsupported(layout: BlockLayout, query_group: int) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Tiers:
+    """Blocks beyond the first records: the number of the first home, copies in memory per row, and `madvise`.
+
+    advise: the address of the C library's madvise where homes lie in a mapped file, None where they do not.
+    """
+
+    first_home: int
+    num_slots: int
+    advise: int | None
+
+
 class CpuAttention:
     """Attention of every layer over one cache's memory; the tensors given must stay where they are.
 
     ring: float32 [2, num_layers, num_kv_heads, sink_size + recent_size, head_dim]; records: uint8 [num_records,
     record_bytes]; table: int64 [rows, max_blocks]; start: int64 [1], the tokens before the new ones, read at every
-    call; retrieval: per layer and KV head; streaming_size: recent tokens that streaming heads see.
+    call; retrieval: per layer and KV head; streaming_size: recent tokens that streaming heads see; tiers: where blocks
+    lie beyond `records`, None where all are in it.
     """
 
     def __init__(
@@ -59,6 +73,7 @@ class CpuAttention:
         sink_size: int,
         recent_size: int,
         streaming_size: int,
+        tiers: Tiers | None = None,
     ) -> None:
         assert unsupported(layout, query_group) is None
         num_layers, num_kv_heads = len(retrieval), len(retrieval[0])
@@ -75,6 +90,8 @@ class CpuAttention:
         rows = torch.where(flags, flags.flatten().cumsum(0).view(flags.shape) - 1, -1).contiguous()
         widths = torch.where(flags, recent_size, streaming_size).contiguous()
         self._rows, self._widths = rows, widths  # int64 [num_layers, num_kv_heads]
+        counts = flags.sum(1).tolist()
+        first_rows = [sum(counts[:layer]) for layer in range(num_layers)]
         self._layers = [
             LayerCache(
                 ring[0, layer].data_ptr(),
@@ -94,6 +111,11 @@ class CpuAttention:
                 recent_size,
                 _plane(layout, "key"),
                 _plane(layout, "value"),
+                None if tiers is None else tiers.advise,
+                0 if tiers is None else tiers.first_home,
+                0 if tiers is None else tiers.num_slots,
+                first_rows[(layer + 1) % num_layers],
+                counts[(layer + 1) % num_layers],
             )
             for layer in range(num_layers)
         ]

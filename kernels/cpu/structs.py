@@ -154,6 +154,11 @@ class LayerCache(ctypes.Structure):
         ("recent", c_int64),
         ("key", PlaneArgs),
         ("value", PlaneArgs),
+        ("advise", c_void_p),
+        ("first_home", c_int64),
+        ("num_slots", c_int64),
+        ("next_row", c_int64),
+        ("next_rows", c_int64),
     )
 
 

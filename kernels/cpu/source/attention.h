@@ -22,6 +22,11 @@ typedef struct {
   int64_t kv_heads, query_group, dim;
   int64_t sink, recent;     // of the ring; retrieval heads have width == recent
   plane key, value;
+  // Where blocks have their homes in a mapped file, which is asked for them ahead of time:
+  int (*advise)(void *, size_t, int);  // madvise; null where there is no file
+  int64_t first_home;                  // number of the first home record
+  int64_t num_slots;                   // blocks of a row that may have copies in memory
+  int64_t next_row, next_rows;         // rows of `table` that the next layer reads
 } layer_cache;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -29,6 +34,24 @@ INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 INLINE int64_t slot_of(const layer_cache *c, int64_t position) {
   return position < c->sink ? position : c->sink + (position - c->sink) % c->recent;
+}
+
+// ---- blocks in a file ----
+
+#define PAGE 4096
+#define WILL_NEED 3  // MADV_WILLNEED, the same number on every Linux
+
+// Ask for `bytes` of a mapped file to be read while something else is computed.
+INLINE void ask_for(const layer_cache *c, uint8_t *begin, int64_t bytes) {
+  uintptr_t from = (uintptr_t)begin / PAGE * PAGE, to = (uintptr_t)begin + (uintptr_t)bytes;
+  if (bytes > 0) c->advise((void *)from, to - from, WILL_NEED);
+}
+
+// While this layer is computed, the next one's blocks come: `item` of next_rows. Copies in memory fill the first slots.
+static void read_ahead(const layer_cache *c, int64_t item, int64_t seen_end) {
+  int64_t blocks = (seen_end + c->block_size - 1) / c->block_size, row = c->next_row + item;
+  uint8_t *homes = c->records + (c->first_home + row * c->table_stride) * c->record_bytes;
+  ask_for(c, homes + c->num_slots * c->record_bytes, (blocks - c->num_slots) * c->record_bytes);
 }
 
 // ---- storing ----
@@ -208,7 +231,12 @@ static void run_decode_attention(const void *args, pool *p, int64_t thread) {
   span blocks = block_tokens(c, position);
   int64_t size = span_size(a, blocks.end - blocks.begin), spans = (blocks.end - blocks.begin + size - 1) / size;
   float q[MAX_GROUP * MAX_DIM], k[TILE * MAX_DIM], v[TILE * MAX_DIM];
-  for (int64_t item; (item = next_item(p)) < (spans + 1) * c->kv_heads;) {
+  int64_t asking = c->advise ? c->next_rows : 0;
+  for (int64_t item; (item = next_item(p) - asking) < (spans + 1) * c->kv_heads;) {
+    if (item < 0) {
+      read_ahead(c, item + asking, blocks.end);
+      continue;
+    }
     int64_t head = item % c->kv_heads, which = item / c->kv_heads;  // 0: the window
     if (which && c->rows[head] < 0) continue;
     float *sums = a->partial + (head * (a->max_spans + 1) + which) * group * stride;
@@ -377,7 +405,12 @@ static void run_prefill_attention(const void *args, pool *p, int64_t thread) {
   s.top = s.v + dim * TILE;
   s.total = s.top + most_rows;
   float scale = 1.0f / __builtin_sqrtf((float)dim);
-  for (int64_t item; (item = next_item(p)) < tiles * c->kv_heads;) {
+  int64_t asking = c->advise ? c->next_rows : 0;
+  for (int64_t item; (item = next_item(p) - asking) < tiles * c->kv_heads;) {
+    if (item < 0) {
+      read_ahead(c, item + asking, block_tokens(c, start + a->count - 1).end);
+      continue;
+    }
     int64_t head = item % c->kv_heads, tile = tiles - 1 - item / c->kv_heads;  // the last see most: they come first
     int64_t begin = tile * a->tile, queries = least(a->tile, a->count - begin), width = c->widths[head];
     s.first = start + begin;
