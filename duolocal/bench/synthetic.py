@@ -40,6 +40,7 @@ def fill_with_random_tokens(
             chosen = torch.randint(blocks.shape[0], part.shape, generator=generator, device=cache.device)
             pool.put(part, blocks[chosen])
         pool.settle(0)
+        cache.make_digests(0)
     ring = cache.ring.data
     for half in ring:  # keys, then values
         shape = (*half.shape[:2], 1, half.shape[3])

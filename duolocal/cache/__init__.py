@@ -2,5 +2,6 @@
 
 from duolocal.cache.cache import CacheMemory, DuoCache, Snapshot
 from duolocal.cache.home import ON_DEVICE, Placement
+from duolocal.cache.selection import SelectionPolicy
 
-__all__ = ["ON_DEVICE", "CacheMemory", "DuoCache", "Placement", "Snapshot"]
+__all__ = ["ON_DEVICE", "CacheMemory", "DuoCache", "Placement", "SelectionPolicy", "Snapshot"]

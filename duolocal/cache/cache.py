@@ -20,6 +20,7 @@ from duolocal.cache.home import ON_DEVICE, Placement
 from duolocal.cache.path import Path, Step
 from duolocal.cache.pool import BlockPool
 from duolocal.cache.ring import Ring
+from duolocal.cache.selection import Selection, SelectionPolicy
 from duolocal.cache.torch_path import TorchPath
 from duolocal.heads import HeadPlan
 from duolocal.kernels.blocks import BlockLayout
@@ -50,18 +51,20 @@ class CacheMemory:
     retrieval_windows: int
     streaming_windows: int
     outer_blocks: int = 0
+    digests: int = 0
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.retrieval_blocks + self.retrieval_windows + self.streaming_windows
+        return self.retrieval_blocks + self.retrieval_windows + self.streaming_windows + self.digests
 
 
 class DuoCache:
     """Keys and values of up to `context` tokens under a HeadPlan and a block layout.
 
     kernels: what the model computes with, which decides how the cache computes; None for plain torch. placement: where
-    blocks lie. Raises MemoryLimitError where a file for them has no room.
+    blocks lie. select: how decode chooses those it reads; None for all. Raises MemoryLimitError where a file for blocks
+    has no room.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class DuoCache:
         dtype: torch.dtype,
         kernels: Kernels | None = None,
         placement: Placement = ON_DEVICE,
+        select: SelectionPolicy | None = None,
     ) -> None:
         assert layout.block_size <= MIN_EXACT_RECENT, layout.block_size
         self.plan = plan
@@ -101,6 +105,11 @@ class DuoCache:
             device=device,
             placement=placement,
         )
+        self.selection: Selection | None = None
+        if select is not None:
+            self.selection = Selection(
+                select, layout, num_rows=plan.num_retrieval, max_blocks=self.pool.max_blocks, device=device
+            )
         # Tokens before the open transaction, where kernels read it: the position of the new token of a decode step.
         self.start = torch.zeros(1, dtype=torch.int64, device=device)
         self.recordable = isinstance(kernels, CpuKernels)
@@ -124,6 +133,8 @@ class DuoCache:
         start, end = self.num_tokens, self.num_tokens + q_len
         assert end <= self.context, (start, q_len, self.context)
         slots = self.ring.overwritten(start=start, count=q_len)
+        if q_len > 1:
+            self._forget_lists()
         self.start.fill_(start)
         self._step = Step(start, end, slots, self.ring.data[:, :, :, slots].clone())
         self.pool.grow(end // self.layout.block_size)
@@ -140,6 +151,7 @@ class DuoCache:
         assert self._step is not None
         self.ring.data[:, :, :, self._step.slots] = self._step.saved
         self.pool.shrink(self.num_tokens // self.layout.block_size)
+        self._forget_lists()
         self._step = None
 
     def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
@@ -182,6 +194,7 @@ class DuoCache:
         assert snapshot.num_tokens <= self.num_tokens
         self.ring.data.copy_(snapshot.ring)
         self.pool.shrink(snapshot.num_tokens // self.layout.block_size)
+        self._forget_lists()
         self.num_tokens = snapshot.num_tokens
         self._truncated_to.append(self.num_tokens)
 
@@ -218,15 +231,28 @@ class DuoCache:
             at += piece.shape[0]
         assert at == num_blocks, (at, num_blocks)
         self.pool.settle(first_block)
+        self._forget_lists()
+        self.make_digests(first_block)
         self.ring.data.copy_(ring)
         self.num_tokens = num_tokens
+
+    def make_digests(self, first_block: int) -> None:
+        """Make the digests of the blocks from `first_block` on, which were written without a prefill."""
+        if self.selection is not None:
+            for layer in range(self.plan.num_layers):
+                self._path.digest(layer, first_block, self.pool.num_blocks)
 
     def reset(self) -> None:
         """Forget everything."""
         assert self._step is None
         self.pool.shrink(0)
+        self._forget_lists()
         self.num_tokens = 0
         self._truncated_to.append(0)
+
+    def _forget_lists(self) -> None:
+        if self.selection is not None:
+            self.selection.forget()
 
     def memory(self) -> CacheMemory:
         """Return the bytes really allocated, by head class."""
@@ -238,6 +264,7 @@ class DuoCache:
             retrieval_windows=ring_per_head * retrieval,
             streaming_windows=ring_per_head * (num_heads - retrieval),
             outer_blocks=self.pool.outer_bytes,
+            digests=0 if self.selection is None else self.selection.nbytes,
         )
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from duolocal.cache.home import madvise_address
 from duolocal.cache.path import Step
 from duolocal.cache.pool import BlockPool
-from duolocal.kernels.cpu.attention import CpuAttention, Tiers
+from duolocal.cache.selection import Selection
+from duolocal.kernels.cpu.attention import CpuAttention, SelectedBlocks, Tiers
 from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.interface import Rotation
 
@@ -35,12 +36,16 @@ class CompiledPath:
             recent_size=cache.exact_recent,
             streaming_size=plan.recent_size,
             tiers=_tiers(pool),
+            selected=_selected(cache.selection),
         )
+        self._selects = cache.selection is not None
 
     def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
         """Take k and v [q_len, num_kv_heads, head_dim] of the step's tokens."""
         step.k, step.v = k, v
         self._attention.close_blocks(layer, k, v)
+        if self._selects:
+            self._attention.digest(layer, k.shape[0])
         if k.shape[0] == 1:
             self._attention.write_ring(layer, k, v)
 
@@ -55,8 +60,25 @@ class CompiledPath:
         self._attention.write_ring(layer, k, v)
         return out
 
+    def digest(self, layer: int, first: int, last: int) -> None:
+        """Make the digests of blocks first..last-1, which were read back."""
+        self._attention.digest(layer, first=first, last=last)
+
 
 def _tiers(pool: BlockPool) -> Tiers | None:
     if not pool.tiered:
         return None
-    return Tiers(pool.first_home, pool.num_slots, None if pool.mapping is None else madvise_address())
+    return Tiers(pool.first_home, pool.tags, None if pool.mapping is None else madvise_address())
+
+
+def _selected(selection: Selection | None) -> SelectedBlocks | None:
+    if selection is None:
+        return None
+    return SelectedBlocks(
+        selection.digests,
+        selection.lists,
+        selection.made_at,
+        selection.channels,
+        selection.centre,
+        selection.policy.reuse,
+    )

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from duolocal.cache.path import Step
+from duolocal.cache.selection import occasion
 from duolocal.kernels.attention import block_attention, merge, window_attention
 from duolocal.kernels.blocks import encode_blocks
+from duolocal.kernels.digest import make_digests, score_digests
 from duolocal.kernels.interface import Rotation
+from duolocal.kernels.sparse import chosen_block_attention
 
 if TYPE_CHECKING:
     from duolocal.cache.cache import DuoCache
@@ -62,21 +65,52 @@ class TorchPath:
         )
         heads = self._retrieval[layer]
         if heads.shape[0] and step.end - cache.exact_recent > cache.plan.sink_size:
-            block_out, block_lse = block_attention(
-                grouped[heads],
-                cache.pool.take,
-                cache.pool.table[self._rows[layer], : cache.pool.num_blocks],
-                cache.layout,
-                q_positions=positions,
-                sink_size=cache.plan.sink_size,
-                recent_size=cache.exact_recent,
-                scale=scale,
-            )
+            sizes = {"sink_size": cache.plan.sink_size, "recent_size": cache.exact_recent, "scale": scale}
+            table = cache.pool.table[self._rows[layer], : cache.pool.num_blocks]
+            if cache.selection is not None and q_len == 1:
+                listed = self._listed(layer, grouped[heads][:, :, 0], step.start)
+                block_out, block_lse = chosen_block_attention(
+                    grouped[heads], cache.pool.take, table, cache.layout, listed, first=step.start, tile=1, **sizes
+                )
+            else:
+                block_out, block_lse = block_attention(
+                    grouped[heads], cache.pool.take, table, cache.layout, q_positions=positions, **sizes
+                )
             out[heads] = merge(out[heads], lse[heads], block_out, block_lse)
         if q_len > 1:
             cache.ring.write(layer, step.k, step.v, start=step.start)
         step.k = step.v = None
         return out.permute(2, 0, 1, 3).reshape(q_len, num_heads, head_dim).to(q.dtype)
+
+    def digest(self, layer: int, first: int, last: int) -> None:
+        """Make the digests of blocks first..last-1 of a layer."""
+        selection, pool = self._cache.selection, self._cache.pool
+        assert selection is not None
+        for row in range(self._rows[layer].start, self._rows[layer].stop):
+            records = pool.take(pool.table[row, first:last])
+            selection.digests[row, first:last] = make_digests(
+                records, pool.layout, selection.channels[row], selection.centre[row]
+            )
+
+    def _listed(self, layer: int, q: Tensor, position: int) -> Tensor:
+        """Return which blocks each row reads for q [rows, group, head_dim]: bool [rows, 1, num_blocks]."""
+        cache, selection = self._cache, self._cache.selection
+        assert selection is not None
+        size = cache.layout.block_size
+        first, newest = cache.plan.sink_size // size, (position - cache.exact_recent) // size
+        now = occasion(position, newest, reuse=selection.policy.reuse)
+        read = torch.zeros(q.shape[0], 1, cache.pool.num_blocks, dtype=torch.bool, device=cache.device)
+        for number, row in enumerate(range(self._rows[layer].start, self._rows[layer].stop)):
+            count = min(newest - first, selection.budget_blocks)
+            if int(selection.made_at[row]) != now:
+                scores = score_digests(
+                    q[number], selection.digests[row, first:newest], selection.channels[row], block_size=size
+                )
+                best = scores.argsort(descending=True, stable=True)[:count].sort().values + first
+                selection.lists[row, : count + 1] = torch.cat((best, best.new_tensor([newest])))
+                selection.made_at[row] = now
+            read[number, 0, selection.lists[row, : count + 1].long()] = True
+        return read
 
     def _window(self, layer: int, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys and values [num_kv_heads, kv_len, head_dim] of ring and chunk, and their positions."""
@@ -110,3 +144,5 @@ class TorchPath:
         )
         targets = cache.pool.table[self._rows[layer], first:last].reshape(-1)
         cache.pool.put(targets, encode_blocks(k, v, cache.layout))
+        if cache.selection is not None:
+            self.digest(layer, first, last)

@@ -15,13 +15,17 @@ from duolocal.kernels.blocks import BlockLayout, Plane
 from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.cpu.structs import (
     KEY_TILE,
+    MAX_CHANNELS,
     MAX_DIM,
     MAX_GROUP,
     PLANE_KINDS,
     DecodeArgs,
+    DigestArgs,
     LayerCache,
     PlaneArgs,
     PrefillArgs,
+    SelectArgs,
+    SelectionArgs,
     StoreArgs,
 )
 
@@ -40,14 +44,27 @@ def unsupported(layout: BlockLayout, query_group: int) -> str | None:
 
 @dataclass(frozen=True)
 class Tiers:
-    """Blocks beyond the first records: the number of the first home, copies in memory per row, and `madvise`.
+    """Blocks beyond the first records: the number of the first home, and whose copies the records hold.
 
-    advise: the address of the C library's madvise where homes lie in a mapped file, None where they do not.
+    tags: int64 [rows, copies per row]; advise: the address of the C library's madvise where homes lie in a mapped file,
+    None where they do not.
     """
 
     first_home: int
-    num_slots: int
+    tags: Tensor
     advise: int | None
+
+
+@dataclass(frozen=True)
+class SelectedBlocks:
+    """What selected decode keeps, as `duolocal.cache.selection` describes it; reuse: steps that share a list."""
+
+    digests: Tensor
+    lists: Tensor
+    made_at: Tensor
+    channels: Tensor
+    centre: Tensor
+    reuse: int
 
 
 class CpuAttention:
@@ -56,7 +73,7 @@ class CpuAttention:
     ring: float32 [2, num_layers, num_kv_heads, sink_size + recent_size, head_dim]; records: uint8 [num_records,
     record_bytes]; table: int64 [rows, max_blocks]; start: int64 [1], the tokens before the new ones, read at every
     call; retrieval: per layer and KV head; streaming_size: recent tokens that streaming heads see; tiers: where blocks
-    lie beyond `records`, None where all are in it.
+    lie beyond `records`, None where all are in it; selected: None where a decode step reads all blocks.
     """
 
     def __init__(
@@ -74,6 +91,7 @@ class CpuAttention:
         recent_size: int,
         streaming_size: int,
         tiers: Tiers | None = None,
+        selected: SelectedBlocks | None = None,
     ) -> None:
         assert unsupported(layout, query_group) is None
         num_layers, num_kv_heads = len(retrieval), len(retrieval[0])
@@ -85,7 +103,8 @@ class CpuAttention:
         self._kernels = kernels
         self._group = query_group
         self._heads, self._dim = num_kv_heads, layout.head_dim
-        self._kept = (ring, records, table, start)
+        self._kept = (ring, records, table, start, tiers, selected)
+        self._selection = None if selected is None else self._selection_of(selected, table.shape[1])
         flags = torch.tensor(retrieval)
         rows = torch.where(flags, flags.flatten().cumsum(0).view(flags.shape) - 1, -1).contiguous()
         widths = torch.where(flags, recent_size, streaming_size).contiguous()
@@ -113,9 +132,11 @@ class CpuAttention:
                 _plane(layout, "value"),
                 None if tiers is None else tiers.advise,
                 0 if tiers is None else tiers.first_home,
-                0 if tiers is None else tiers.num_slots,
+                0 if tiers is None else tiers.tags.shape[1],
                 first_rows[(layer + 1) % num_layers],
                 counts[(layer + 1) % num_layers],
+                None if tiers is None else tiers.tags.data_ptr(),
+                None if self._selection is None else ctypes.addressof(self._selection),
             )
             for layer in range(num_layers)
         ]
@@ -131,10 +152,18 @@ class CpuAttention:
         """Keep in the ring what stays of the new tokens."""
         self._store("write_ring", layer, k, v)
 
+    def digest(self, layer: int, count: int = 0, *, first: int = 0, last: int = 0) -> None:
+        """Make the digests of the blocks that `count` new tokens complete, or, for none, of blocks first..last-1."""
+        self._kernels.run("digest_blocks", DigestArgs(self._address(layer), count, first, last), self)
+
     def decode(self, layer: int, q: Tensor) -> Tensor:
         """Attend from one new token, whose key is in the ring; q [1, num_heads, head_dim] -> the same."""
         self._check(q, 1, self._heads * self._group)
         out = torch.empty_like(q)
+        if self._selection is not None:
+            select = SelectArgs(self._address(layer), q.data_ptr())
+            self._kernels.run("score_blocks", select, q, self)
+            self._kernels.run("choose_blocks", select, q, self)
         args = DecodeArgs(self._address(layer), q.data_ptr(), out.data_ptr(), self._partial.data_ptr(), self._max_spans)
         self._kernels.run("decode_attention", args, q, out, self)
         self._kernels.run("merge", args, q, out, self)
@@ -174,6 +203,22 @@ class CpuAttention:
         self._check(v, k.shape[0], self._heads)
         args = StoreArgs(self._address(layer), k.data_ptr(), v.data_ptr(), k.shape[0])
         self._kernels.run(name, args, k, v, self)
+
+    def _selection_of(self, selected: SelectedBlocks, max_blocks: int) -> SelectionArgs:
+        assert selected.channels.shape[1] <= MAX_CHANNELS, selected.channels.shape
+        self._scores = torch.empty(self._heads, max_blocks)
+        return SelectionArgs(
+            selected.lists.shape[1] - 1,
+            selected.reuse,
+            selected.channels.data_ptr(),
+            selected.centre.data_ptr(),
+            selected.channels.shape[1],
+            selected.digests.data_ptr(),
+            selected.digests.shape[2],
+            selected.lists.data_ptr(),
+            selected.made_at.data_ptr(),
+            self._scores.data_ptr(),
+        )
 
     def _address(self, layer: int) -> int:
         return ctypes.addressof(self._layers[layer])

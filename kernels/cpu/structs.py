@@ -10,6 +10,7 @@ MAX_THREADS = 256
 MAX_DIM = 256
 MAX_GROUP = 32
 KEY_TILE = 64
+MAX_CHANNELS = 64
 CACHE_LINE = 128
 
 OPERATIONS = (
@@ -23,6 +24,9 @@ OPERATIONS = (
     "decode_attention",
     "merge",
     "prefill_attention",
+    "digest_blocks",
+    "score_blocks",
+    "choose_blocks",
 )
 PLANE_KINDS = ("f32", "f16", "bf16", "fp8", "int8", "int4")
 
@@ -159,6 +163,8 @@ class LayerCache(ctypes.Structure):
         ("num_slots", c_int64),
         ("next_row", c_int64),
         ("next_rows", c_int64),
+        ("tags", c_void_p),
+        ("selection", c_void_p),
     )
 
 
@@ -190,6 +196,29 @@ class PrefillArgs(ctypes.Structure):
     )
 
 
+class SelectionArgs(ctypes.Structure):
+    _fields_ = (
+        ("budget", c_int64),
+        ("reuse", c_int64),
+        ("channels", c_void_p),
+        ("centre", c_void_p),
+        ("num_channels", c_int64),
+        ("digests", c_void_p),
+        ("digest_bytes", c_int64),
+        ("lists", c_void_p),
+        ("made_at", c_void_p),
+        ("scores", c_void_p),
+    )
+
+
+class DigestArgs(ctypes.Structure):
+    _fields_ = (("cache", c_void_p), ("count", c_int64), ("first", c_int64), ("last", c_int64))
+
+
+class SelectArgs(ctypes.Structure):
+    _fields_ = (("cache", c_void_p), ("q", c_void_p))
+
+
 # In the order of `duo_size`.
 _ALL = (
     Pool,
@@ -205,6 +234,9 @@ _ALL = (
     StoreArgs,
     DecodeArgs,
     PrefillArgs,
+    SelectionArgs,
+    DigestArgs,
+    SelectArgs,
 )
 
 

@@ -13,9 +13,10 @@ class LayerCache:
 
     ring_k, ring_v: [num_kv_heads, sink_size + recent_size, head_dim], contiguous, compute dtype; position p lies in
     slot p (p < sink_size) or sink_size + (p - sink_size) % recent_size. records: uint8 [num_records, record_bytes].
-    table: int64 [num_retrieval, max_blocks], the record of each block of the retrieval heads of THIS layer, in order
-    of head (a view of the cache's table), counted from the first of `records`; numbers outside of that tensor are
-    records in pinned host memory. retrieval_heads: int32 [num_retrieval], their numbers, rising. rows: int32 [num_kv_heads], the row of `table` of each KV head, -1 for a streaming head.
+    table: int64 [num_retrieval, max_blocks], the record of each block of the retrieval heads of THIS layer, in order of
+    head (a view of the cache's table), counted from the first of `records`; numbers outside of that tensor are records
+    in pinned host memory. retrieval_heads: int32 [num_retrieval], their numbers, rising. rows: int32 [num_kv_heads],
+    the row of `table` of each KV head, -1 for a streaming head.
     widths: int32 [num_kv_heads], how many recent tokens each head reads from the ring: recent_size for a retrieval
     head, at most that for a streaming head. start: int64 [1], tokens in the cache before the new ones.
     """

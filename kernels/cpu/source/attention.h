@@ -5,54 +5,7 @@
 // i - j >= width. The two sets are disjoint. Formats are only known to `decode_plane`.
 #pragma once
 #include "linear.h"
-#include "planes.h"
-#include "pool.h"
-
-#define MAX_DIM 256
-#define TILE 64  // keys looked at together: at least a block
-
-typedef struct {
-  float *keys, *values;     // the ring of this layer: [kv_heads, slots, dim]
-  uint8_t *records;         // [num_records, record_bytes]
-  const int64_t *table;     // [retrieval heads of this layer, table_stride]: the record of each block
-  const int64_t *rows;      // [kv_heads]: the row of `table`, or -1 in a streaming head
-  const int64_t *widths;    // [kv_heads]: recent tokens read from the window
-  const int64_t *start;     // how many tokens were there before the new ones
-  int64_t table_stride, record_bytes, block_size;
-  int64_t kv_heads, query_group, dim;
-  int64_t sink, recent;     // of the ring; retrieval heads have width == recent
-  plane key, value;
-  // Where blocks have their homes in a mapped file, which is asked for them ahead of time:
-  int (*advise)(void *, size_t, int);  // madvise; null where there is no file
-  int64_t first_home;                  // number of the first home record
-  int64_t num_slots;                   // blocks of a row that may have copies in memory
-  int64_t next_row, next_rows;         // rows of `table` that the next layer reads
-} layer_cache;
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-INLINE int64_t slot_of(const layer_cache *c, int64_t position) {
-  return position < c->sink ? position : c->sink + (position - c->sink) % c->recent;
-}
-
-// ---- blocks in a file ----
-
-#define PAGE 4096
-#define WILL_NEED 3  // MADV_WILLNEED, the same number on every Linux
-
-// Ask for `bytes` of a mapped file to be read while something else is computed.
-INLINE void ask_for(const layer_cache *c, uint8_t *begin, int64_t bytes) {
-  uintptr_t from = (uintptr_t)begin / PAGE * PAGE, to = (uintptr_t)begin + (uintptr_t)bytes;
-  if (bytes > 0) c->advise((void *)from, to - from, WILL_NEED);
-}
-
-// While this layer is computed, the next one's blocks come: `item` of next_rows. Copies in memory fill the first slots.
-static void read_ahead(const layer_cache *c, int64_t item, int64_t seen_end) {
-  int64_t blocks = (seen_end + c->block_size - 1) / c->block_size, row = c->next_row + item;
-  uint8_t *homes = c->records + (c->first_home + row * c->table_stride) * c->record_bytes;
-  ask_for(c, homes + c->num_slots * c->record_bytes, (blocks - c->num_slots) * c->record_bytes);
-}
+#include "select.h"
 
 // ---- storing ----
 
@@ -110,11 +63,6 @@ static void run_write_ring(const void *args, pool *p, int64_t thread) {
 
 // ---- one new token ----
 
-// Keys and values of positions begin .. end - 1 stand one after the other in memory.
-typedef struct {
-  int64_t begin, end;
-} span;
-
 typedef struct {
   const layer_cache *cache;
   const float *q;    // [kv_heads * query_group, dim]
@@ -123,11 +71,13 @@ typedef struct {
   int64_t max_spans;  // of the blocks of a head; the window comes after them
 } decode_args;
 
-#define SPAN_TOKENS 512  // least tokens of blocks that are one item of work
-
-INLINE span block_tokens(const layer_cache *c, int64_t position) {
-  return (span){c->sink, most(c->sink, position - c->recent + 1)};
+// What of the blocks is read: positions, or, where blocks are selected, the tokens of the listed ones counted through.
+INLINE span read_tokens(const layer_cache *c, span seen) {
+  if (!c->selection) return seen;
+  return (span){0, list_length(c->selection, blocks_seen(c, seen)) * c->block_size};
 }
+
+#define SPAN_TOKENS 512  // least tokens of blocks that are one item of work
 
 INLINE int64_t span_size(const decode_args *a, int64_t tokens) {
   int64_t size = most((tokens + a->max_spans - 1) / a->max_spans, SPAN_TOKENS);
@@ -165,8 +115,6 @@ INLINE void add_values(int rows, int64_t dim, const float *weights, const float 
       for (int64_t t = 0; t < count; t++) sums[r * stride + d] += weights[r * TILE + t] * v[t * dim + d];
 }
 
-#define MAX_GROUP 32
-
 // Attend from q [group][dim] to `count` keys and values: sums [group][dim], then each row's maximum and total weight.
 INLINE void attend_tile(int64_t group, int64_t dim, const float *q, const float *k, const float *v, int64_t count,
                         float *sums, int64_t stride) {
@@ -203,15 +151,6 @@ static void attend_tile_any(int64_t group, int64_t dim, const float *q, const fl
   else attend_tile(group, dim, q, k, v, count, sums, stride);
 }
 
-// The queries of a KV head, scaled, and rotated like the keys they meet.
-INLINE void load_queries(const layer_cache *c, const float *q, int64_t head, int rotate, float *to) {
-  float scale = 1.0f / __builtin_sqrtf((float)c->dim);
-  for (int64_t g = 0; g < c->query_group; g++, to += c->dim) {
-    for (int64_t d = 0; d < c->dim; d++) to[d] = q[(head * c->query_group + g) * c->dim + d] * scale;
-    if (rotate) hadamard(to, c->dim);
-  }
-}
-
 INLINE void prefetch_scales(const layer_cache *c, const uint8_t *record) {
   for (int64_t at = c->key.scales_at; at < c->record_bytes; at += 64) __builtin_prefetch(record + at);
 }
@@ -228,13 +167,13 @@ static void run_decode_attention(const void *args, pool *p, int64_t thread) {
   const decode_args *a = args;
   const layer_cache *c = a->cache;
   int64_t position = *c->start, dim = c->dim, group = c->query_group, stride = dim + 2;
-  span blocks = block_tokens(c, position);
+  span seen = block_tokens(c, position), blocks = read_tokens(c, seen);
   int64_t size = span_size(a, blocks.end - blocks.begin), spans = (blocks.end - blocks.begin + size - 1) / size;
   float q[MAX_GROUP * MAX_DIM], k[TILE * MAX_DIM], v[TILE * MAX_DIM];
-  int64_t asking = c->advise ? c->next_rows : 0;
+  int64_t asking = c->advise && !c->selection ? c->next_rows : 0;
   for (int64_t item; (item = next_item(p) - asking) < (spans + 1) * c->kv_heads;) {
     if (item < 0) {
-      read_ahead(c, item + asking, blocks.end);
+      read_ahead(c, item + asking, seen.end);
       continue;
     }
     int64_t head = item % c->kv_heads, which = item / c->kv_heads;  // 0: the window
@@ -261,16 +200,30 @@ static void run_decode_attention(const void *args, pool *p, int64_t thread) {
     }
     int64_t begin = blocks.begin + (which - 1) * size, end = least(blocks.end, begin + size);
     const int64_t *table = c->table + c->rows[head] * c->table_stride;
+    const int32_t *list = c->selection ? list_of(c->selection, c->rows[head]) : 0;
     while (begin < end) {
-      int64_t block = begin / c->block_size, first = begin % c->block_size;
+      int64_t block = begin / c->block_size, first = begin % c->block_size, next;
       int64_t count = least(TILE, least(end - begin, c->block_size - first));
+      next = begin + count < end ? (begin + count) / c->block_size : block;
+      if (list) {
+        block = list[block], next = list[next];
+        int64_t skipped = most(0, seen.begin - block * c->block_size - first);
+        int64_t left = seen.end - block * c->block_size - first;
+        if (skipped >= count || left <= skipped) {
+          begin += count;
+          continue;
+        }
+        begin += count;
+        first += skipped, count = least(count, left) - skipped;
+      } else {
+        begin += count;
+      }
       const uint8_t *record = c->records + table[block] * c->record_bytes;
-      int64_t ahead = begin + count < end ? (table[(begin + count) / c->block_size] - table[block]) * c->record_bytes : 0;
+      int64_t ahead = (table[next] - table[block]) * c->record_bytes;
       prefetch_scales(c, record + ahead);
       decode_plane(record, &c->key, dim, first, count, ahead, k);
       decode_plane(record, &c->value, dim, first, count, ahead, v);
       attend_tile_any(group, dim, q, k, v, count, sums, stride);
-      begin += count;
     }
   }
 }
@@ -280,7 +233,7 @@ static void run_merge(const void *args, pool *p, int64_t thread) {
   const decode_args *a = args;
   const layer_cache *c = a->cache;
   int64_t dim = c->dim, group = c->query_group, stride = dim + 2;
-  span blocks = block_tokens(c, *c->start);
+  span blocks = read_tokens(c, block_tokens(c, *c->start));
   int64_t size = span_size(a, blocks.end - blocks.begin), spans = (blocks.end - blocks.begin + size - 1) / size;
   for (int64_t item; (item = next_item(p)) < c->kv_heads * group;) {
     int64_t head = item / group, g = item % group;

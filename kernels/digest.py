@@ -1,0 +1,98 @@
+"""Digests of blocks: what decode looks at to choose the blocks that it reads.
+
+A digest stands for the keys of one block, a few channels of them: per 16 tokens the middle of the range of each channel
+and half its width, each such vector in 4 bits with a scale and a minimum in float16. A query's score of a block is the
+highest, over its runs of 16 tokens, of q · middle + REACH · |q| · half width: between the score of a mean key (reach 0)
+and the bound that no key exceeds (reach 1, Quest, arXiv 2406.10774). The query heads of a KV head choose together, by
+the sum of their queries. Which channels, and why these numbers: docs/selection.md.
+
+A digest depends on the record alone, so it is the same for a context that was computed and for one that was read back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duolocal.kernels.blocks import BlockLayout, decode_blocks, hadamard
+
+RUN = 16  # tokens
+REACH = 0.5
+MAX_CHANNELS = 32
+
+
+@dataclass(frozen=True)
+class DigestChannels:
+    """The channels of each row of the block table that digests hold, and what is subtracted from the middles.
+
+    channels: int32 [num_rows, num_channels], an even number; centre: float32 [num_rows, num_channels], which changes no
+    choice and leaves more of the 4 bits for what differs between blocks.
+    """
+
+    channels: Tensor
+    centre: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.channels.shape == self.centre.shape and self.channels.dtype == torch.int32
+        assert self.channels.shape[1] % 2 == 0, self.channels.shape
+
+    @property
+    def num_channels(self) -> int:
+        return self.channels.shape[1]
+
+
+def num_runs(block_size: int) -> int:
+    """Return how many runs of tokens a block is cut into."""
+    return max(1, block_size // RUN)
+
+
+def digest_bytes(block_size: int, num_channels: int) -> int:
+    """Return the bytes of one block's digest: per run codes, scale and minimum of the middles, then of the widths."""
+    return num_runs(block_size) * 2 * (num_channels // 2 + 4)
+
+
+def digest_channels(head_dim: int) -> int:
+    """Return how many channels of a head digests hold."""
+    return min(MAX_CHANNELS, head_dim)
+
+
+def make_digests(records: Tensor, layout: BlockLayout, channels: Tensor, centre: Tensor) -> Tensor:
+    """Return the digests uint8 [n, digest_bytes] of records [n, record_bytes] of one row.
+
+    channels int64 and centre float32 [num_channels] of that row.
+    """
+    keys = decode_blocks(records, layout, "key", dtype=torch.float32)  # [n, block_size, head_dim]
+    keys = (hadamard(keys) if layout.key.rotate else keys)[..., channels.long()]
+    runs = keys.unflatten(1, (num_runs(layout.block_size), -1))  # [n, runs, tokens, channels]
+    low, high = runs.amin(2), runs.amax(2)
+    parts = (_encode((low + high) / 2 - centre), _encode((high - low) / 2))
+    return torch.cat(parts, dim=-1).flatten(1)
+
+
+def score_digests(q: Tensor, digests: Tensor, channels: Tensor, *, block_size: int) -> Tensor:
+    """Return the scores [n] of blocks for the queries q [group, head_dim] of one KV head.
+
+    digests: uint8 [n, digest_bytes]; channels: int64 [num_channels] of that head's row.
+    """
+    picked = q[:, channels.long()].float()
+    runs = digests.unflatten(1, (num_runs(block_size), 2, -1))  # [n, runs, middle or width, bytes]
+    middle, width = (_decode(runs[:, :, part]) for part in (0, 1))
+    return (middle @ picked.sum(0) + REACH * (width @ picked.abs().sum(0))).amax(1)
+
+
+def _encode(x: Tensor) -> Tensor:
+    """Return x [..., num_channels] as codes (two per byte, the low one first half), scale and minimum."""
+    limit = torch.finfo(torch.float16).max
+    low = x.amin(-1, keepdim=True).clamp(-limit, limit).half()
+    scale = ((x.amax(-1, keepdim=True) - low.float()) / 15).clamp(0, limit).half()
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
+    codes = ((x - low.float()) / divisor).round().clamp(0, 15).to(torch.uint8)
+    half = x.shape[-1] // 2
+    packed = codes[..., :half] | (codes[..., half:] << 4)
+    return torch.cat((packed, scale.view(torch.uint8), low.view(torch.uint8)), dim=-1)
+
+
+def _decode(stored: Tensor) -> Tensor:
+    codes, scale, low = stored.split((stored.shape[-1] - 4, 2, 2), dim=-1)
+    scale, low = (x.contiguous().view(torch.float16).float() for x in (scale, low))
+    return torch.cat((codes & 15, codes >> 4), dim=-1).float() * scale + low
