@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from duolocal import __version__
 from duolocal.errors import DuoLocalError, SettingsError
-from duolocal.settings import DTYPES, ChatSettings, parse_threads, parse_tokens
+from duolocal.settings import DTYPES, ChatSettings, parse_bytes, parse_threads, parse_tokens
 from duolocal.startup import without_collection
 from duolocal.terminal.bench_options import add_bench_parsers, run_bench
 from duolocal.terminal.docs_options import add_docs_parsers, run_docs
 from duolocal.terminal.eval_options import add_eval_parsers, run_eval
 from duolocal.terminal.heads_options import add_heads_parsers, run_heads
 from duolocal.terminal.models_options import add_convert_parser, run_convert
+from duolocal.terminal.plan_options import add_plan_parser, run_plan
 from duolocal.terminal.quantize_options import add_quantize_parser, run_quantize
+from duolocal.terminal.reader_options import add_reader_options, make_reader, reader_settings
 from duolocal.terminal.sessions_options import (
     add_session_options,
     add_sessions_parsers,
@@ -123,6 +125,9 @@ def build_parser(program: str = "duolocal") -> tuple[_Parser, dict[str, _Parser]
     what = docs.add_subparsers(dest="action", metavar="WHAT", parser_class=_Parser, required=True)
     parsers |= {"docs": docs, **add_docs_parsers(what, add_model=_add_model)}
 
+    parsers["plan"] = add_plan_parser(
+        commands, add_model_options=_add_model_options, add_compute_options=_add_compute_options
+    )
     quantize = add_quantize_parser(commands, add_machine=_add_machine_options)
     parsers["quantize"] = quantize
     parsers["summarize"] = add_summarize_parser(
@@ -175,6 +180,26 @@ def _add_model_options(parser: argparse.ArgumentParser, *, context: bool = True)
         metavar="FORMAT",
         help="lm_head and embedding: auto (as in the file), or int8 or int4, made while loading",
     )
+    group.add_argument(
+        "--kv-device-memory",
+        metavar="SIZE",
+        help="GPU memory, or without a GPU memory, for KV blocks, such as 4GiB; the others lie in host memory, or in a "
+        "file (default: as many as fit)",
+    )
+    group.add_argument(
+        "--select",
+        default="off",
+        metavar="BUDGET",
+        help="answers read only the blocks that matter: auto (2,048 tokens per retrieval head, in contexts from 32K), "
+        "a number of tokens, or off, which reads everything (default: off)",
+    )
+    group.add_argument(
+        "--prefill",
+        default="exact",
+        metavar="HOW",
+        help="how retrieval heads read a prompt: exact, or sparse: only the blocks that hold 98%% of their attention, "
+        "by an estimate (default: exact)",
+    )
     group.add_argument("--sink-size", metavar="N", help="first tokens that streaming heads keep")
     group.add_argument("--recent-size", metavar="N", help="last tokens that streaming heads keep")
     _add_machine_options(group)
@@ -214,6 +239,7 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
         help="answer this once and exit; piped stdin is then a document named stdin, and without --prompt the question",
     )
     group.add_argument("--json", action="store_true", help="print the one answer as JSON, with counts and timings")
+    add_reader_options(parser.add_argument_group("reading"))
     add_session_options(parser)
     _add_model_options(parser)
     _add_compute_options(parser)
@@ -285,6 +311,9 @@ def _run(argv: list[str], program: str) -> int:
         return run_docs(options, _console(), _progress_console())
     if options.command == "eval":
         return run_eval(options, _console(), _progress_console())
+    if name == "plan":
+        progress = _progress_console()
+        return run_plan(options, _settings(options), _console(), progress, starting=_import_notice(progress))
     if name == "quantize":
         return run_quantize(options, _console(), _progress_console())
     if name == "summarize":
@@ -320,6 +349,7 @@ def _settings(options: argparse.Namespace) -> ChatSettings:
             return None
         return 0 if text.strip() == "0" and name == "sink_size" else parse_tokens(text, option)
 
+    memory = getattr(options, "kv_device_memory", None)
     return ChatSettings(
         model=options.model,
         context=count("context"),
@@ -335,6 +365,9 @@ def _settings(options: argparse.Namespace) -> ChatSettings:
         kernels=getattr(options, "kernels", "auto"),
         weights=getattr(options, "weights", "auto"),
         outer_weights=getattr(options, "outer_weights", "auto"),
+        kv_device_memory=parse_bytes(memory, "--kv-device-memory") if memory else None,
+        select=getattr(options, "select", "off"),
+        prefill=getattr(options, "prefill", "exact"),
     )
 
 
@@ -401,7 +434,7 @@ def _progress_console(*, no_color: bool = False) -> "Console":
 
 def _chat(options: argparse.Namespace, program: str) -> int:
     # All that can be refused is refused before the model is loaded.
-    settings = _settings(options)
+    settings, reading = _settings(options), reader_settings(options)
     from duolocal.documents.loading import summary
     from duolocal.terminal.docs_load import load_paths
 
@@ -427,6 +460,7 @@ def _chat(options: argparse.Namespace, program: str) -> int:
             from duolocal.terminal.once import answer_once
     started = start(settings, system=options.system, progress=progress)
     started.session.keeper = keeper
+    reader = make_reader(reading, started.session)
     files: dict[str, Document] = {}
     keeper.extra = lambda: extra_of(files)
     if options.session is not None:
@@ -444,6 +478,7 @@ def _chat(options: argparse.Namespace, program: str) -> int:
             as_json=options.json,
             progress=progress,
             keeper=keeper,
+            reader=reader,
         )
     chat = Chat(
         _console(no_color=options.no_color),
@@ -455,6 +490,7 @@ def _chat(options: argparse.Namespace, program: str) -> int:
         history_file=history_file(),
         keeper=keeper,
         files=files,
+        reader=reader,
     )
     if options.session is not None:
         follow(chat)

@@ -28,6 +28,7 @@ MAX_THREADS = 256  # of one pool
 KERNELS = ("auto", "compiled", "torch")
 WEIGHTS = ("auto", "nf4", "int8")
 OUTER_WEIGHTS = ("auto", "int8", "int4")
+PREFILLS = ("exact", "sparse")
 
 
 def _parse(text: str, units: dict[str, int], option: str, wanted: str) -> int:
@@ -88,6 +89,9 @@ class ChatSettings:
     kernels: str = "auto"
     weights: str = "auto"
     outer_weights: str = "auto"  # of lm_head and embedding
+    kv_device_memory: int | None = None  # bytes
+    select: str = "off"  # off, auto, or a number of tokens
+    prefill: str = "exact"
 
     def __post_init__(self) -> None:
         if not self.model.strip():
@@ -98,6 +102,7 @@ class ChatSettings:
             ("--recent-size", self.recent_size, 1),
             ("--chunk-size", self.chunk_size, 1),
             ("--threads", self.threads, 1),
+            ("--kv-device-memory", self.kv_device_memory, 0),
         ):
             if value is not None and value < least:
                 raise SettingsError(f"{option} is {value}: give {least} or more")
@@ -107,6 +112,8 @@ class ChatSettings:
             raise SettingsError(f"--weights is {self.weights!r}: give one of {', '.join(WEIGHTS)}")
         if self.outer_weights not in OUTER_WEIGHTS:
             raise SettingsError(f"--outer-weights is {self.outer_weights!r}: give one of {', '.join(OUTER_WEIGHTS)}")
+        if self.prefill not in PREFILLS:
+            raise SettingsError(f"--prefill is {self.prefill!r}: give one of {', '.join(PREFILLS)}")
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
         for option, text in (("--kv", self.kv), ("--heads", self.heads), ("--device", self.device)):
@@ -131,6 +138,9 @@ class ChatSettings:
             ("--kernels", self.kernels, "auto"),
             ("--weights", self.weights, "auto"),
             ("--outer-weights", self.outer_weights, "auto"),
+            ("--kv-device-memory", self.kv_device_memory, None),
+            ("--select", self.select, "off"),
+            ("--prefill", self.prefill, "exact"),
         ):
             if value != default:
                 words += [option, str(value)]

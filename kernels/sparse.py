@@ -39,7 +39,7 @@ class SparsePrefill:
 
     mass: float = 0.98
     tile: int = 128
-    stride: int = 16
+    stride: int = 8
     least_blocks: int = 16
     measure: bool = False
 
@@ -54,6 +54,10 @@ class SparsePrefill:
     @property
     def asked_per_tile(self) -> int:
         return self.tile // self.stride
+
+    def whole(self, chunk_size: int) -> int:
+        """Return the largest chunk size up to this one that cuts through no tile; as it is where none fits."""
+        return max(chunk_size // self.tile, 1) * self.tile if chunk_size >= self.tile else chunk_size
 
     def tiles(self, start: int, end: int, *, sink_size: int, recent_size: int, block_size: int) -> range:
         """Return the numbers of the tiles among queries start..end-1 that are sparse; tile t begins at t · tile."""
@@ -285,6 +289,12 @@ class SparseCounts:
         self.mass = torch.zeros_like(self.read)
         self.lowest = torch.ones_like(self.read)
         self.measured = torch.zeros_like(self.read)
+
+    def reset(self) -> None:
+        """Begin anew."""
+        for counts in (self.read, self.seen, self.mass, self.measured):
+            counts.zero_()
+        self.lowest.fill_(1.0)
 
     def add(
         self, rows: slice, chosen: Chosen, *, start: int, end: int, sink_size: int, recent_size: int, block_size: int

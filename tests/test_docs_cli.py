@@ -99,8 +99,8 @@ def test_what_does_not_fit_is_told_with_the_choices(tmp_path: Path, words: None,
     assert code == 0
     assert " ".join(out.split()).endswith(
         "1,260 tokens of documents do not fit, big.txt (900), middle.txt (300) and small.txt (60): the context is 600, "
-        "0 are in use and 128 are kept for a question; leave out big.txt (900), start with --context 2K, or summarise "
-        "first with `duolocal summarize`"
+        "0 are in use and 128 are kept for a question; leave out big.txt (900), start with --context 2K, start with "
+        "--reader retrieve, which reads them for each question, or summarise first with `duolocal summarize`"
     )
 
 
@@ -218,7 +218,7 @@ def test_a_refusal_names_the_largest_and_counts_the_rest() -> None:
     assert len(message) < 1000 and "and 296 more (" in message
     assert "leave out" in message and message.endswith("or summarise first with `duolocal summarize`")
     alone = Fit((("a.txt", 9000),), 8192, used=5, kept=128).refusal()
-    assert "; /reset all, start with --context 9K, or summarise" in alone
+    assert "; /reset all, start with --context 9K, start with --reader retrieve, which reads it for each" in alone
 
 
 def test_gather_is_cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,14 @@ def memory_report(
     kernels: str = "auto",
     weights: str = "auto",
     outer_weights: str = "auto",
+    kv_device_memory: int | None = None,
+    select: str = "off",
 ) -> dict[str, object]:
     """Allocate a model's whole cache and count the bytes, by head class, next to a dense 16-bit cache.
 
     Bytes are those of the tensors' storages. On a CPU every byte is also written, and what the process grew by is
-    reported as `resident_growth_bytes`, so that the figures cannot be promises.
+    reported as `resident_growth_bytes`, so that the figures cannot be promises; not where blocks lie in a file, or where
+    they have digests.
     """
     engine = Engine.load(
         model,
@@ -42,6 +45,8 @@ def memory_report(
         kernels=kernels,
         weights=weights,
         outer_weights=outer_weights,
+        kv_device_memory=kv_device_memory,
+        select=select,
     )
     memory, plan, layout = engine.memory(), engine.plan, engine.cache.layout
     cache = memory.cache
@@ -59,7 +64,9 @@ def memory_report(
         "retrieval_blocks_bytes": cache.retrieval_blocks,
         "retrieval_windows_bytes": cache.retrieval_windows,
         "streaming_windows_bytes": cache.streaming_windows,
+        "digests_bytes": cache.digests,
         "kv_bytes": cache.total,
+        "kv_beyond_device_bytes": cache.outer_blocks,
         "resident_growth_bytes": _resident_growth(engine),
         "dense_16bit_bytes": memory.dense_16bit,
         "kv_share_of_dense": cache.total / memory.dense_16bit,
@@ -73,9 +80,9 @@ def memory_report(
 
 
 def _resident_growth(engine: Engine) -> int | None:
-    """Return by how much this process grows when a cache like the engine's is made and filled; None on a GPU."""
+    """Return by how much this process grows when a cache like the engine's is made and filled; None for other kinds."""
     old = engine.cache
-    if old.device.type != "cpu":
+    if old.device.type != "cpu" or old.pool.tiered or old.selection is not None:
         return None
     process = psutil.Process()
     gc.collect()

@@ -1,7 +1,7 @@
-"""Prefill speed of duolocal over real text, by length and by chunk size."""
+"""Prefill speed of duolocal over real text, by length, by chunk size, and exact beside sparse."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ class PrefillSpeed:
     context: int  # tokens
     chunk_size: int  # tokens
     elapsed_s: Spread
+    prefill: str = "exact"
+    density: float | None = None  # of a sparse prefill: blocks read of those behind the window
 
     def report(self) -> dict[str, object]:
         """Return the figures as JSON holds them."""
@@ -25,6 +27,8 @@ class PrefillSpeed:
             "chunk_size": self.chunk_size,
             "ms": self.elapsed_s.milliseconds(),
             "tokens_per_s": self.elapsed_s.per_s(self.context),
+            "prefill": self.prefill,
+            "density": None if self.density is None else round(self.density, 4),
         }
 
 
@@ -39,7 +43,7 @@ def distinct(contexts: Sequence[int], chunk_sizes: Sequence[int]) -> list[tuple[
 
 
 def measure_prefill(
-    engine: Engine,
+    engines: Mapping[str, Engine],
     token_ids: Sequence[int],
     contexts: Sequence[int],
     chunk_sizes: Sequence[int],
@@ -49,26 +53,36 @@ def measure_prefill(
 ) -> list[PrefillSpeed]:
     """Time the first tokens of `token_ids` into an empty cache, for every context and chunk size, taking turns.
 
-    The engine is left empty, with its own chunk size.
+    engines: by how they prefill; they are left empty, with their own chunk sizes.
     """
-    pairs = distinct(contexts, chunk_sizes)
-    times: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
-    own = engine.chunk_size
-    engine.reset()
+    ways = [(context, size, name) for context, size in distinct(contexts, chunk_sizes) for name in engines]
+    times: dict[tuple[int, int, str], list[float]] = {way: [] for way in ways}
+    density: dict[tuple[int, int, str], float] = {}
+    own = {name: engine.chunk_size for name, engine in engines.items()}
     try:
-        _fill(engine, token_ids[: min(contexts)])  # the first pass over weights and code is another matter
+        for engine in engines.values():
+            engine.reset()
+            _fill(engine, token_ids[: min(contexts)])  # the first pass over weights and code is another matter
         for run in range(repeats):
-            for context, chunk_size in pairs:
-                on_step(f"{context:,} tokens in chunks of {chunk_size:,}: run {run + 1} of {repeats}")
+            for way in ways:
+                context, chunk_size, name = way
+                on_step(f"{context:,} tokens in chunks of {chunk_size:,}, {name}: run {run + 1} of {repeats}")
+                engine = engines[name]
                 engine.reset()
                 engine.chunk_size = chunk_size
+                counts = engine.cache.sparse_counts
+                if counts is not None:
+                    counts.reset()
                 began_s = time.perf_counter()
                 _fill(engine, token_ids[:context])
-                times[context, chunk_size].append(time.perf_counter() - began_s)
+                times[way].append(time.perf_counter() - began_s)
+                if counts is not None:
+                    density[way] = counts.density
     finally:
-        engine.chunk_size = own
-        engine.reset()
-    return [PrefillSpeed(context, chunk_size, spread(times[context, chunk_size])) for context, chunk_size in pairs]
+        for name, engine in engines.items():
+            engine.chunk_size = own[name]
+            engine.reset()
+    return [PrefillSpeed(way[0], way[1], spread(times[way]), way[2], density.get(way)) for way in ways]
 
 
 def _fill(engine: Engine, token_ids: Sequence[int]) -> None:

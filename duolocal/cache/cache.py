@@ -26,6 +26,7 @@ from duolocal.heads import HeadPlan
 from duolocal.kernels.blocks import BlockLayout
 from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.interface import Kernels, Rotation
+from duolocal.kernels.sparse import SparseCounts, SparsePrefill
 from duolocal.kernels.torch_kernels import TorchKernels
 
 # Retrieval heads keep at least this many recent tokens as computed. It is a constant, not the block size, so that
@@ -63,8 +64,8 @@ class DuoCache:
     """Keys and values of up to `context` tokens under a HeadPlan and a block layout.
 
     kernels: what the model computes with, which decides how the cache computes; None for plain torch. placement: where
-    blocks lie. select: how decode chooses those it reads; None for all. Raises MemoryLimitError where a file for blocks
-    has no room.
+    blocks lie. select: how decode chooses those it reads; None for all. prefill: the same for the
+    chunks of a prompt. Raises MemoryLimitError where a file for blocks has no room.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class DuoCache:
         kernels: Kernels | None = None,
         placement: Placement = ON_DEVICE,
         select: SelectionPolicy | None = None,
+        prefill: SparsePrefill | None = None,
     ) -> None:
         assert layout.block_size <= MIN_EXACT_RECENT, layout.block_size
         self.plan = plan
@@ -113,6 +115,8 @@ class DuoCache:
         # Tokens before the open transaction, where kernels read it: the position of the new token of a decode step.
         self.start = torch.zeros(1, dtype=torch.int64, device=device)
         self.recordable = isinstance(kernels, CpuKernels)
+        self.prefill = prefill
+        self.sparse_counts = None if prefill is None else SparseCounts(plan.num_retrieval, device=device)
         self._path = _path(self, kernels)
         self._step: Step | None = None
         self._truncated_to: list[int] = []
@@ -126,6 +130,12 @@ class DuoCache:
     def rotates(self) -> bool:
         """Whether RoPE is applied here, in the pass that stores, and not by the model."""
         return self._path.rotates
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the open decode step chooses its blocks anew, so that its graph is another one."""
+        assert self._step is not None
+        return self._path.chooses(self._step)
 
     def begin(self, q_len: int) -> None:
         """Start to append `q_len` tokens; the caller has checked that they fit into the context."""

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from duolocal.cache.home import madvise_address
@@ -11,6 +12,7 @@ from duolocal.cache.selection import Selection
 from duolocal.kernels.cpu.attention import CpuAttention, SelectedBlocks, Tiers
 from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.interface import Rotation
+from duolocal.kernels.sparse import choose
 
 if TYPE_CHECKING:
     from duolocal.cache.cache import DuoCache
@@ -39,6 +41,12 @@ class CompiledPath:
             selected=_selected(cache.selection),
         )
         self._selects = cache.selection is not None
+        self._cache = cache
+        self._rows: list[slice] = []  # of the block table, per layer
+        row = 0
+        for flags in plan.retrieval:
+            self._rows.append(slice(row, row + sum(flags)))
+            row += sum(flags)
 
     def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
         """Take k and v [q_len, num_kv_heads, head_dim] of the step's tokens."""
@@ -56,9 +64,50 @@ class CompiledPath:
         step.k = step.v = None
         if q.shape[0] == 1:
             return self._attention.decode(layer, q)
-        out = self._attention.prefill(layer, q, k, v)
+        if self._cache.prefill is None or not sum(self._cache.plan.retrieval[layer]):
+            out = self._attention.prefill(layer, q, k, v)
+        else:
+            out = self._sparse(layer, step, q, k, v)
         self._attention.write_ring(layer, k, v)
         return out
+
+    def _sparse(self, layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from a chunk by the cache's policy: choose blocks, then read those."""
+        cache, attention, rows = self._cache, self._attention, self._rows[layer]
+        policy, counts = cache.prefill, cache.sparse_counts
+        assert policy is not None and counts is not None
+        sizes = {"sink_size": cache.plan.sink_size, "recent_size": cache.exact_recent}
+        sizes["block_size"] = cache.layout.block_size
+
+        def estimate(tiles: range, num_blocks: int) -> tuple[Tensor, Tensor]:
+            return attention.block_weights(
+                layer,
+                q,
+                k,
+                first=tiles.start * policy.tile + policy.stride // 2,
+                step=policy.stride,
+                queries=len(tiles) * policy.asked_per_tile,
+                blocks=num_blocks,
+            )
+
+        chosen = choose(policy, estimate, start=step.start, end=step.end, **sizes)
+        counts.add(rows, chosen, start=step.start, end=step.end, **sizes)
+        if not policy.measure:
+            return attention.prefill(layer, q, k, v, chosen=chosen)
+        kept, whole = (torch.empty(*q.shape[:2], 2) for _ in range(2))
+        attention.prefill(layer, q, k, v, weights=whole)
+        out = attention.prefill(layer, q, k, v, chosen=chosen, weights=kept)
+        heads = [head for head, retrieval in enumerate(cache.plan.retrieval[layer]) if retrieval]
+        kept_lse, whole_lse = (
+            (weights[..., 0] + weights[..., 1].log()).unflatten(1, (-1, cache.query_group))[:, heads].permute(1, 2, 0)
+            for weights in (kept, whole)
+        )
+        counts.add_mass(rows, chosen, kept_lse, whole_lse, start=step.start)
+        return out
+
+    def chooses(self, step: Step) -> bool:
+        """Nothing is captured here: lists are made where they are due."""
+        return False
 
     def digest(self, layer: int, first: int, last: int) -> None:
         """Make the digests of blocks first..last-1, which were read back."""

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from duolocal.cache.path import Step
+from duolocal.cache.selection import occasion
 from duolocal.kernels.gpu.append import append_token
 from duolocal.kernels.gpu.decode import decode_attention
-from duolocal.kernels.gpu.layer_cache import LayerCache
+from duolocal.kernels.gpu.digest import digest_blocks
+from duolocal.kernels.gpu.layer_cache import LayerCache, LayerSelection
 from duolocal.kernels.gpu.pointwise import rotate
 from duolocal.kernels.gpu.prefill import prefill_attention
+from duolocal.kernels.gpu.select import select_blocks
 from duolocal.kernels.gpu.store import close_blocks, write_ring
 from duolocal.kernels.interface import Rotation
 
@@ -29,6 +32,13 @@ class GpuPath:
 
     def __init__(self, cache: "DuoCache") -> None:
         plan, device = cache.plan, cache.device
+        self._cache = cache
+        self._step: Step | None = None  # the decode step that the next two are about
+        self._chooses = False
+        self._made_for: tuple[int, int] | None = None
+        # One layer after the other works in the same memory.
+        most_rows = max(sum(flags) for flags in plan.retrieval) if cache.selection is not None else 0
+        scores = torch.empty(most_rows, cache.pool.max_blocks, dtype=torch.float32, device=device)
         self._layers: list[LayerCache] = []
         first_row = 0
         for layer, flags in enumerate(plan.retrieval):
@@ -49,6 +59,7 @@ class GpuPath:
                     query_group=cache.query_group,
                     sink_size=plan.sink_size,
                     recent_size=cache.exact_recent,
+                    selection=_selection(cache, slice(first_row, first_row + len(heads)), scores),
                 )
             )
             first_row += len(heads)
@@ -64,9 +75,53 @@ class GpuPath:
         step.k = step.v = None
         if q.shape[0] == 1:
             q_rotated, q_blocks = append_token(cache, q, k, v, *rotation)
+            if self.chooses(step):
+                select_blocks(cache, q_rotated)
             return decode_attention(cache, q_rotated, q_blocks)
         q, k = rotate(q, k, *rotation)
         close_blocks(cache, k, v, step.start)
+        if cache.selection is not None:
+            # The block before the chunk may have been completed by a decode step that made no list.
+            size = cache.layout.block_size
+            digest_blocks(cache, max(0, step.start // size - 1), step.end // size)
         out = prefill_attention(cache, q, k, v, step.start)
         write_ring(cache, k, v, step.start)
         return out
+
+    def digest(self, layer: int, first: int, last: int) -> None:
+        """Make the digests of blocks first..last-1, which were read back."""
+        digest_blocks(self._layers[layer], max(0, first - 1), last)
+
+    def chooses(self, step: Step) -> bool:
+        """Whether this decode step makes its lists anew: a captured graph holds one kind of step.
+
+        The kernels decide the same on the device; the host decides too, so that three steps of four do not launch what
+        would do nothing.
+        """
+        cache, selection = self._cache, self._cache.selection
+        if selection is None:
+            return False
+        if step is not self._step:
+            seen_end = step.start - cache.exact_recent + 1
+            newest = (seen_end - 1) // cache.layout.block_size if seen_end > cache.plan.sink_size else -1
+            now = occasion(step.start, newest, reuse=selection.policy.reuse), selection.forgotten
+            self._chooses, self._made_for, self._step = now != self._made_for, now, step
+        return self._chooses
+
+
+def _selection(cache: "DuoCache", rows: slice, scores: Tensor) -> LayerSelection | None:
+    selection, pool = cache.selection, cache.pool
+    if selection is None:
+        return None
+    return LayerSelection(
+        digests=selection.digests[rows],
+        lists=selection.lists[rows],
+        made_at=selection.made_at[rows],
+        channels=selection.channels[rows],
+        centre=selection.centre[rows],
+        scores=scores,
+        reuse=selection.policy.reuse,
+        tags=pool.tags[rows] if pool.tiered else None,
+        first_slot=rows.start * pool.num_slots,
+        first_home=pool.first_home + rows.start * pool.max_blocks,
+    )

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -40,10 +40,20 @@ ON_DEVICE = Placement()
 
 @dataclass(frozen=True)
 class Home:
-    """Records beyond the device: `records` uint8 [num_records, record_bytes], and the mapping they lie in, if any."""
+    """Records beyond the device: `records` uint8 [num_records, record_bytes], and the file they lie in, if any."""
 
     records: Tensor
     mapping: mmap.mmap | None = None
+    file: BinaryIO | None = None
+
+    def drop_from_memory(self) -> bool:
+        """Write the file out and let go of its pages in memory, for a measurement; return whether that can be asked."""
+        if self.mapping is None or self.file is None or not hasattr(os, "posix_fadvise"):
+            return False
+        self.mapping.flush()
+        self.mapping.madvise(mmap.MADV_DONTNEED)
+        os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return True
 
 
 def open_home(num_records: int, record_bytes: int, *, placement: Placement, beside: Tensor) -> Home:
@@ -52,29 +62,29 @@ def open_home(num_records: int, record_bytes: int, *, placement: Placement, besi
     Raises MemoryLimitError where the disk has no room for the file. The file has no name: it is gone with the process.
     """
     size = (num_records + 1) * record_bytes  # one more, for the alignment
-    mapping = None
+    mapping = file = None
     if placement.outer == "disk":
-        mapping = _map_file(size, placement.folder)
+        mapping, file = _map_file(size, placement.folder)
         memory = torch.frombuffer(mapping, dtype=torch.uint8)
     else:
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=beside.device.type == "cuda")
     shift = (beside.data_ptr() - memory.data_ptr()) % record_bytes
-    return Home(memory[shift : shift + num_records * record_bytes].view(num_records, record_bytes), mapping)
+    return Home(memory[shift : shift + num_records * record_bytes].view(num_records, record_bytes), mapping, file)
 
 
-def _map_file(size: int, folder: Path | None) -> mmap.mmap:
+def _map_file(size: int, folder: Path | None) -> tuple[mmap.mmap, BinaryIO]:
     folder = Path(tempfile.gettempdir()) if folder is None else folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if free < size:
             raise OSError(f"{free / 2**30:.1f} GiB are free")
-        with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)  # a page that has no room on the disk kills the process
-            else:
-                file.truncate(size)
-            return mmap.mmap(file.fileno(), size)  # keeps the file when it is closed
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it lives as long as the mapping
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a page that has no room on the disk kills the process
+        else:
+            file.truncate(size)
+        return mmap.mmap(file.fileno(), size), file
     except OSError as error:
         raise MemoryLimitError(
             f"the KV cache needs a file of {size / 2**30:.1f} GiB in {folder}: {error.strerror or error}; make room "

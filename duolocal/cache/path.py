@@ -35,6 +35,10 @@ class Path(Protocol):
 
     def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None: ...
 
+    def chooses(self, step: Step) -> bool:
+        """Whether this decode step makes lists of blocks anew: a captured graph holds one kind of step."""
+        ...
+
     def digest(self, layer: int, first: int, last: int) -> None:
         """Make the digests of blocks first..last-1, which were read back; called only where blocks are selected."""
         ...

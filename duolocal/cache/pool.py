@@ -77,6 +77,10 @@ class BlockPool:
         """The file that blocks beyond the device lie in, None where there is none."""
         return None if self._home is None else self._home.mapping
 
+    def drop_from_memory(self) -> bool:
+        """Let the next read of blocks in a file come from the disk, for a measurement; False where none can."""
+        return self._home is not None and self._home.drop_from_memory()
+
     @property
     def first_home(self) -> int:
         """The number of the first home: that of block b of row r is first_home + r * max_blocks + b."""

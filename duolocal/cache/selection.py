@@ -50,6 +50,7 @@ class Selection:
         self.digests = torch.empty(num_rows, max_blocks, size, dtype=torch.uint8, device=device)
         self.lists = torch.zeros(num_rows, self.budget_blocks + 1, dtype=torch.int32, device=device)
         self.made_at = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+        self.forgotten = 0  # times that the lists were dropped
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +61,7 @@ class Selection:
     def forget(self) -> None:
         """Drop all lists: what comes is not the next token of what they were made for."""
         self.made_at.fill_(-1)
+        self.forgotten += 1
 
 
 def occasion(position: int, newest: int, *, reuse: int) -> int:

@@ -11,7 +11,7 @@ from duolocal.kernels.attention import block_attention, merge, window_attention
 from duolocal.kernels.blocks import encode_blocks
 from duolocal.kernels.digest import make_digests, score_digests
 from duolocal.kernels.interface import Rotation
-from duolocal.kernels.sparse import chosen_block_attention
+from duolocal.kernels.sparse import chosen_block_attention, sparse_block_attention
 
 if TYPE_CHECKING:
     from duolocal.cache.cache import DuoCache
@@ -72,6 +72,8 @@ class TorchPath:
                 block_out, block_lse = chosen_block_attention(
                     grouped[heads], cache.pool.take, table, cache.layout, listed, first=step.start, tile=1, **sizes
                 )
+            elif cache.prefill is not None and q_len > 1:
+                block_out, block_lse = self._sparse(layer, step, grouped[heads], lse[heads], positions, scale)
             else:
                 block_out, block_lse = block_attention(
                     grouped[heads], cache.pool.take, table, cache.layout, q_positions=positions, **sizes
@@ -81,6 +83,39 @@ class TorchPath:
             cache.ring.write(layer, step.k, step.v, start=step.start)
         step.k = step.v = None
         return out.permute(2, 0, 1, 3).reshape(q_len, num_heads, head_dim).to(q.dtype)
+
+    def chooses(self, step: Step) -> bool:
+        """Nothing is captured here: lists are made where they are due."""
+        return False
+
+    def _sparse(
+        self, layer: int, step: Step, q: Tensor, window_lse: Tensor, positions: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attend from a chunk's retrieval heads to what the policy chooses behind the window."""
+        cache, rows = self._cache, self._rows[layer]
+        policy, counts = cache.prefill, cache.sparse_counts
+        assert policy is not None and counts is not None
+        table = cache.pool.table[rows, : cache.pool.num_blocks]
+        sizes = {"sink_size": cache.plan.sink_size, "recent_size": cache.exact_recent}
+        out, lse, chosen = sparse_block_attention(
+            q,
+            window_lse,
+            cache.pool.take,
+            table,
+            cache.layout,
+            policy,
+            q_positions=positions,
+            scale=scale,
+            **sizes,
+        )
+        counts.add(rows, chosen, start=step.start, end=step.end, block_size=cache.layout.block_size, **sizes)
+        if policy.measure:
+            _, exact = block_attention(
+                q, cache.pool.take, table, cache.layout, q_positions=positions, scale=scale, **sizes
+            )
+            kept, whole = torch.logaddexp(window_lse, lse), torch.logaddexp(window_lse, exact)
+            counts.add_mass(rows, chosen, kept, whole, start=step.start)
+        return out, lse
 
     def digest(self, layer: int, first: int, last: int) -> None:
         """Make the digests of blocks first..last-1 of a layer."""

@@ -51,6 +51,8 @@ class HostDecoder:
 class GpuDecoder:
     """The step of one engine as a CUDA graph, captured once for greedy answers and once for drawn ones.
 
+    Where blocks are selected, steps that choose them and steps that read those chosen before are graphs of their own.
+
     Everything a graph reads or writes stays where it is: the cache, the weights, `_ids` and the sampler's buffers.
     """
 
@@ -59,8 +61,9 @@ class GpuDecoder:
         device = engine.transformer.device
         self._ids = torch.zeros(1, dtype=torch.int64, device=device)
         self._sampler = DeviceSampler(engine.config.vocab_size, device)
-        self._warm: set[bool] = set()  # kinds of answers whose kernels are compiled and loaded
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        # By the kind of step: greedy, choosing blocks.
+        self._warm: set[tuple[bool, bool]] = set()  # kernels are compiled and loaded
+        self._graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}
 
     def restart(self, sampling: Sampling) -> "GpuDecoder":
         """Begin an answer."""
@@ -86,13 +89,15 @@ class GpuDecoder:
         self._sampler.prepare()
         if self._engine.transformer.device.type != "cuda":
             self._step(greedy)
-        elif greedy not in self._warm:
+            return
+        kind = greedy, self._engine.cache.chooses
+        if kind not in self._warm:
             self._step(greedy)  # compiles and loads what a capture must find loaded
-            self._warm.add(greedy)
+            self._warm.add(kind)
         else:
-            if greedy not in self._graphs:
-                self._graphs[greedy] = self._capture(greedy)
-            self._graphs[greedy].replay()
+            if kind not in self._graphs:
+                self._graphs[kind] = self._capture(greedy)
+            self._graphs[kind].replay()
 
     def _capture(self, greedy: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -14,15 +14,18 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from duolocal.cache import CacheMemory, DuoCache, Snapshot
+from duolocal.cache import ON_DEVICE, CacheMemory, DuoCache, Placement, SelectionPolicy, Snapshot
 from duolocal.engine.decoder import Decoder, GpuDecoder, HostDecoder
 from duolocal.engine.head_choice import can_rank, published_for, rank_on_first_use, ranking_context
 from duolocal.engine.kernels import arrangement, choose_kernels, undecoded_note
 from duolocal.engine.kv_choice import choose_kv
 from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
 from duolocal.engine.place import device_named, dtype_named
+from duolocal.engine.prefill_choice import prefill_note, prefill_policy
+from duolocal.engine.select_choice import choose_channels, selection_budget, selection_note
 from duolocal.errors import ContextOverflowError, SettingsError, TokenizerError
 from duolocal.heads import HeadPlan, choose_heads
+from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.outer_weights import outer_note, quantize_outer
@@ -30,6 +33,7 @@ from duolocal.models.quantized import kept_dense_note, quantize_on_load
 from duolocal.models.registry import resolve
 from duolocal.models.rope import extended, parse_rope_scaling
 from duolocal.models.transformer import Transformer
+from duolocal.paths import cache_folder
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, KV_FORMATS, kv_layout
 from duolocal.sampling import Sampling
 
@@ -99,12 +103,16 @@ class Engine:
         kernels: str = "auto",
         weights: str = "auto",
         outer_weights: str = "auto",
+        kv_device_memory: int | None = None,
+        select: str = "off",
+        prefill: str = "exact",
         on_fetch: Callable[[int, int], None] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
         on_measure: Callable[[int, int], None] | None = None,
         on_identify: Callable[[int, int], None] | None = None,
         on_build: Callable[[], None] | None = None,
         on_quantize: Callable[[int, int], None] | None = None,
+        on_learn: Callable[[int, int], None] | None = None,
     ) -> "Engine":
         """Load a model by name, hub id or path (or an opened ModelSource) and reserve its whole context.
 
@@ -114,9 +122,12 @@ class Engine:
         DTYPES; rope: a scaling that overrides the model's; threads: of the CPU, None for one per physical core;
         kernels: "auto", "compiled" or "torch"; weights: "auto" for the bits of the file, "nf4" or "int8" to quantize a
         16-bit model while it is loaded; outer_weights: "auto", "int8" or "int4" for lm_head and embedding
-        (`quantize_outer`). The callbacks get (done, total): bytes fetched, layers loaded, tokens of a KV measurement,
-        steps of ranking an unknown model's heads, rows of lm_head and embedding made smaller; `on_build` is called
-        with nothing before kernels are compiled, once per machine.
+        (`quantize_outer`); kv_device_memory: bytes of the device that KV blocks may take, the others lying in host
+        memory or, without a GPU, in a file; None: as many as fit; select: "off", or which blocks decode reads: "auto"
+        or a number of tokens (`selection_budget`); prefill: "exact" or "sparse" (`prefill_policy`). The callbacks get
+        (done, total): bytes fetched, layers loaded, tokens of a KV measurement, steps of ranking an unknown model's
+        heads, rows of lm_head and embedding made smaller, tokens read to find the channels of digests; `on_build` is
+        called with nothing before kernels are compiled, once per machine.
         Raises DuoLocalError with one line saying what to do, before any work is done in vain.
         """
         source = model if isinstance(model, ModelSource) else open_model(resolve(model, on_progress=on_fetch))
@@ -130,6 +141,8 @@ class Engine:
         chunk_size = DEFAULT_CHUNK_SIZE[where.type] if chunk_size is None else chunk_size
         if context < MIN_CONTEXT:
             raise SettingsError(f"context is {context}; it must be {MIN_CONTEXT} tokens or more")
+        budget = selection_budget(select, context)
+        sparse = prefill_policy(prefill, device=where, chunk_size=chunk_size)
         if chunk_size < 1:
             raise SettingsError(f"chunk_size is {chunk_size}; it must be 1 token or more")
         if config.sliding_window is not None and context > config.sliding_window:
@@ -199,7 +212,24 @@ class Engine:
         slow_note = undecoded_note(chosen, loaded)
         found = (rope_note, heads_note, kv_note, kernels_note, slow_note, dense_note, outer_note(source))
         notes = [note for note in found if note]
-        engine = cls.build(transformer, plan, kv=kv, chunk_size=chunk_size, source=source, notes=notes)
+        placement = Placement(kv_device_memory, "disk" if where.type == "cpu" else "memory", cache_folder() / "kv")
+        policy = None
+        if budget is not None:
+            policy = SelectionPolicy(budget, choose_channels(source, transformer, plan, on_progress=on_learn))
+            notes.append(selection_note(budget))
+        if sparse is not None:
+            notes.append(prefill_note(sparse))
+        engine = cls.build(
+            transformer,
+            plan,
+            kv=kv,
+            chunk_size=chunk_size,
+            source=source,
+            notes=notes,
+            placement=placement,
+            select=policy,
+            prefill=sparse,
+        )
         if engine.cache.capturable:
             engine.warm_up()
         return engine
@@ -215,6 +245,9 @@ class Engine:
         block_size: int = DEFAULT_BLOCK_SIZE,
         source: ModelSource | None = None,
         notes: Sequence[str] = (),
+        placement: Placement = ON_DEVICE,
+        select: SelectionPolicy | None = None,
+        prefill: SparsePrefill | None = None,
     ) -> "Engine":
         """Give a Transformer a cache for its `context` under `plan` and KV format `kv`."""
         config = transformer.config
@@ -227,6 +260,9 @@ class Engine:
             device=transformer.device,
             dtype=transformer.dtype,
             kernels=transformer.kernels,
+            placement=placement,
+            select=select,
+            prefill=prefill,
         )
         return cls(transformer, cache, source=source, kv=kv, chunk_size=chunk_size, notes=notes)
 
@@ -265,7 +301,7 @@ class Engine:
         self._check_fits(token_ids)
         self._cancel.clear()
         done = 0
-        for chunk in _chunks(token_ids, self.chunk_size):
+        for chunk in self._chunks(token_ids):
             self.step(chunk)
             done += len(chunk)
             yield done
@@ -287,7 +323,7 @@ class Engine:
         self.finish_reason = None
         decoder = self._decoder(sampling)
         hidden = None
-        for chunk in _chunks(token_ids, self.chunk_size):
+        for chunk in self._chunks(token_ids):
             hidden = self.step(chunk)
         assert hidden is not None
         token = decoder.first(hidden[-1:])
@@ -315,7 +351,7 @@ class Engine:
         """Append tokens, yielding the logits of each chunk: memory stays bounded by the chunk."""
         self._check_fits(token_ids)
         self._cancel.clear()
-        for chunk in _chunks(token_ids, self.chunk_size):
+        for chunk in self._chunks(token_ids):
             yield self.transformer.logits(self.step(chunk))
 
     def step(self, token_ids: Sequence[int]) -> Tensor:
@@ -427,14 +463,20 @@ class Engine:
                 f"{self.position + len(token_ids):,} or more is needed"
             )
 
+    def _chunks(self, token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+        size, start = self.chunk_size, 0
+        first = size
+        if self.cache.prefill is not None:  # a tile that a chunk cuts through is not sparse
+            size = self.cache.prefill.whole(size)
+            first = size - self.position % size
+        stop = first
+        while start < len(token_ids):
+            yield token_ids[start:stop]
+            start, stop = stop, stop + size
+
     def _decoder(self, sampling: Sampling) -> Decoder:
         if not self.cache.capturable:
             return HostDecoder(self, sampling)
         if self._gpu_decoder is None:
             self._gpu_decoder = GpuDecoder(self)  # kept: it holds the graphs
         return self._gpu_decoder.restart(sampling)
-
-
-def _chunks(token_ids: Sequence[int], chunk_size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(token_ids), chunk_size):
-        yield token_ids[start : start + chunk_size]

@@ -57,6 +57,7 @@ class Fit:
         elif self.used:
             choices.append("/reset all")
         choices.append(f"start with --context {self.needed}")
+        choices.append(f"start with --reader retrieve, which reads {'them' if many else 'it'} for each question")
         choices.append("summarise first with `duolocal summarize`")
         return (
             f"{self.total:,} tokens of documents do not fit, {sizes}: the context is {self.context:,}, "

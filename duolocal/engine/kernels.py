@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from duolocal.engine.heap import settle_heap
 from duolocal.errors import SettingsError
 from duolocal.kernels.cpu import attention, build, threads
 from duolocal.kernels.cpu.operations import CpuKernels
@@ -48,7 +49,9 @@ def choose_kernels(
         raise SettingsError(f"kernels {name!r} are unknown: use auto, compiled or torch")
     if num_threads is not None and not 1 <= num_threads <= MAX_THREADS:
         raise SettingsError(f"threads is {num_threads}: give 1 to {MAX_THREADS}")
-    reason = _unsupported_cpu(config, dtype) if device.type == "cpu" else _unsupported_gpu(config, device, dtype)
+    if device.type == "cpu":
+        settle_heap()
+    reason = unsupported_cpu(config, dtype) if device.type == "cpu" else _unsupported_gpu(config, device, dtype)
     if name == "compiled" and reason is not None:
         raise SettingsError(f"compiled kernels cannot be used: {reason}; use --kernels torch")
     if name == "torch" or reason is not None:
@@ -102,7 +105,8 @@ def undecoded_note(kernels: Kernels, weights: ModelWeights) -> str | None:
     )
 
 
-def _unsupported_cpu(config: ModelConfig, dtype: torch.dtype) -> str | None:
+def unsupported_cpu(config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Return why the compiled CPU kernels cannot compute this model here, or None where they can; builds nothing."""
     if dtype != torch.float32:
         return f"they compute in float32, --dtype is {str(dtype).removeprefix('torch.')}"
     layout = kv_layout("32", head_dim=config.head_dim, dtype=dtype)

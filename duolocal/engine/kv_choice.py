@@ -86,6 +86,11 @@ def choose_kv(
     return choice, f"KV format {choice}, chosen by measurement on {len(token_ids):,} tokens ({figures})"
 
 
+def known_kv(fingerprint: str) -> str | None:
+    """Return the format that was measured for these weights, shipped or found on this machine before; None: neither."""
+    return _shipped().get(fingerprint) or _remembered().get(fingerprint)
+
+
 def verdict(results: Iterable[KVMeasurement]) -> str:
     """Return the smallest format that passes, the 16-bit one where none does."""
     by_name = {result.kv: result for result in results}

@@ -1,33 +1,43 @@
 """What a context needs in memory, what there is, and the refusal when the first exceeds the second.
 
-Owns the arithmetic before a load. What is really allocated is counted by `DuoCache.memory` and the weights.
+Owns what this machine has free and the words of a refusal. The arithmetic is `duolocal.plan`'s, the same that
+`duolocal plan` shows; what is really allocated is counted by `DuoCache.memory` and the weights.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from duolocal.cache.cache import exact_recent_size
-from duolocal.cache.pool import TABLE_BYTES
 from duolocal.errors import MemoryLimitError
 from duolocal.heads import HeadPlan
-from duolocal.kernels.attention import KEY_SPAN, QUERY_TILE
 from duolocal.kernels.blocks import BlockLayout
-from duolocal.kernels.torch_kernels import VOCAB_TILE
 from duolocal.models.config import ModelConfig
-from duolocal.quant.kv import KV_FORMATS, kv_layout
+from duolocal.plan.fitting import Free, Freedom, nearest, place
+from duolocal.plan.memory import MemoryPlan, Request, dense_16bit_bytes, plan_memory
+from duolocal.plan.weights import Weights, weights_of_size
+from duolocal.quant.kv import kv_layout
 
-# Dequantizing a matrix holds its codes, a partial result and the result at once.
-DEQUANTIZE_COPIES = 3
-GPU_SPAN = 32768  # tokens of blocks decoded at a time: SPAN of kernels/gpu/library_attention.py, which imports triton
+__all__ = [
+    "GIB",
+    "MemoryNeeds",
+    "available_bytes",
+    "check_memory",
+    "choose_placement",
+    "dense_16bit_bytes",
+    "free_places",
+    "memory_needs",
+    "refusal",
+]
+
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """Bytes that a load and its longest prefill will hold."""
+    """Bytes that a load and its longest prefill will hold on the device."""
 
     weights: int
     blocks: int
@@ -51,45 +61,18 @@ def memory_needs(
     kernels: str,
 ) -> MemoryNeeds:
     """Return the bytes that `context` tokens need, prefilled `chunk_size` at a time by the kernels of that name."""
-    num_blocks = plan.num_retrieval * (context // layout.block_size)
-
-    slots = plan.sink_size + exact_recent_size(plan)
-    windows = 2 * config.num_layers * config.num_kv_heads * slots * config.head_dim * dtype.itemsize
-    return MemoryNeeds(
-        weights=weight_bytes,
-        blocks=num_blocks * (layout.record_bytes + TABLE_BYTES),
-        windows=windows,
-        transient=_transient(config, plan, chunk_size=chunk_size, context=context, dtype=dtype, kernels=kernels),
+    request = Request(
+        config=config,
+        heads=plan,
+        layout=layout,
+        weights=weights_of_size(weight_bytes),
+        context=context,
+        chunk_size=chunk_size,
+        dtype=dtype,
+        kernels=kernels,
+        device="cuda" if kernels == "triton" else "cpu",
     )
-
-
-def _transient(
-    config: ModelConfig, plan: HeadPlan, *, chunk_size: int, context: int, dtype: torch.dtype, kernels: str
-) -> int:
-    """Return the most bytes that a prefill chunk holds beside weights and cache."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    logits = config.vocab_size * 8 * 8  # of one token; sampling copies them in float64 a few times
-    if kernels == "triton":
-        group = config.num_heads // config.num_kv_heads
-        retrieval = max(map(sum, plan.retrieval)) * config.head_dim  # of the layer that has most
-        # q, k, v before and after RoPE; the window's result; see library_attention.py for what blocks take.
-        attention = chunk_size * (4 * (q_size + kv_size) + 8 * q_size + retrieval * (24 * group + 4))
-        attention += 4 * retrieval * min(GPU_SPAN, context)
-        mlp = chunk_size * inner * 6 + hidden * inner * 2  # gate, up and their product; a matrix decoded
-        return max(attention, mlp) + chunk_size * hidden * 8 + logits
-    activations = chunk_size * (6 * hidden + 3 * inner + 6 * q_size) * 4 + logits
-    if kernels == "compiled":  # decode weights and keys in the cache of the processor
-        return activations
-    matrix = hidden * max(inner, VOCAB_TILE) * dtype.itemsize * DEQUANTIZE_COPIES
-    span = config.num_kv_heads * min(KEY_SPAN, context) * config.head_dim * 4 * 6
-    scores = config.num_heads * min(QUERY_TILE, chunk_size) * min(KEY_SPAN, context) * 4 * 2
-    return activations + matrix + span + scores
-
-
-def dense_16bit_bytes(config: ModelConfig, context: int) -> int:
-    """Return the bytes of an ordinary 16-bit KV cache for `context` tokens."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * context
+    return _needs(plan_memory(request))
 
 
 def available_bytes(device: torch.device) -> int:
@@ -100,6 +83,61 @@ def available_bytes(device: torch.device) -> int:
     available = psutil.virtual_memory().available
     limit = _cgroup_available()
     return available if limit is None else min(available, limit)
+
+
+def free_places(device: torch.device, folder: Path, *, available: int | None = None) -> Free:
+    """Return what may be taken now: on `device`, beside a GPU, and on the disk of `folder`, which need not exist yet.
+
+    available: of the device, where it is known.
+    """
+    if available is None:
+        available = available_bytes(device)
+    host = available_bytes(torch.device("cpu")) if device.type == "cuda" else 0
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        disk = shutil.disk_usage(folder).free
+    except OSError:
+        disk = 0
+    return Free(available, host, disk)
+
+
+def choose_placement(request: Request, free: Free, freedom: Freedom) -> Request:
+    """Return `request` with its blocks where they have room: on the device, else with a cache there (`place`).
+
+    freedom: what a suggestion may vary; where it does not `offload`, all blocks must fit on the device. Raises
+    MemoryLimitError, before anything is allocated, naming the numbers and the nearest settings that fit.
+    """
+    if freedom.offload or request.kv_device_memory is not None:
+        placed = place(request, free)
+    else:
+        placed = request if plan_memory(request).total <= free.device else None
+    if placed is None:
+        raise refusal(request, free, freedom)
+    return placed
+
+
+def refusal(request: Request, free: Free, freedom: Freedom) -> MemoryLimitError:
+    """Return the error for a request that has no room: one line with the numbers and up to three settings that fit."""
+    plan = plan_memory(request)
+    needs = _needs(plan)
+    found = nearest(request, free, freedom)
+    if found:
+        advice = f"this fits: {' or '.join(setting.words for setting in found)}"
+    else:
+        advice = "use a smaller model, or a machine with more memory"
+    if request.heads.num_streaming == 0:
+        advice += "; streaming heads would need less (--heads with a pattern file)"
+    beyond = ""
+    for where, needed, there in (("host", plan.host_blocks, free.host), ("disk", plan.disk_blocks, free.disk)):
+        if needed > there:
+            beyond = f" and {needed / GIB:.1f} GiB on the {where}, where {there / GIB:.1f} GiB are free"
+    return MemoryLimitError(
+        f"context {request.context:,} needs {plan.total / GIB:.1f} GiB on {request.device} "
+        f"(weights {needs.weights / GIB:.1f}, KV blocks {needs.blocks / GIB:.1f}, "
+        f"windows {needs.windows / GIB:.1f}, working {needs.transient / GIB:.1f}){beyond}, "
+        f"and {free.device / GIB:.1f} GiB are free; {advice}"
+    )
 
 
 def check_memory(
@@ -114,43 +152,35 @@ def check_memory(
     dtype: torch.dtype,
     kernels: str,
     available: int,
+    weights: Weights | None = None,
+    threads: int = 1,
 ) -> None:
-    """Refuse a context that would not fit, naming the numbers and the nearest settings that do.
+    """Refuse a context whose blocks would not all fit on the device, naming the numbers and what fits.
 
-    Raises MemoryLimitError before anything is allocated.
+    weights: their sizes; None to count `weight_bytes` alone. Raises MemoryLimitError before anything is allocated.
     """
+    request = Request(
+        config=config,
+        heads=plan,
+        layout=kv_layout(kv, head_dim=config.head_dim, dtype=dtype),
+        weights=weights_of_size(weight_bytes) if weights is None else weights,
+        context=context,
+        chunk_size=chunk_size,
+        dtype=dtype,
+        kernels=kernels,
+        device=device.type,
+        threads=threads,
+    )
+    choose_placement(request, Free(available), Freedom(kv, offload=False))
 
-    def needs(format_name: str, tokens: int) -> MemoryNeeds:
-        layout = kv_layout(format_name, head_dim=config.head_dim, dtype=dtype)
-        return memory_needs(
-            config,
-            plan,
-            layout,
-            weight_bytes=weight_bytes,
-            context=tokens,
-            chunk_size=chunk_size,
-            dtype=dtype,
-            kernels=kernels,
-        )
 
-    needed = needs(kv, context)
-    if needed.total <= available:
-        return
-    fitting = [name for name in KV_FORMATS[KV_FORMATS.index(kv) + 1 :] if needs(name, context).total <= available]
-    choices = [f"--kv {name}" for name in fitting[:1]]
-    fixed = needed.total - needed.blocks
-    if fixed < available and needed.blocks:
-        tokens = int((available - fixed) * context / needed.blocks) // 1024 * 1024
-        if tokens:
-            choices.append(f"--context {tokens // 1024}K")
-    advice = f"this fits: {' or '.join(choices)}" if choices else "use a smaller model, or a machine with more memory"
-    if plan.num_streaming == 0:
-        advice += "; streaming heads would need less (--heads with a pattern file)"
-    raise MemoryLimitError(
-        f"context {context:,} needs {needed.total / GIB:.1f} GiB on {device.type} "
-        f"(weights {needed.weights / GIB:.1f}, KV blocks {needed.blocks / GIB:.1f}, "
-        f"windows {needed.windows / GIB:.1f}, working {needed.transient / GIB:.1f}), "
-        f"and {available / GIB:.1f} GiB are free; {advice}"
+def _needs(plan: MemoryPlan) -> MemoryNeeds:
+    device = plan.device
+    return MemoryNeeds(
+        weights=device.weights,
+        blocks=device.blocks + device.digests,
+        windows=device.windows,
+        transient=device.copies + device.working + device.workspace + device.tokens,
     )
 
 

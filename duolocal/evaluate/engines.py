@@ -12,13 +12,16 @@ from pathlib import Path
 
 import torch
 
-from duolocal.cache import DuoCache
+from duolocal.cache import DuoCache, SelectionPolicy
 from duolocal.engine.engine import DEFAULT_CHUNK_SIZE, Engine
 from duolocal.engine.head_choice import can_rank, published_for
 from duolocal.engine.kv_choice import choose_kv
 from duolocal.engine.memory import GIB, MemoryNeeds, available_bytes, dense_16bit_bytes, memory_needs
+from duolocal.engine.prefill_choice import prefill_policy
+from duolocal.engine.select_choice import choose_channels, selection_budget
 from duolocal.errors import MemoryLimitError, SettingsError
 from duolocal.heads import HeadChoice, HeadPlan, KnownPattern, choose_heads, uniform_plan
+from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
@@ -32,12 +35,14 @@ _LOGIT_COPIES = 6  # float32 [LOGIT_ROWS, vocab_size]: two distributions, their 
 
 @dataclass(frozen=True)
 class Setting:
-    """What `--heads`, `--kv`, `--sink-size` and `--recent-size` ask for."""
+    """What `--heads`, `--kv`, `--sink-size`, `--recent-size`, `--select` and `--prefill` ask for."""
 
     heads: str = "auto"
     kv: str = "auto"
     sink_size: int | None = None
     recent_size: int | None = None
+    select: str = "off"
+    prefill: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Choice:
     plan: HeadPlan
     kv: str
     setting: Setting = Setting()
+    select: SelectionPolicy | None = None
+    prefill: SparsePrefill | None = None
 
 
 def combinations(
@@ -55,9 +62,12 @@ def combinations(
     kv: Sequence[str],
     sink_sizes: Sequence[int | None] = (None,),
     recent_sizes: Sequence[int | None] = (None,),
+    selects: Sequence[str] = ("off",),
+    prefills: Sequence[str] = ("exact",),
 ) -> list[Setting]:
     """Return a Setting for every combination, the last list running fastest."""
-    return [Setting(*values) for values in itertools.product(heads, kv, sink_sizes, recent_sizes)]
+    lists = (heads, kv, sink_sizes, recent_sizes, selects, prefills)
+    return [Setting(*values) for values in itertools.product(*lists)]
 
 
 class Lineup:
@@ -171,7 +181,11 @@ class Lineup:
                 plan, note = wish.plan, wish.note
                 if wish.unranked:
                     raise SettingsError(f"the ranking of heads could not be kept: give --heads {setting.heads} alone")
-            choices.append(Choice(_name(setting, kv), plan, kv, setting))
+            budget, policy = selection_budget(setting.select, context), None
+            if budget is not None:
+                policy = SelectionPolicy(budget, choose_channels(source, transformer, plan))
+            sparse = prefill_policy(setting.prefill, device=transformer.device, chunk_size=chunk_size)
+            choices.append(Choice(_name(setting, kv), plan, kv, setting, policy, sparse))
             notes += [note] if note and note not in notes else []
         lineup = cls(transformer, choices, chunk_size=chunk_size, source=source, notes=notes)
         if any(setting.kv == "auto" for setting in settings):
@@ -196,6 +210,8 @@ class Lineup:
             device=transformer.device,
             dtype=transformer.dtype,
             kernels=transformer.kernels,
+            select=choice.select,
+            prefill=choice.prefill,
         )
         return Engine(transformer, cache, source=self.source, kv=choice.kv, chunk_size=self.chunk_size)
 
@@ -275,7 +291,9 @@ def _name(setting: Setting, kv: str) -> str:
     heads = Path(setting.heads).stem if setting.heads.endswith((".json", "/")) else setting.heads
     sizes = (setting.sink_size, setting.recent_size)
     window = "" if sizes == (None, None) else " " + "+".join("auto" if size is None else str(size) for size in sizes)
-    return f"{heads.removeprefix('ratio=')} {kv}{window}"
+    selected = "" if setting.select == "off" else f" select {setting.select}"
+    read = "" if setting.prefill == "exact" else f" {setting.prefill}"
+    return f"{heads.removeprefix('ratio=')} {kv}{window}{selected}{read}"
 
 
 def _unique(choices: Sequence[Choice]) -> list[Choice]:

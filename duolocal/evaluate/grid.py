@@ -59,7 +59,10 @@ def ask(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iter
         answer_ids = list(engine.generate(prompt.token_ids[-1:], sampling, eos_ids=tokenizer.eos_ids))
         answered_s = clock(engine)
         engine.restore(before)
-        logits = engine.logits([prompt.token_ids[-1], *prompt.answer_ids[:-1]])
+        fed = [prompt.token_ids[-1], *prompt.answer_ids[:-1]]
+        # Selected decode is for single tokens: a chunk reads everything.
+        one_by_one = engine.cache.selection is not None
+        logits = torch.cat([engine.logits([token]) for token in fed]) if one_by_one else engine.logits(fed)
         right = torch.tensor(prompt.answer_ids, device=logits.device)[:, None]
         log_probs = logits.log_softmax(-1).gather(1, right)
         answer = tokenizer.decode(answer_ids, continues=True)

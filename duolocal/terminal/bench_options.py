@@ -17,6 +17,10 @@ flash attention and KV format, and again with the weights requantized to Q4_0, w
 Needs: pip install "duolocal[peers]". All settings at 32K take hours and some GiB of memory: --llama-flash,
 --llama-kv and --no-requantized leave some out.
 """
+_DECODE = """\
+With --select or --kv-device-memory: decode that reads all blocks, selected ones, and both with the blocks beyond that
+much memory, in turns, over a cache of random numbers (no prefill: 128K are a matter of seconds).
+"""
 _FORMS = """\
 Makes the forms in a temporary folder (room for 2 bytes per weight and more), then loads each in fresh processes that
 take turns: from nothing to a first token, and from the command line to the chat's first prompt. Heads and KV format are
@@ -43,7 +47,12 @@ def add_bench_parsers(what: "argparse._SubParsersAction[_P]", add_model_options:
     memory = add("memory", "bytes really allocated for the KV cache, by head class")
     add_model_options(memory)
 
-    decode = add("decode", "decode speed by length, and the memory bandwidth it comes to")
+    decode = add(
+        "decode",
+        "decode speed by length, and the memory bandwidth it comes to; of ways to decode side by side",
+        description=_DECODE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     _contexts(decode, "512,2K,8K")
     decode.add_argument("--tokens", default="32", metavar="N", help="tokens per run (default: %(default)s)")
     _repeats(decode, 5)
@@ -131,7 +140,14 @@ def add_bench_parsers(what: "argparse._SubParsersAction[_P]", add_model_options:
 
 
 def _contexts(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--contexts", default=default, metavar="LIST", help="lengths (default: %(default)s)")
+    parser.add_argument(
+        "--contexts",
+        "--context",
+        dest="contexts",
+        default=default,
+        metavar="LIST",
+        help="lengths (default: %(default)s)",
+    )
 
 
 def _repeats(parser: argparse.ArgumentParser, default: int) -> None:
@@ -140,6 +156,12 @@ def _repeats(parser: argparse.ArgumentParser, default: int) -> None:
 
 def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Console", progress: "Console") -> int:
     """Measure what `options` ask for; return the exit code. Raises DuoLocalError."""
+    beyond = settings.select != "off" or settings.kv_device_memory is not None
+    if beyond and options.action not in ("decode", "memory"):
+        raise SettingsError(
+            f"bench {options.action} reads all blocks, in memory: leave --select and --kv-device-memory out, or use "
+            "bench decode"
+        )
     if options.action == "memory":
         from duolocal.terminal.bench_view import bench_memory
 
@@ -158,6 +180,12 @@ def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Con
     contexts = parse_sizes(options.contexts, "--contexts")
     if options.action == "decode":
         num_tokens = parse_tokens(options.tokens, "--tokens")
+        if settings.select != "off" or settings.kv_device_memory is not None:
+            from duolocal.terminal.bench_variants_view import bench_variants
+
+            return bench_variants(
+                settings, console, progress, contexts=contexts, num_tokens=num_tokens, repeats=repeats
+            )
         from duolocal.terminal.bench_speed_view import bench_decode
 
         return bench_decode(settings, console, progress, contexts=contexts, num_tokens=num_tokens, repeats=repeats)

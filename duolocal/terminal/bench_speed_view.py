@@ -42,7 +42,7 @@ def bench_decode(
     source = fetch_and_open(settings, progress)
     token_ids = text_ids(load_tokenizer(source), contexts[-1] + 1)
     engine = load_engine(source, settings, progress, context=contexts[-1] + num_tokens + 1)
-    table = _table("context", "ms/token", "min", "max", "tokens/s", "GB/s")
+    table = speed_table("context", "ms/token", "min", "max", "tokens/s", "GB/s")
     results = []
     with StillLine(progress) as line:
         for result in measure_decode(
@@ -57,11 +57,11 @@ def bench_decode(
             )
     console.print(table)
     console.print(
-        f"{_settings_line(engine)}; {num_tokens} greedy tokens, median, min and max of {repeats} runs; GB/s: bytes of "
+        f"{settings_line(engine)}; {num_tokens} greedy tokens, median, min and max of {repeats} runs; GB/s: bytes of "
         "weights, keys and values that a token must read, over its time",
         style="dim",
     )
-    print(json.dumps(_report("decode", settings, engine, tokens=num_tokens, results=results)))
+    print(json.dumps(report_of("decode", settings, engine, tokens=num_tokens, results=results)))
     return 0
 
 
@@ -79,18 +79,30 @@ def bench_prefill(
     token_ids = text_ids(load_tokenizer(source), contexts[-1])
     engine = load_engine(source, settings, progress, context=max(16, contexts[-1]), chunk_size=chunk_sizes[-1])
     with StillLine(progress) as line:
-        results = measure_prefill(engine, token_ids, contexts, chunk_sizes, repeats=repeats, on_step=line.show)
-    table = _table("context", "chunk", "tokens/s", "min", "max")
+        engines = {"exact": engine}
+        if settings.prefill == "sparse":  # both ways, in turns, with the same weights
+            policy = prefill_policy("sparse", device=engine.transformer.device, chunk_size=chunk_sizes[0])
+            engines["sparse"] = Engine.build(
+                engine.transformer, engine.plan, kv=engine.kv, chunk_size=engine.chunk_size, prefill=policy
+            )
+        results = measure_prefill(engines, token_ids, contexts, chunk_sizes, repeats=repeats, on_step=line.show)
+    table = speed_table("context", "chunk", "tokens/s", "min", "max", "prefill", "density")
     for result in results:
         rates = result.elapsed_s.per_s(result.context)
         table.add_row(
             format_tokens(result.context),
             format_tokens(result.chunk_size),
             *(f"{rates[name]:,.1f}" for name in ("median", "min", "max")),
+            result.prefill,
+            "" if result.density is None else f"{result.density:.3f}",
         )
     console.print(table)
-    console.print(f"{_settings_line(engine)}; median, min and max of {repeats} runs from an empty cache", style="dim")
-    print(json.dumps(_report("prefill", settings, engine, results=[result.report() for result in results])))
+    console.print(
+        f"{settings_line(engine)}; median, min and max of {repeats} runs from an empty cache; density: blocks read by "
+        "retrieval heads of those behind their windows",
+        style="dim",
+    )
+    print(json.dumps(report_of("prefill", settings, engine, results=[result.report() for result in results])))
     return 0
 
 
@@ -123,7 +135,7 @@ def bench_load(settings: ChatSettings, console: Console, progress: Console, *, r
             prompt=prompt,
             on_step=line.show,
         )
-    table = _table("step", "seconds", "min", "max")
+    table = speed_table("step", "seconds", "min", "max")
     for name, steps_s in speed.steps_s.items():
         table.add_row(name, *_seconds(steps_s))
     if speed.prompt_s is not None:
@@ -163,6 +175,7 @@ def load_engine(
             threads=settings.threads,
             kernels=settings.kernels,
             outer_weights=settings.outer_weights,
+            select=settings.select,
             on_layer=shown.update,
             on_identify=shown.identifying,
             on_build=shown.compiling,
@@ -170,10 +183,12 @@ def load_engine(
         )
 
 
-def _table(*headings: str) -> Table:
+def speed_table(*headings: str) -> Table:
+    """Return an empty table of figures with these headings."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=True)
+        words = heading in ("step", "blocks")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=not words)
     return table
 
 
@@ -185,12 +200,14 @@ def _ms(seconds: Spread) -> list[str]:
     return [f"{1e3 * value:.2f}" for value in (seconds.median, seconds.least, seconds.most)]
 
 
-def _settings_line(engine: Engine) -> str:
+def settings_line(engine: Engine) -> str:
+    """Say under which settings an engine was measured."""
     plan = engine.plan
     return f"KV {engine.kv}, {plan.num_retrieval} of {plan.num_retrieval + plan.num_streaming} heads retrieval"
 
 
-def _report(name: str, settings: ChatSettings, engine: Engine, **more: object) -> dict[str, object]:
+def report_of(name: str, settings: ChatSettings, engine: Engine, **more: object) -> dict[str, object]:
+    """Return what the JSON of a benchmark says: its settings, `more`, and the machine."""
     plan = engine.plan
     return {
         "benchmark": name,

@@ -46,6 +46,8 @@ def bench_memory(settings: ChatSettings, console: Console, progress: Console) ->
             kernels=settings.kernels,
             weights=settings.weights,
             outer_weights=settings.outer_weights,
+            kv_device_memory=settings.kv_device_memory,
+            select=settings.select,
         )
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)

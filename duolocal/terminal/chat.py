@@ -17,13 +17,14 @@ from duolocal.engine.session import ChatSession, Event, Finished
 from duolocal.errors import DuoLocalError
 from duolocal.sampling import Sampling
 from duolocal.settings import ChatSettings
-from duolocal.terminal import commands, figures, views
+from duolocal.terminal import commands, figures, reader_view, views
 from duolocal.terminal.clean import clean, clean_line
 from duolocal.terminal.progress import bar
 from duolocal.terminal.prompt import InputCompleter, InputLine
 from duolocal.terminal.stream import show_events
 
 if TYPE_CHECKING:
+    from duolocal.reader.session import Picked, ReadingSession
     from duolocal.sessions.keeper import ContextKeeper
 
 
@@ -46,6 +47,7 @@ class Chat:
     last_load: Finished | None = None
     leaving: bool = False
     keeper: "ContextKeeper | None" = None  # of sessions and documents on disk
+    reader: "ReadingSession | None" = None  # has the documents that are read for each question
 
     def run(self, documents: Sequence[Document] = (), *, left_out: str | None = None) -> int:
         """Talk until the user leaves; return the exit code. `left_out` tells which files were not loaded."""
@@ -53,6 +55,8 @@ class Chat:
         for note in views.notes_view(self.facts):
             self.show(note)
         self.show_notes()
+        if self.reader is not None:
+            self.note(reader_view.EXPLAINED)
         if left_out:
             self.note(left_out)
         self.add_documents(documents)
@@ -86,17 +90,22 @@ class Chat:
         else:
             name, rest = command
             commands.run(self, name, rest)
+            if self.reader is not None:
+                self.reader.tidy()
 
     def ask(self, text: str) -> None:
         """Ask the model and stream its answer."""
-        self._answer(self.session.ask(text, self.sampling), text)
+        if self.reader is not None and self.reader.documents:
+            self._answer(self.reader.ask(text, self.sampling), text)
+        else:
+            self._answer(self.session.ask(text, self.sampling), text)
 
     def retry(self) -> None:
         """Answer the last question once more."""
         question = self.questions.get(len(self.session.messages) - 2, "")
         self._answer(self.session.retry(self.sampling), question)
 
-    def _answer(self, events: Iterable[Event], question: str) -> None:
+    def _answer(self, events: "Iterable[Event | Picked]", question: str) -> None:
         finished = self.consume(events, reading="reading")
         self.forget_undone()
         if finished is None:
@@ -112,9 +121,15 @@ class Chat:
         self.show(views.answer_line(finished, context=self.facts.context))
         self.show("")  # a blank line between turns
 
-    def consume(self, events: Iterable[Event], *, reading: str) -> Finished | None:
+    def consume(self, events: "Iterable[Event | Picked]", *, reading: str) -> Finished | None:
         """Show a session's events until they end."""
-        finished = show_events(self.console, self.session, events, reading=reading)
+        finished = show_events(
+            self.console,
+            self.session if self.reader is None else self.reader,
+            events,
+            reading=reading,
+            on_picked=lambda picked: self.show(reader_view.picked_view(picked, self.files)),
+        )
         self.show_notes()
         return finished
 
@@ -133,6 +148,16 @@ class Chat:
         for document in named.values():
             if document.note:
                 self.note(document.note)
+        if self.reader is not None:
+            for name, document in named.items():
+                try:
+                    self.reader.add(name, document.text)
+                except DuoLocalError as error:
+                    self.complain(str(error))
+                    continue
+                self.files[name] = document
+                self.note(f"{clean_line(name)}: {len(document.text):,} characters, read for each question")
+            return
         names = ", ".join(map(clean_line, named)) if len(named) < 4 else f"{len(named)} documents"
         texts = [(name, document.text) for name, document in named.items()]
         self.files |= named  # now, for what is saved while they are read
@@ -156,7 +181,7 @@ class Chat:
     def _name(self, documents: Sequence[Document]) -> dict[str, Document]:
         """Give every document a name of its own; what is in the context already is left out."""
         named: dict[str, Document] = {}
-        loaded = set(self.session.documents)
+        loaded = set(self.session.documents if self.reader is None else self.reader.documents)
         for document in documents:
             name = document.name
             known = self.files.get(name) if name in loaded else named.get(name)

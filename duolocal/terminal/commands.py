@@ -122,6 +122,8 @@ def _load(chat: "Chat", rest: str) -> None:
 @_command("/docs", "list the documents in the context: source, pages, tokens, share")
 def _docs(chat: "Chat", rest: str) -> None:
     _no_words("docs", rest)
+    for name, text in chat.reader.documents.items() if chat.reader is not None else ():
+        chat.note(f"{clean_line(name)}: {len(text):,} characters, read for each question")
     rows = [
         (item.name, item.num_tokens, chat.files.get(item.name))
         for item in chat.session.context_items()
@@ -177,7 +179,10 @@ def _restart_words(chat: "Chat", name: str, value: str) -> list[str]:
     else:
         words += [option, value]
     # Of a zip archive every member has the archive's path.
-    paths = list(dict.fromkeys(str(chat.files[name].path) for name in chat.session.documents if name in chat.files))
+    names = chat.session.documents
+    if chat.reader is not None:
+        words, names = [*words, "--reader", "retrieve"], list(chat.reader.documents)
+    paths = list(dict.fromkeys(str(chat.files[name].path) for name in names if name in chat.files))
     return [*chat.program.split(), *words, *(["--doc", *paths] if paths else [])]
 
 
@@ -214,6 +219,8 @@ def _reset(chat: "Chat", rest: str) -> None:
         raise SettingsError(f"/reset {rest} is not known: give /reset or /reset all")
     if rest:
         chat.session.reset()
+        if chat.reader is not None:
+            chat.reader.documents.clear()
     else:
         chat.session.forget_conversation()
     chat.forget_undone()

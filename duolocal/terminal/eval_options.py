@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _P = TypeVar("_P", bound=argparse.ArgumentParser)
 
 _LISTS = """\
---heads, --kv, --sink-size and --recent-size take lists such as 0.75,0.5: every combination is measured, beside one
-dense pass for all. Dense is the same model with a 16-bit KV cache and every head a retrieval head.
+--heads, --kv, --sink-size, --recent-size, --select and --prefill take lists such as 0.75,0.5: every combination is
+measured, beside one dense pass for all. Dense is the same model with a 16-bit KV cache and every head a retrieval head.
 """
 _CHECK = """\
 Reads your document with your settings and with a dense 16-bit cache, compares what both expect at every token, hides
@@ -31,6 +31,13 @@ _WEIGHTS = """\
 All models read the same windows with a dense 16-bit KV cache; they must have one vocabulary, and fit into memory
 together. In --against, nf4 and int8 stand for --model itself, quantized while loading.
 """
+_NEEDLE = """\
+Hides facts in a text of any length, reads it once with --reader retrieve, as the chat does, and asks for each of them.
+Three figures: the passages that the reader picked hold the needle; the model goes on rightly where its answer is begun;
+its free answer is right. --out keeps every length in a file, and takes up a reading that was interrupted. The text is
+documentation that is installed here (docstrings of Python, torch and others), none of it twice.
+"""
+NEEDLE_NAMES = ("passkey", "fact", "paraphrase")  # as in duolocal.evaluate.needle, which is not imported for --help
 TASK_NAMES = ("needles", "variables", "recall")  # as in duolocal.evaluate.tasks, which is not imported for --help
 PIPED_COLUMNS = 120  # where nobody says how wide the paper is: no figure is cut off
 
@@ -70,6 +77,26 @@ def add_eval_parsers(
     _text_and_seed(niah)
     _png(niah, "a heat map of lengths and depths for each setting")
     add_model_options(niah, context=False)
+
+    needle = add("needle", "needles in texts far longer than the context, with --reader retrieve", _NEEDLE)
+    needle.add_argument(
+        "--reader", default="retrieve", choices=("retrieve",), help="how the text is read (default: %(default)s)"
+    )
+    _lengths(needle, "32K", also="--lengths")
+    _depths(needle, 10)
+    needle.add_argument("--kinds", default=",".join(NEEDLE_NAMES), metavar="LIST", help="of %(default)s (default: all)")
+    needle.add_argument(
+        "--absent",
+        default="3",
+        metavar="N",
+        help="questions of each kind whose needle is not there, 0 for none (default: %(default)s)",
+    )
+    needle.add_argument("--passages", metavar="TOKENS", help="of passages for an answer (default: 1K)")
+    needle.add_argument("--out", metavar="FOLDER", help="keep every length there, and go on from what is there")
+    needle.add_argument("--text", metavar="PATH", help="a text of your own (default: documentation installed here)")
+    _seed(needle)
+    _png(needle, "a heat map of lengths and depths for each kind")
+    add_model_options(needle, context=False)
 
     multihop = add("multihop", "several needles, chains of variables and recall of pairs, beside the dense model")
     _lengths(multihop, "1K,2K,3.5K")
@@ -126,6 +153,13 @@ def run_eval(options: argparse.Namespace, console: "Console", progress: "Console
         weights=options.weights,
         outer_weights=options.outer_weights,
     )
+    if getattr(options, "kv_device_memory", None) is not None:
+        raise SettingsError("--kv-device-memory changes no result: leave it out of eval")
+    if options.action in ("ppl", "kl", "check") and options.select != "off":
+        raise SettingsError(
+            f"--select is for answers, and eval {options.action} measures reading, which reads everything: leave it "
+            "out, or use eval passkey, niah or multihop"
+        )
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_COLUMNS
     png = Path(options.png).expanduser() if options.png else None
@@ -134,6 +168,8 @@ def run_eval(options: argparse.Namespace, console: "Console", progress: "Console
     common: dict[str, Any] = {"png": png, "console": console, "progress": progress}
     if options.action == "check":
         return _check(options, settings, common)
+    if options.action == "needle":
+        return _needle(options, settings, common)
     if options.action == "weights":
         return _compare_weights(options, settings, console, progress)
     lists = _choices(options)
@@ -173,6 +209,35 @@ def _compare_weights(
     )
 
 
+def _needle(options: argparse.Namespace, settings: ChatSettings, common: dict[str, Any]) -> int:
+    from dataclasses import replace
+
+    kinds = _list(options.kinds, "--kinds")
+    for word in kinds:
+        if word not in NEEDLE_NAMES:
+            raise SettingsError(f"--kinds has {word!r}: give a list of {', '.join(NEEDLE_NAMES)}")
+    lengths, depths = parse_sizes(options.tokens, "--tokens"), parse_tokens(options.depths, "--depths")
+    absent = 0 if options.absent.strip() == "0" else parse_tokens(options.absent, "--absent")
+    passages = None if options.passages is None else parse_tokens(options.passages, "--passages")
+    text = None if options.text is None else _load_text(options.text)
+    out = Path(options.out).expanduser() if options.out else None
+    settings = replace(settings, kv=options.kv, heads=options.heads)
+    from duolocal.terminal.needle_view import eval_needle
+
+    return eval_needle(
+        settings,
+        text,
+        lengths=lengths,
+        depths=depths,
+        kinds=kinds,
+        absent=absent,
+        passages=passages,
+        seed=options.seed,
+        out=out,
+        **common,
+    )
+
+
 def _check(options: argparse.Namespace, settings: ChatSettings, common: dict[str, Any]) -> int:
     chosen = _choices(options)
     if len(chosen) != 1:
@@ -197,9 +262,12 @@ def _check(options: argparse.Namespace, settings: ChatSettings, common: dict[str
     )
 
 
-def _lengths(parser: argparse.ArgumentParser, default: str) -> None:
+def _lengths(parser: argparse.ArgumentParser, default: str, *, also: str | None = None) -> None:
     parser.add_argument(
-        "--tokens", default=default, metavar="LIST", help="lengths of the prompts (default: %(default)s)"
+        *filter(None, ("--tokens", also)),
+        default=default,
+        metavar="LIST",
+        help="lengths of the prompts (default: %(default)s)",
     )
 
 
@@ -249,7 +317,8 @@ def _choices(options: argparse.Namespace) -> "list[Setting]":
     recent = [parse_tokens(text, "--recent-size") for text in _list(options.recent_size, "--recent-size")]
     from duolocal.evaluate import combinations
 
-    return combinations(heads, kv, sinks, recent or [None])
+    prefills = _list(options.prefill, "--prefill")
+    return combinations(heads, kv, sinks, recent or [None], _list(options.select, "--select"), prefills)
 
 
 def _list(text: str | None, option: str) -> list[str]:

@@ -66,9 +66,9 @@ def eval_grid(
     if len(lengths) == 1 and len(runs) <= 2:
         _print_answers(runs, console)
     else:
-        _print_maps(runs, lengths, at, console)
+        print_maps(runs, lengths, at, console)
     if png is not None:
-        _draw_maps(runs, lengths, at, png, console, title=f"{task}, {clean_line(settings.model)}")
+        draw_maps(runs, lengths, at, png, console, title=f"{task}, {clean_line(settings.model)}")
     _print_scores(runs, console)
     report = {"evaluation": task, "model": settings.model, "text": text[1], "lengths": lengths, "depths": depths}
     _print_report({**report, "seed": seed, "settings": choices_report(lineup, context)}, runs)
@@ -151,7 +151,7 @@ def _print_answers(runs: Runs, console: Console) -> None:
     console.print(table)
 
 
-def _print_maps(runs: Runs, lengths: Sequence[int], depths: Sequence[float], console: Console) -> None:
+def print_maps(runs: Runs, lengths: Sequence[int], depths: Sequence[float], console: Console) -> None:
     maps = []
     for name, outcomes in runs.items():
         table = Table(box=None, pad_edge=False, header_style="bold", title=Text(clean_line(name)), title_justify="left")
@@ -201,7 +201,7 @@ def _print_scores(runs: Runs, console: Console) -> None:
         )
 
 
-def _draw_maps(
+def draw_maps(
     runs: Runs, lengths: Sequence[int], depths: Sequence[float], png: Path, console: Console, *, title: str
 ) -> None:
     for name, outcomes in runs.items():

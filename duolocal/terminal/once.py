@@ -5,7 +5,7 @@ Exit codes: 0 answered, 3 the answer is not complete (max_tokens or the context 
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,16 @@ from rich.console import Console
 
 from duolocal.documents import Document
 from duolocal.engine.session import ChatSession, Event, Finished, Prefilled, Text
+from duolocal.reader.session import Picked
 from duolocal.sampling import Sampling
+from duolocal.terminal import reader_view
 from duolocal.terminal.clean import clean, clean_line
 from duolocal.terminal.progress import Bar, bar
 from duolocal.terminal.stream import cancel_on_interrupt
 from duolocal.terminal.views import Facts, retrieval_bytes, streaming_bytes
 
 if TYPE_CHECKING:
+    from duolocal.reader.session import ReadingSession
     from duolocal.sessions.keeper import ContextKeeper
 
 EXIT_CODES = {"stop": 0, "length": 3, "context": 3, "cancelled": 130}
@@ -36,6 +39,7 @@ class _Tally:
 
     text: str = ""
     finished: Finished | None = None
+    picked: Picked | None = None
 
 
 def answer_once(
@@ -48,10 +52,12 @@ def answer_once(
     as_json: bool = False,
     progress: Console,
     keeper: "ContextKeeper | None" = None,
+    reader: "ReadingSession | None" = None,
 ) -> int:
     """Answer one question over documents on stdout; return the exit code. `progress` is a console on stderr.
 
-    keeper: of sessions and documents on disk, whose notes go to stderr.
+    keeper: of sessions and documents on disk, whose notes go to stderr; reader: reads the documents for the question,
+    and tells on stderr what the answer was made of.
 
     Raises ContextOverflowError before work when something does not fit.
     """
@@ -60,8 +66,14 @@ def answer_once(
             print(f"duolocal: {clean_line(note)}", file=sys.stderr)
     _print_notes(keeper)
     num_read, read_s = 0, 0.0
-    with cancel_on_interrupt(session) as insist:
-        if documents:
+    events: Iterable[Event | Picked]
+    files = {document.name: document for document in documents}
+    if reader is not None:
+        files = reader_view.by_name(documents)
+        for name, document in files.items():
+            reader.add(name, document.text)
+    with cancel_on_interrupt(session if reader is None else reader) as insist:
+        if documents and reader is None:
             named = [(document.name, document.text) for document in documents]
             with bar(progress, "counting tokens", ""):
                 events = session.add_documents(named)
@@ -72,15 +84,22 @@ def answer_once(
                 return EXIT_CODES["cancelled"]
             num_read, read_s = tally.finished.prompt_tokens, tally.finished.prefill_s
         writer = None if as_json else _Writer()
-        tally = _consume(session.ask(question, sampling), "reading", progress, insist, writer)
+        events = session.ask(question, sampling) if reader is None or not files else reader.ask(question, sampling)
+        tally = _consume(events, "reading", progress, insist, writer)
     finished = tally.finished
     assert finished is not None, "a session ends every answer with Finished"
     if writer is not None:
         writer.end()
     else:
         report = _report(session, facts, tally, num_read + finished.prompt_tokens, read_s + finished.prefill_s)
+        if reader is not None:
+            picked = {} if tally.picked is None else reader_view.picked_report(tally.picked, files)
+            report["documents"] = [{"name": name, "characters": len(document.text)} for name, document in files.items()]
+            report["reader"] = {"kind": "retrieve", **picked}
         print(json.dumps(report, ensure_ascii=False))
     sys.stdout.flush()
+    if tally.picked is not None and not as_json:
+        _print_picked(tally.picked, files)
     _print_notes(keeper)
     if finished.reason in _WHY_CUT:
         print(f"duolocal: {_WHY_CUT[finished.reason]}", file=sys.stderr)
@@ -92,6 +111,13 @@ def _print_notes(keeper: "ContextKeeper | None") -> None:
         print(f"duolocal: {clean_line(note)}", file=sys.stderr)
     if keeper is not None:
         keeper.notes.clear()
+
+
+def _print_picked(picked: Picked, files: Mapping[str, Document]) -> None:
+    print(f"duolocal: {reader_view.headline(picked)}", file=sys.stderr)
+    for source in picked.passages:
+        where = clean_line(reader_view.place(source, files))
+        print(f"duolocal: passage in {where}, score {source.score:.2f}", file=sys.stderr)
 
 
 class _Writer:
@@ -113,7 +139,7 @@ class _Writer:
 
 
 def _consume(
-    events: Iterable[Event],
+    events: Iterable[Event | Picked],
     reading: str,
     progress: Console,
     insist: Callable[[], None],
@@ -135,6 +161,8 @@ def _consume(
                     writer.write(event.text)
                 elif shown is not None:
                     shown.describe("answering")
+            elif isinstance(event, Picked):
+                tally.picked = event
             elif isinstance(event, Finished):
                 tally.finished = event
     return tally

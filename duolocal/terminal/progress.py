@@ -123,6 +123,10 @@ class Bar:
         """Say that lm_head and embedding are being made smaller: the `on_quantize` of a load."""
         self._step("making lm_head and embedding smaller", done, total, unit="rows")
 
+    def learning(self, done: int, total: int) -> None:
+        """Say that the channels for selected decode are being found: the `on_learn` of a load."""
+        self._step("finding what tells blocks apart, once for this model and context", done, total, unit="tokens")
+
     def _step(self, description: str, done: int, total: int, *, unit: str) -> None:
         self.describe(description)
         self.update(done, total, unit=unit)

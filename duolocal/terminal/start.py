@@ -54,11 +54,15 @@ def start(settings: ChatSettings, *, system: str | None, progress: Console) -> S
             threads=settings.threads,
             kernels=settings.kernels,
             outer_weights=settings.outer_weights,
+            kv_device_memory=settings.kv_device_memory,
+            select=settings.select,
+            prefill=settings.prefill,
             on_layer=shown.update,
             on_measure=shown.measuring,
             on_identify=shown.identifying,
             on_build=shown.compiling,
             on_quantize=shown.quantizing,
+            on_learn=shown.learning,
         )
         session = ChatSession(engine, tokenizer, system=system)
     plan = engine.plan

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import Protocol
 
 from rich.console import Console
 
-from duolocal.engine.session import ChatSession, Event, Finished, Prefilled, Text
+from duolocal.engine.session import Event, Finished, Prefilled, Text
+from duolocal.reader.session import Picked
 from duolocal.terminal.markdown import MarkdownStream
 from duolocal.terminal.progress import Bar, bar
 
@@ -19,8 +21,14 @@ except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
 
+class Cancellable(Protocol):
+    """What Ctrl-C can stop: a ChatSession, a ReadingSession."""
+
+    def cancel(self) -> None: ...
+
+
 @contextmanager
-def cancel_on_interrupt(session: ChatSession) -> Iterator[Callable[[], None]]:
+def cancel_on_interrupt(session: Cancellable) -> Iterator[Callable[[], None]]:
     """Turn Ctrl-C into `session.cancel()`; the third one in a row gets out whatever hangs.
 
     Yields a function to call at every event: it repeats the cancel, which a session may have missed between
@@ -66,10 +74,18 @@ def _no_echo() -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
-def show_events(console: Console, session: ChatSession, events: Iterable[Event], *, reading: str) -> Finished | None:
+def show_events(
+    console: Console,
+    session: Cancellable,
+    events: Iterable[Event | Picked],
+    *,
+    reading: str,
+    on_picked: Callable[[Picked], None] = lambda picked: None,
+) -> Finished | None:
     """Show events until they end; return the last one's Finished, if there was one.
 
-    `reading` names what is prefilled ("reading README.md"). Text is streamed as Markdown.
+    `reading` names what is prefilled ("reading README.md"). Text is streamed as Markdown. `on_picked` shows the
+    passages that an answer is made of.
     """
     finished: Finished | None = None
     with cancel_on_interrupt(session) as insist, _no_echo(), ExitStack() as stack:
@@ -81,6 +97,10 @@ def show_events(console: Console, session: ChatSession, events: Iterable[Event],
             if isinstance(event, Prefilled):
                 if progress is not None:
                     progress.update(event.done, event.total, event.elapsed_s)
+            elif isinstance(event, Picked):
+                stage.close()
+                on_picked(event)
+                progress = stage.enter_context(bar(console, "reading the passages", "tokens"))
             elif isinstance(event, Text):
                 if answer is None:
                     stage.close()

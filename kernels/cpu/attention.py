@@ -5,6 +5,7 @@ the bytes mean is `kernels/blocks.py`, which of them a query sees `kernels/atten
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from duolocal.kernels.cpu.structs import (
     PLANE_KINDS,
     DecodeArgs,
     DigestArgs,
+    EstimateArgs,
     LayerCache,
     PlaneArgs,
     PrefillArgs,
@@ -28,6 +30,7 @@ from duolocal.kernels.cpu.structs import (
     SelectionArgs,
     StoreArgs,
 )
+from duolocal.kernels.sparse import Chosen
 
 TILE_ROWS = 192  # (query, query head) pairs that an item of prefill works on
 _SPANS_PER_THREAD = 8  # of a head's blocks, at most
@@ -169,16 +172,34 @@ class CpuAttention:
         self._kernels.run("merge", args, q, out, self)
         return out
 
-    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def prefill(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        chosen: Chosen | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Attend from a chunk of new tokens that are not in the ring yet.
 
-        q [q_len, num_heads, head_dim]; k, v [q_len, num_kv_heads, head_dim] -> like q.
+        q [q_len, num_heads, head_dim]; k, v [q_len, num_kv_heads, head_dim] -> like q. chosen: the blocks that the
+        layer's retrieval heads read, None for all. weights: float32 [q_len, num_heads, 2], gets each query's largest
+        score and the sum of e^(score - largest).
         """
         count = q.shape[0]
         self._check(q, count, self._heads * self._group)
         self._check(k, count, self._heads)
         self._check(v, count, self._heads)
         tile = min(max(1, TILE_ROWS // self._group), count)
+        blocks, choice = None, (0, 0, 0, 0)
+        if chosen is not None and chosen.blocks is not None:
+            num_tiles, num_blocks = chosen.blocks.shape[1:]
+            blocks = torch.zeros(self._heads, num_tiles, num_blocks, dtype=torch.uint8)
+            blocks[self._rows[layer] >= 0] = chosen.blocks.to(torch.uint8)
+            tile = math.gcd(chosen.tile, 1 << (max(1, TILE_ROWS // self._group).bit_length() - 1))
+            choice = (chosen.tile, chosen.tiles.start, num_tiles, num_blocks)
         stride = self._scratch_floats(tile)
         wanted = stride * self._kernels.num_threads
         if self._scratch.numel() < wanted:
@@ -194,9 +215,45 @@ class CpuAttention:
             stride,
             count,
             tile,
+            None if blocks is None else blocks.data_ptr(),
+            *choice,
+            None if weights is None else weights.data_ptr(),
         )
-        self._kernels.run("prefill_attention", args, q, k, v, out, self, self._scratch)
+        self._kernels.run("prefill_attention", args, q, k, v, out, blocks, weights, self, self._scratch)
         return out
+
+    def block_weights(
+        self, layer: int, q: Tensor, k: Tensor, *, first: int, step: int, queries: int, blocks: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return how much some queries of a chunk look at each block and at their window, as log-sum-exps.
+
+        q [q_len, num_heads, head_dim]; k [q_len, num_kv_heads, head_dim], not in the ring yet; the queries are those at
+        positions first, first + step, ... Returns float32 [heads, group, queries, blocks] and [heads, group, queries]
+        of the layer's retrieval heads; -inf where a query sees nothing.
+        """
+        self._check(q, q.shape[0], self._heads * self._group)
+        self._check(k, q.shape[0], self._heads)
+        out = torch.empty(self._heads, queries, self._group, blocks + 1, 2)
+        rows = queries * self._group
+        stride = rows * (2 * self._dim + KEY_TILE + 2) + 2 * self._dim * KEY_TILE
+        scratch = torch.empty(stride * self._kernels.num_threads)
+        args = EstimateArgs(
+            self._address(layer),
+            q.data_ptr(),
+            k.data_ptr(),
+            out.data_ptr(),
+            scratch.data_ptr(),
+            stride,
+            q.shape[0],
+            first,
+            step,
+            queries,
+            blocks,
+        )
+        self._kernels.run("estimate_blocks", args, q, k, out, scratch, self)
+        found = out[self._rows[layer] >= 0].transpose(1, 2)  # [heads, group, queries, blocks + 1, 2]
+        lse = found[..., 0] + found[..., 1].log()
+        return lse[..., :-1], lse[..., -1]
 
     def _store(self, name: str, layer: int, k: Tensor, v: Tensor) -> None:
         self._check(k, k.shape[0], self._heads)

@@ -27,6 +27,7 @@ OPERATIONS = (
     "digest_blocks",
     "score_blocks",
     "choose_blocks",
+    "estimate_blocks",
 )
 PLANE_KINDS = ("f32", "f16", "bf16", "fp8", "int8", "int4")
 
@@ -193,6 +194,12 @@ class PrefillArgs(ctypes.Structure):
         ("scratch_stride", c_int64),
         ("count", c_int64),
         ("tile", c_int64),
+        ("chosen", c_void_p),
+        ("chosen_tile", c_int64),
+        ("first_chosen", c_int64),
+        ("chosen_tiles", c_int64),
+        ("chosen_blocks", c_int64),
+        ("weights", c_void_p),
     )
 
 
@@ -219,6 +226,22 @@ class SelectArgs(ctypes.Structure):
     _fields_ = (("cache", c_void_p), ("q", c_void_p))
 
 
+class EstimateArgs(ctypes.Structure):
+    _fields_ = (
+        ("cache", c_void_p),
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("out", c_void_p),
+        ("scratch", c_void_p),
+        ("scratch_stride", c_int64),
+        ("count", c_int64),
+        ("first", c_int64),
+        ("step", c_int64),
+        ("queries", c_int64),
+        ("blocks", c_int64),
+    )
+
+
 # In the order of `duo_size`.
 _ALL = (
     Pool,
@@ -237,6 +260,7 @@ _ALL = (
     SelectionArgs,
     DigestArgs,
     SelectArgs,
+    EstimateArgs,
 )
 
 

@@ -41,12 +41,14 @@ def split_attention_kernel(
     retrieval_heads,  # int32 [num_retrieval]
     widths,  # int32 [num_kv_heads]
     start,  # int64 [1]
+    lists,  # int32 [num_retrieval, BUDGET + 1]; with BUDGET 0 nothing
     partial_out,  # float32 [num_kv_heads, WINDOW_SPLITS + block_splits, GROUP, DIM]
     partial_lse,  # float32 [num_kv_heads, WINDOW_SPLITS + block_splits, GROUP], base 2
     table_stride,
     block_programs,  # num_retrieval * block_splits
     block_splits,
     scale,  # of the scores, log2(e) included
+    BUDGET: tl.constexpr,  # blocks beside the newest; 0: all are read
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     WINDOW_SPLITS: tl.constexpr,
@@ -83,8 +85,17 @@ def split_attention_kernel(
         head = tl.load(retrieval_heads + row)
         step_tokens: tl.constexpr = STREAMS * 16 * TILES
         seen_end = position - RECENT + 1
-        first_step: tl.constexpr = SINK // step_tokens
-        count = tl.maximum(tl.cdiv(seen_end, step_tokens) - first_step, 0)
+        if BUDGET > 0:
+            # Iterations count through the list.
+            first_step: tl.constexpr = 0
+            length = tl.minimum((seen_end - 1) // BLOCK_SIZE - SINK // BLOCK_SIZE, BUDGET) + 1
+            count = tl.cdiv(length * BLOCK_SIZE, step_tokens)
+            listed = lists + row * (BUDGET + 1)
+        else:
+            first_step: tl.constexpr = SINK // step_tokens
+            length = 0
+            count = tl.maximum(tl.cdiv(seen_end, step_tokens) - first_step, 0)
+            listed = lists
         if seen_end <= SINK:
             count = 0
         per_split = tl.cdiv(count, block_splits)
@@ -99,6 +110,8 @@ def split_attention_kernel(
                 q_blocks + head * (GROUP * DIM),
                 records,
                 table + row.to(tl.int64) * table_stride,
+                listed,
+                length,
                 partial_out + partial * (GROUP * DIM),
                 lse_at,
                 begin,
@@ -127,6 +140,7 @@ def split_attention_kernel(
                 STREAMS,
                 TILES,
                 TILE_STAGES,
+                BUDGET > 0,
                 INTERPRETED,
             )
     else:
@@ -169,7 +183,9 @@ def block_split_count(cache: LayerCache) -> int:
     if cache.records.device.type != "cuda":
         return HOST_SPLITS
     processors = torch.cuda.get_device_properties(cache.records.device).multi_processor_count
-    return max(1, processors * PROGRAMS_PER_SM // cache.num_retrieval)
+    splits = max(1, processors * PROGRAMS_PER_SM // cache.num_retrieval)
+    # A list is short: an iteration for each program, or for some.
+    return splits if cache.selection is None else min(splits, cache.selection.budget + 1)
 
 
 def window_tile(cache: LayerCache) -> int:
@@ -194,6 +210,8 @@ def decode_attention(
     partial_lse: Tensor | None = None,
 ) -> Tensor:
     """Attend from the token at position `cache.start`, which `append_token` has stored, to all that it may see.
+
+    Of the blocks only those that `select_blocks` has listed, where the cache has a selection.
 
     q_rotated: [1, num_heads, head_dim] compute dtype; q_blocks: [num_heads, head_dim], both from `append_token`.
     block_splits: programs per retrieval head, None for the device's. partial_out: float32 of at least
@@ -232,6 +250,7 @@ def decode_attention(
         cache.retrieval_heads,
         cache.widths,
         cache.start,
+        None if cache.selection is None else cache.selection.lists,
         partial_out,
         partial_lse,
         cache.table.stride(0),
@@ -272,6 +291,8 @@ def split_constants(cache: LayerCache, *, interpreted: bool) -> tuple[dict[str, 
     key, value = plane_constants(layout, "key"), plane_constants(layout, "value")
     token_bytes = (key.token_bytes + value.token_bytes) * triton.next_power_of_2(head_dim) // head_dim
     tile, tiles = min(TILE_TOKENS, layout.block_size), TILES
+    if cache.selection is not None:
+        tiles = 1  # the more programs share a list, the sooner they are done
     while tiles > 1 and tile * tiles * token_bytes > STEP_BYTES:
         tiles //= 2
     while tile > 16 and tile * token_bytes > STEP_BYTES:
@@ -279,6 +300,7 @@ def split_constants(cache: LayerCache, *, interpreted: bool) -> tuple[dict[str, 
     types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     window = window_tile(cache)
     constants: dict[str, object] = {
+        "BUDGET": 0 if cache.selection is None else cache.selection.budget,
         "SINK": cache.sink_size,
         "RECENT": cache.recent_size,
         "WINDOW_SPLITS": -(-cache.num_slots // window),

@@ -28,9 +28,11 @@ def attend_block_range(
     q,  # [GROUP, DIM], this KV head's
     records,
     table,  # [max_blocks], this head's
+    listed,  # int32, the blocks to read; without LISTED all of them are
+    length,  # of the list
     partial_out,  # [GROUP, DIM], this program's
     lse_at,  # pointers [COLUMNS]
-    begin,  # iterations of TILES * TILE tokens
+    begin,  # iterations of TILES * TILE tokens, of the list's where LISTED
     end,
     seen_end,  # positions SINK..seen_end-1 are visible
     scale,
@@ -56,6 +58,7 @@ def attend_block_range(
     STREAMS: tl.constexpr,
     TILES: tl.constexpr,
     TILE_STAGES: tl.constexpr,
+    LISTED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Attend to iterations begin..end-1 of one retrieval head; write the output and the log-sum-exp of this range."""
@@ -113,18 +116,18 @@ def attend_block_range(
     # The records of the next tiles, and their scales, are fetched while these are computed. What lies outside the
     # visible range is read from some record of it, which is whole and finite; its scores are hidden.
     first_block: tl.constexpr = SINK // BLOCK_SIZE
-    last_block = (seen_end - 1) // BLOCK_SIZE
+    last_block = length - 1 if LISTED else (seen_end - 1) // BLOCK_SIZE
     rows = tl.arange(0, STREAMS)[:, None] * 16 + tl.arange(0, 16)[None, :]
     at_a = begin * (TILES * TILE)
-    record_a = records + _record_index(table, at_a, first_block, last_block, BLOCK_SIZE) * RECORD_BYTES
-    ahead_a = _record_index(table, at_a + TILES * TILE, first_block, last_block, BLOCK_SIZE)
+    record_a = records + _record_index(table, listed, at_a, first_block, last_block, BLOCK_SIZE, LISTED) * RECORD_BYTES
+    ahead_a = _record_index(table, listed, at_a + TILES * TILE, first_block, last_block, BLOCK_SIZE, LISTED)
     token = (at_a & (BLOCK_SIZE - 1)) + rows
     key_scales_a, key_minima_a = load_raw_scales(record_a, token, None, KEY_KIND, KEY_SCALES, KEY_MINIMA)
     value_scales_a, value_minima_a = load_raw_scales(record_a, token, None, VALUE_KIND, VALUE_SCALES, VALUE_MINIMA)
     if TILES == 2:
         at_b = at_a + TILE
-        record_b = records + _record_index(table, at_b, first_block, last_block, BLOCK_SIZE) * RECORD_BYTES
-        ahead_b = _record_index(table, at_b + TILES * TILE, first_block, last_block, BLOCK_SIZE)
+        record_b = records + _record_index(table, listed, at_b, first_block, last_block, BLOCK_SIZE, LISTED) * RECORD_BYTES
+        ahead_b = _record_index(table, listed, at_b + TILES * TILE, first_block, last_block, BLOCK_SIZE, LISTED)
         token = (at_b & (BLOCK_SIZE - 1)) + rows
         key_scales_b, key_minima_b = load_raw_scales(record_b, token, None, KEY_KIND, KEY_SCALES, KEY_MINIMA)
         value_scales_b, value_minima_b = load_raw_scales(record_b, token, None, VALUE_KIND, VALUE_SCALES, VALUE_MINIMA)
@@ -143,7 +146,8 @@ def attend_block_range(
         scores_a = _scores(
             words_a, key_scales_a, key_minima_a, q_0, q_1, q_2, q_3, q_sum, scale, KEY_KIND, KEY_DOT, INTERPRETED
         )
-        scores_a = _hide(scores_a, at_a + rows, seen_end, SINK)
+        positions = _first_position(listed, at_a, last_block, BLOCK_SIZE, LISTED) + rows
+        scores_a = _hide(scores_a, positions, seen_end, SINK)
         factor_a, heights = _heights(scores_a, value_scales_a, value_minima_a, VALUE_KIND)
         if TILES == 2:
             at_b = at_a + TILE
@@ -160,7 +164,8 @@ def attend_block_range(
             scores_b = _scores(
                 words_b, key_scales_b, key_minima_b, q_0, q_1, q_2, q_3, q_sum, scale, KEY_KIND, KEY_DOT, INTERPRETED
             )
-            scores_b = _hide(scores_b, at_b + rows, seen_end, SINK)
+            positions = _first_position(listed, at_b, last_block, BLOCK_SIZE, LISTED) + rows
+            scores_b = _hide(scores_b, positions, seen_end, SINK)
             factor_b, heights_b = _heights(scores_b, value_scales_b, value_minima_b, VALUE_KIND)
             heights = tl.maximum(heights, heights_b)
         new_reference = tl.maximum(reference, tl.max(heights, 1))
@@ -230,7 +235,7 @@ def attend_block_range(
         token = ((at_a + TILES * TILE) & (BLOCK_SIZE - 1)) + rows
         key_scales_a, key_minima_a = load_raw_scales(record_a, token, None, KEY_KIND, KEY_SCALES, KEY_MINIMA)
         value_scales_a, value_minima_a = load_raw_scales(record_a, token, None, VALUE_KIND, VALUE_SCALES, VALUE_MINIMA)
-        ahead_a = _record_index(table, at_a + 2 * TILES * TILE, first_block, last_block, BLOCK_SIZE)
+        ahead_a = _record_index(table, listed, at_a + 2 * TILES * TILE, first_block, last_block, BLOCK_SIZE, LISTED)
         if TILES == 2:
             record_b = records + ahead_b * RECORD_BYTES
             token = ((at_b + TILES * TILE) & (BLOCK_SIZE - 1)) + rows
@@ -238,7 +243,7 @@ def attend_block_range(
             value_scales_b, value_minima_b = load_raw_scales(
                 record_b, token, None, VALUE_KIND, VALUE_SCALES, VALUE_MINIMA
             )
-            ahead_b = _record_index(table, at_b + 2 * TILES * TILE, first_block, last_block, BLOCK_SIZE)
+            ahead_b = _record_index(table, listed, at_b + 2 * TILES * TILE, first_block, last_block, BLOCK_SIZE, LISTED)
 
     # Join the streams.
     top = tl.max(reference, 0)
@@ -261,9 +266,23 @@ def attend_block_range(
 
 
 @triton.jit
-def _record_index(table, position, first_block, last_block, BLOCK_SIZE: tl.constexpr):
-    """Return the record of the block of `position`, or of the nearest visible block."""
-    return tl.load(table + tl.minimum(tl.maximum(position // BLOCK_SIZE, first_block), last_block))
+def _record_index(table, listed, at, first_block, last_block, BLOCK_SIZE: tl.constexpr, LISTED: tl.constexpr):
+    """Return the record of the block of position `at`, or of the nearest visible block; LISTED: as the list counts."""
+    if LISTED:
+        block = tl.load(listed + tl.minimum(at // BLOCK_SIZE, last_block))
+    else:
+        block = tl.minimum(tl.maximum(at // BLOCK_SIZE, first_block), last_block)
+    return tl.load(table + block)
+
+
+@triton.jit
+def _first_position(listed, at, last_block, BLOCK_SIZE: tl.constexpr, LISTED: tl.constexpr):
+    """Return the position of the first token of a tile at `at`, which counts through the list where LISTED."""
+    if LISTED:
+        # Beyond the list nothing is visible.
+        block = tl.load(listed + tl.minimum(at // BLOCK_SIZE, last_block))
+        at = tl.where(at // BLOCK_SIZE <= last_block, block * BLOCK_SIZE + (at & (BLOCK_SIZE - 1)), -BLOCK_SIZE)
+    return at
 
 
 @triton.jit

@@ -8,6 +8,39 @@ from duolocal.kernels.blocks import BlockLayout
 
 
 @dataclass(frozen=True)
+class LayerSelection:
+    """What a layer needs to choose the blocks that a decode step reads; rows are those of its `table`.
+
+    digests: uint8 [num_retrieval, max_blocks, digest_bytes]; lists: int32 [num_retrieval, budget + 1], the blocks to
+    read, rising; made_at: int64 [num_retrieval], the occasion of each list, -1 for none; channels: int32 and centre:
+    float32 [num_retrieval, num_channels], of the digests; scores: float32 [num_retrieval, max_blocks], memory to work
+    in. reuse: steps that share a list. tags: int64 [num_retrieval, num_slots], the block whose copy each slot on the
+    device holds, None where all blocks are there; first_slot, first_home: numbers of the first slot and of the first
+    home of the first row. All tensors are contiguous.
+    """
+
+    digests: Tensor
+    lists: Tensor
+    made_at: Tensor
+    channels: Tensor
+    centre: Tensor
+    scores: Tensor
+    reuse: int
+    tags: Tensor | None = None
+    first_slot: int = 0
+    first_home: int = 0
+
+    @property
+    def budget(self) -> int:
+        """Blocks that a row reads beside the newest."""
+        return self.lists.shape[1] - 1
+
+    @property
+    def num_channels(self) -> int:
+        return self.channels.shape[1]
+
+
+@dataclass(frozen=True)
 class LayerCache:
     """The memory of one layer; all tensors are on one device and stay where they are.
 
@@ -18,7 +51,8 @@ class LayerCache:
     in pinned host memory. retrieval_heads: int32 [num_retrieval], their numbers, rising. rows: int32 [num_kv_heads],
     the row of `table` of each KV head, -1 for a streaming head.
     widths: int32 [num_kv_heads], how many recent tokens each head reads from the ring: recent_size for a retrieval
-    head, at most that for a streaming head. start: int64 [1], tokens in the cache before the new ones.
+    head, at most that for a streaming head. start: int64 [1], tokens in the cache before the new ones. selection: how
+    decode steps choose their blocks, None where they read all.
     """
 
     ring_k: Tensor
@@ -33,6 +67,7 @@ class LayerCache:
     query_group: int
     sink_size: int
     recent_size: int
+    selection: LayerSelection | None = None
 
     @property
     def num_kv_heads(self) -> int:

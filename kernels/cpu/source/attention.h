@@ -262,16 +262,22 @@ typedef struct {
   float *scratch;      // [threads, scratch_floats(...)]
   int64_t scratch_stride;
   int64_t count, tile;  // new tokens; queries per item of work
+  // Sparse prefill (null: all blocks are read): whether a tile of `chosen_tile` queries, at absolute multiples of it,
+  // reads a block. [kv_heads, chosen_tiles, chosen_blocks], from tile number `first_chosen` on; `tile` divides it.
+  const uint8_t *chosen;
+  int64_t chosen_tile, first_chosen, chosen_tiles, chosen_blocks;
+  float *weights;       // null, or [count, kv_heads * query_group, 2]: largest score, and the sum of e^(score - largest)
 } prefill_args;
 
 // What one item works on: rows are (query, query head) pairs, query by query.
 typedef struct {
-  int64_t rows, dim, group, first;  // `first`: position of the first query
+  int64_t rows, dim, group, first, step;  // `first`: position of the first query; `step`: to the next
   float *q, *rotated, *sums, *scores, *k_t, *k, *v, *top, *total;
 } tile_state;
 
 // Attend to `count` keys from position `begin` on. Row r sees those in [low(i), high(i)) with i its position:
-// window == 0: [begin, i - width + 1); 1: sinks and causal; 2: the band of `width` and causal.
+// window == 0: [begin, i - width + 1); 1: sinks and causal; 2: the band of `width` and causal. Without `sums` the values
+// are left out.
 static void attend_keys(const layer_cache *c, tile_state *s, const float *q, const float *k, int64_t k_stride, const float *v,
                         int64_t v_stride, int64_t begin, int64_t count, int part, int64_t width) {
   int64_t dim = s->dim;
@@ -281,7 +287,7 @@ static void attend_keys(const layer_cache *c, tile_state *s, const float *q, con
     for (int64_t t = count; t < padded; t++) s->k_t[d * TILE + t] = 0;
   for (int64_t t = 0; t < padded; t += NR) multiply(s->rows, q, dim, s->k_t + t, TILE, dim, s->scores + t, TILE, 1);
   for (int64_t r = 0; r < s->rows; r++) {
-    int64_t i = s->first + r / s->group, low = 0, high = count;
+    int64_t i = s->first + r / s->group * s->step, low = 0, high = count;
     if (part == 0) high = least(count, i - width + 1 - begin);
     if (part >= 1) high = least(count, i + 1 - begin);
     if (part == 2) low = most(0, i - width + 1 - begin);
@@ -302,7 +308,8 @@ static void attend_keys(const layer_cache *c, tile_state *s, const float *q, con
       s->top[r] = highest;
       s->total[r] *= shrink;
       float *sums = s->sums + r * dim;
-      for (int64_t d = 0; d < dim; d++) sums[d] *= shrink;
+      if (s->sums)
+        for (int64_t d = 0; d < dim; d++) sums[d] *= shrink;
     }
     for (int64_t t = 0; t < padded; t += LANES) {
       vf w = vexp(load(scores + t) - highest);
@@ -311,6 +318,7 @@ static void attend_keys(const layer_cache *c, tile_state *s, const float *q, con
     }
     s->total[r] += sum(weights);
   }
+  if (!s->sums) return;
   int64_t d = 0;
   for (; d + NR <= dim; d += NR) multiply(s->rows, s->scores, TILE, v + d, v_stride, count, s->sums + d, dim, 0);
   for (; d < dim; d++)
@@ -345,9 +353,10 @@ static void run_prefill_attention(const void *args, pool *p, int64_t thread) {
   const prefill_args *a = args;
   const layer_cache *c = a->cache;
   int64_t start = *c->start, dim = c->dim, group = c->query_group, most_rows = a->tile * group;
-  int64_t tiles = (a->count + a->tile - 1) / a->tile;
+  int64_t before = a->chosen ? start % a->tile : 0;  // an item lies in one tile of the choice
+  int64_t tiles = (before + a->count + a->tile - 1) / a->tile;
   float *at = a->scratch + thread * a->scratch_stride;
-  tile_state s = {.dim = dim, .group = group};
+  tile_state s = {.dim = dim, .group = group, .step = 1};
   s.q = at;
   s.rotated = s.q + most_rows * dim;
   s.sums = s.rotated + most_rows * dim;
@@ -365,7 +374,8 @@ static void run_prefill_attention(const void *args, pool *p, int64_t thread) {
       continue;
     }
     int64_t head = item % c->kv_heads, tile = tiles - 1 - item / c->kv_heads;  // the last see most: they come first
-    int64_t begin = tile * a->tile, queries = least(a->tile, a->count - begin), width = c->widths[head];
+    int64_t begin = most(0, tile * a->tile - before), end = least(a->count, (tile + 1) * a->tile - before);
+    int64_t queries = end - begin, width = c->widths[head];
     s.first = start + begin;
     s.rows = queries * group;
     int64_t last = s.first + queries - 1;
@@ -385,9 +395,17 @@ static void run_prefill_attention(const void *args, pool *p, int64_t thread) {
         q = s.rotated;
       }
       const int64_t *table = c->table + c->rows[head] * c->table_stride;
+      int64_t choice = a->chosen ? s.first / a->chosen_tile - a->first_chosen : -1;
+      const uint8_t *chosen = 0;
+      if (choice >= 0 && choice < a->chosen_tiles)
+        chosen = a->chosen + (head * a->chosen_tiles + choice) * a->chosen_blocks;
       for (int64_t position = c->sink; position < seen_end;) {
         int64_t block = position / c->block_size, first = position % c->block_size;
         int64_t count = least(TILE, least(seen_end - position, c->block_size - first));
+        if (chosen && !chosen[block]) {
+          position += c->block_size - first;
+          continue;
+        }
         const uint8_t *record = c->records + table[block] * c->record_bytes;
         decode_plane(record, &c->key, dim, first, count, 0, s.k);
         decode_plane(record, &c->value, dim, first, count, 0, s.v);
@@ -402,6 +420,10 @@ static void run_prefill_attention(const void *args, pool *p, int64_t thread) {
     for (int64_t r = 0; r < s.rows; r++) {
       float *out = a->out + (((begin + r / group) * c->kv_heads + head) * group + r % group) * dim;
       for (int64_t d = 0; d < dim; d++) out[d] = s.sums[r * dim + d] / s.total[r];
+      if (!a->weights) continue;
+      float *weights = a->weights + (out - a->out) / dim * 2;
+      weights[0] = s.top[r];
+      weights[1] = s.total[r];
     }
   }
 }

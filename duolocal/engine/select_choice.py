@@ -1,0 +1,203 @@
+"""Selected decode for a model: the budget behind `--select`, and the channels that digests of its keys hold.
+
+Channels are found once per model and context, from queries and keys of a text that comes with Python, and kept in the
+cache folder. They come in pairs that RoPE turns together. A pair counts by how large queries are in it and by how much
+keys differ in it at positions all over the context: the product is how far the scores of keys lie apart through it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from duolocal.cache import DuoCache
+from duolocal.errors import SettingsError
+from duolocal.heads import HeadPlan, uniform_plan
+from duolocal.kernels.digest import DigestChannels, digest_channels
+from duolocal.kernels.interface import Rotation
+from duolocal.models.loader import ModelSource
+from duolocal.models.transformer import Transformer
+from duolocal.paths import cache_folder
+from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, kv_layout
+from duolocal.sample_text import sample_text
+from duolocal.settings import parse_tokens
+from duolocal.tokenizer import load_tokenizer
+
+AUTO_BUDGET = 2048  # tokens: up to the window of SmolLM2 it answers as reading everything does (docs/selection.md)
+AUTO_LEAST_CONTEXT = 32 * 1024  # tokens; in a shorter context reading everything costs little
+LEARNT_TOKENS = 1024
+_CHUNK = 256  # tokens
+
+
+def selection_budget(select: str, context: int) -> int | None:
+    """Return the token budget that "off", "auto" or a number stands for, None for reading all; raises SettingsError."""
+    if select == "off":
+        return None
+    if select == "auto":
+        return AUTO_BUDGET if context >= AUTO_LEAST_CONTEXT else None
+    budget = parse_tokens(select, "--select")
+    if budget < DEFAULT_BLOCK_SIZE:
+        raise SettingsError(f"--select is {select}: give off, auto, or {DEFAULT_BLOCK_SIZE} tokens or more")
+    return budget
+
+
+def selection_note(budget: int) -> str:
+    """Say what selected decode means for answers."""
+    return (
+        f"answers read selected blocks: {budget:,} tokens per retrieval head beside the first and the last ones, "
+        "chosen anew every few tokens; --select off reads all"
+    )
+
+
+def choose_channels(
+    source: ModelSource | None,
+    transformer: Transformer,
+    plan: HeadPlan,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DigestChannels:
+    """Return the digest channels of every retrieval head of `plan`, in order: found now, or remembered.
+
+    transformer: the one of the session, whose context says where keys may lie. `on_progress` gets (done, total) tokens.
+    """
+    key = _key(source, transformer)
+    learnt = None if key is None else _remembered(key, transformer)
+    if learnt is None:
+        learnt = _learn(source, transformer, on_progress)
+        if key is not None:
+            _remember(key, learnt)
+    flags = torch.tensor(plan.retrieval)
+    return DigestChannels(learnt.channels[flags], learnt.centre[flags])
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """channels int32 and centre float32, each [num_layers, num_kv_heads, num_channels]."""
+
+    channels: Tensor
+    centre: Tensor
+
+
+def _learn(
+    source: ModelSource | None, transformer: Transformer, on_progress: Callable[[int, int], None] | None
+) -> _Learnt:
+    config, device = transformer.config, transformer.device
+    count = min(LEARNT_TOKENS, transformer.context, config.max_positions)
+    if source is None:  # a model without a tokenizer, as benchmarks make them
+        token_ids = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+    else:
+        token_ids = torch.tensor(load_tokenizer(source).encode(sample_text())[:count])
+    count = len(token_ids)
+    far = torch.linspace(0, transformer.context - 1, count, device=device).long()
+    far = far[torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device)]
+    cache = _Moments(transformer, count)
+    for start in range(0, count, _CHUNK):
+        end = min(start + _CHUNK, count)
+        positions = torch.arange(start, end, device=device)
+        cache.far = transformer.rotation(far[start:end])
+        with torch.inference_mode():
+            cache.inner.begin(end - start)
+            transformer.hidden(token_ids[start:end].to(device), positions, cache)
+            cache.inner.commit()
+        if on_progress is not None:
+            on_progress(end, count)
+    mean = cache.keys / count
+    weight = cache.squared_queries * (cache.squared_keys / count - mean**2)  # [layers, kv_heads, head_dim]
+    half, pairs = config.head_dim // 2, digest_channels(config.head_dim) // 2
+    best = (weight[..., :half] + weight[..., half:]).topk(pairs).indices.sort().values
+    channels = torch.cat((best, best + half), dim=-1)
+    return _Learnt(channels.int().cpu(), mean.gather(-1, channels).float().cpu())
+
+
+class _Moments:
+    """A cache that sums up what passes through it: all heads exact, RoPE applied here."""
+
+    recordable = False
+    rotates = True
+
+    def __init__(self, transformer: Transformer, context: int) -> None:
+        config = transformer.config
+        plan = uniform_plan(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            retrieval=False,
+            sink_size=0,
+            recent_size=context,
+        )
+        layout = kv_layout("16", head_dim=config.head_dim, dtype=transformer.dtype)
+        self.inner = DuoCache(
+            plan,
+            layout,
+            num_heads=config.num_heads,
+            context=context,
+            device=transformer.device,
+            dtype=transformer.dtype,
+        )
+        self.far: Rotation | None = None  # angles of the keys' other positions
+        self._kernels = transformer.kernels
+        self._kept: tuple[Tensor, Tensor] | None = None
+        shape = (config.num_layers, config.num_kv_heads, config.head_dim)
+        self.squared_queries, self.keys, self.squared_keys = torch.zeros(
+            3, *shape, dtype=torch.float64 if transformer.device.type == "cpu" else torch.float32
+        ).to(transformer.device)
+
+    def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
+        """Take k and v [q_len, num_kv_heads, head_dim] without RoPE."""
+        self._kept = k, v
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Attend from q [q_len, num_heads, head_dim] without RoPE."""
+        assert self._kept is not None and rotation is not None and self.far is not None
+        k, v = self._kept
+        wide = self.keys.dtype
+        # The sum over a pair does not change when RoPE turns it.
+        self.squared_queries[layer] += q.to(wide).square().unflatten(1, (k.shape[1], -1)).sum((0, 2))
+        _, far = self._kernels.rotate(q, k, self.far)
+        self.keys[layer] += far.to(wide).sum(0)
+        self.squared_keys[layer] += far.to(wide).square().sum(0)
+        q, k = self._kernels.rotate(q, k, rotation)
+        self.inner.append(layer, k, v)
+        return self.inner.attend(layer, q, positions)
+
+
+def _key(source: ModelSource | None, transformer: Transformer) -> str | None:
+    """Return what the channels depend on, as a file's name; None for a model that is in no file."""
+    if source is None:
+        return None
+    config = transformer.config
+    what = (source.fingerprint, transformer.context, config.rope_theta, *astuple(config.rope_scaling))
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:32] + ".json"
+
+
+def _remembered(key: str, transformer: Transformer) -> _Learnt | None:
+    config = transformer.config
+    wanted = (config.num_layers, config.num_kv_heads, digest_channels(config.head_dim))
+    try:
+        data = json.loads((cache_folder() / "selection" / key).read_text(encoding="utf-8"))
+        channels = torch.tensor(data["channels"], dtype=torch.int32)
+        centre = torch.tensor(data["centre"], dtype=torch.float32)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # absent or damaged: they are found again
+    if channels.shape != wanted or centre.shape != wanted or not bool(centre.isfinite().all()):
+        return None
+    if int(channels.min()) < 0 or int(channels.max()) >= config.head_dim:
+        return None
+    return _Learnt(channels, centre)
+
+
+def _remember(key: str, learnt: _Learnt) -> None:
+    """Keep the channels; a cache folder that cannot be written only means finding them again."""
+    path = cache_folder() / "selection" / key
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(
+            json.dumps({"channels": learnt.channels.tolist(), "centre": learnt.centre.tolist()}), encoding="utf-8"
+        )
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,299 @@
+"""Measuring how fast this machine computes a model: some layers of its shape and formats, with the kernels themselves.
+
+A chunk and a decode step are timed twice, with nothing in the context and with a few thousand tokens there: the first
+gives the products, the difference attention. Weights of a file that is here are used; for a model that is not, random
+ones of the same shapes and formats. Seconds, once per machine and model shape: the result is kept in the cache folder.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from duolocal.cache import DuoCache
+from duolocal.heads import uniform_plan
+from duolocal.kernels.blocks import BlockLayout, encode_blocks
+from duolocal.kernels.interface import Kernels
+from duolocal.models.assemble import TensorSource, assemble
+from duolocal.models.config import ModelConfig
+from duolocal.models.transformer import Transformer
+from duolocal.models.weights import LayerWeights, ModelWeights
+from duolocal.paths import cache_folder
+from duolocal.plan.duration import Rates
+from duolocal.plan.weights import AWQ_GROUP
+from duolocal.quant.awq import AWQWeight
+from duolocal.quant.gguf_pack import quantize_rows
+from duolocal.quant.weight import DenseWeight, Linear, Weight
+
+VERSION = 1  # of what is measured: figures of another one are not taken
+CHUNK = 128  # tokens
+HISTORY = 4096  # tokens in the context
+LEAST_BYTES = 96 << 20  # of weights: more than a processor's caches hold
+_OUTPUT_ROWS = 8192
+_DISTINCT_BLOCKS = 64
+_REPEATS = 3
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A model cut to a few layers, and what its weights take."""
+
+    config: ModelConfig
+    weights: ModelWeights
+    layer_bytes: int
+    layer_elements: int
+
+
+def sample_model(
+    config: ModelConfig,
+    tensors: TensorSource | None,
+    *,
+    layer_format: str,
+    outer_format: str,
+    layer_bytes: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    arrange: Callable[[Weight], Weight] | None,
+) -> Sample:
+    """Return as many layers as do not fit into a processor's caches, from `tensors` or random ones.
+
+    layer_bytes: of all layers of the model. The vocabulary is cut where weights are random.
+    """
+    count = min(config.num_layers, max(1, -(-LEAST_BYTES * config.num_layers // max(1, layer_bytes))))
+    cut = replace(config, num_layers=count)
+    if tensors is None:
+        cut = replace(cut, vocab_size=_OUTPUT_ROWS, tie_embeddings=True, bos_id=None, eos_ids=())
+        weights = _random_weights(cut, layer_format, outer_format, device=device, dtype=dtype, arrange=arrange)
+    else:
+        weights = assemble(cut, tensors, device=device, dtype=dtype, arrange=arrange)
+    outer = {id(weights.embedding), id(weights.lm_head)}
+    matrices = [matrix for matrix in weights.matrices() if id(matrix) not in outer]
+    return Sample(
+        cut,
+        weights,
+        sum(matrix.nbytes for matrix in matrices),
+        sum(matrix.out_features * matrix.in_features for matrix in matrices),
+    )
+
+
+@torch.inference_mode()
+def measure_rates(
+    sample: Sample,
+    layout: BlockLayout,
+    *,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Rates:
+    """Time chunks and decode steps of `sample`; a few seconds. `on_progress` gets (steps done, steps in all)."""
+    config = sample.config
+    heads = uniform_plan(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        retrieval=True,
+        sink_size=None,
+        recent_size=None,
+    )
+    context = HISTORY + CHUNK
+    transformer = Transformer(config, sample.weights, context=context, device=device, dtype=dtype, kernels=kernels)
+    cache = DuoCache(
+        heads,
+        layout,
+        num_heads=config.num_heads,
+        context=context,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+    )
+    done = 0
+
+    def timed(count: int, start: int) -> float:
+        nonlocal done
+        best = float("inf")
+        ids = torch.arange(count, device=device) % config.vocab_size
+        positions = torch.arange(start, start + count, device=device)
+        for _ in range(_REPEATS + 1):  # the first one loads what it touches
+            _fill(cache, layout, start)
+            _wait(device)
+            began_s = time.perf_counter()
+            cache.begin(count)
+            transformer.hidden(ids, positions, cache)
+            cache.commit()
+            _wait(device)
+            best = min(best, time.perf_counter() - began_s)
+            done += 1
+            if on_progress is not None:
+                on_progress(done, 5 * (_REPEATS + 1))
+        return best
+
+    chunk_s, chunk_far_s = timed(CHUNK, 0), timed(CHUNK, HISTORY)
+    step_s, step_far_s = timed(1, 0), timed(1, HISTORY)
+    hidden = torch.ones(1, config.hidden_size, dtype=dtype, device=device)
+    output_s = float("inf")
+    for _ in range(_REPEATS + 1):
+        _wait(device)
+        began_s = time.perf_counter()
+        transformer.logits(hidden)
+        _wait(device)
+        output_s = min(output_s, time.perf_counter() - began_s)
+    rows = config.num_layers * config.num_kv_heads
+    attention_flop = 4.0 * config.head_dim * config.num_heads * config.num_layers * CHUNK * HISTORY
+    return Rates(
+        products=2.0 * sample.layer_elements * CHUNK / chunk_s,
+        attention=attention_flop / _difference(chunk_far_s, chunk_s),
+        weights=sample.layer_bytes / step_s,
+        blocks=rows * HISTORY * layout.bytes_per_token / _difference(step_far_s, step_s),
+        output=sample.weights.lm_head.nbytes / output_s,
+        step_s=0.0,
+        link=None,
+        source="measured on this machine",
+        measured=True,
+    )
+
+
+def rates_key(**facts: object) -> str:
+    """Return the name under which rates are kept: of all that they depend on."""
+    facts |= {"version": VERSION, "machine": _machine(), "torch": torch.__version__}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def known_rates(key: str) -> Rates | None:
+    """Return rates that were measured here before, or None (also for a damaged file)."""
+    try:
+        entry = json.loads(_file().read_text(encoding="utf-8"))[key]
+        rates = Rates(**entry)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    numbers = (rates.products, rates.attention, rates.weights, rates.blocks, rates.output)
+    return rates if all(isinstance(number, float) and number > 0 for number in numbers) else None
+
+
+def keep_rates(key: str, rates: Rates) -> None:
+    """Keep rates; a cache folder that cannot be written only means measuring again."""
+    path = _file()
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(entries, dict)
+    except (OSError, ValueError, AssertionError):
+        entries = {}
+    entries[key] = asdict(rates)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def _file() -> Path:
+    return cache_folder() / "rates.json"
+
+
+def _machine() -> list[str]:
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return [name, torch.cuda.get_device_name() if torch.cuda.is_available() else ""]
+
+
+def _difference(far_s: float, near_s: float) -> float:
+    """Return what the context added; where noise hides it, a hundredth of the whole."""
+    return max(far_s - near_s, 0.01 * far_s)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _fill(cache: DuoCache, layout: BlockLayout, num_tokens: int) -> None:
+    """Bring a cache to `num_tokens` random tokens."""
+    cache.reset()
+    num_blocks = num_tokens // layout.block_size
+    cache.pool.grow(num_blocks)
+    if num_blocks:
+        generator = torch.Generator().manual_seed(0)
+        shape = (_DISTINCT_BLOCKS, layout.block_size, layout.head_dim)
+        keys, values = (torch.randn(shape, generator=generator).to(cache.device) for _ in range(2))
+        blocks = encode_blocks(keys, values, layout)
+        entries = cache.pool.table[:, :num_blocks].reshape(-1)
+        chosen = torch.randint(_DISTINCT_BLOCKS, entries.shape, generator=generator).to(cache.device)
+        cache.pool.put(entries, blocks[chosen])
+    cache.ring.data.normal_()
+    cache.num_tokens = num_tokens
+
+
+def _random_weights(
+    config: ModelConfig,
+    layer_format: str,
+    outer_format: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    arrange: Callable[[Weight], Weight] | None,
+) -> ModelWeights:
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int, name: str) -> Weight:
+        weight = _random_matrix(rows, columns, name, generator, device)
+        return weight if arrange is None else arrange(weight)
+
+    def linear(rows: int, columns: int, bias: bool = False) -> Linear:
+        added = torch.zeros(rows, dtype=dtype, device=device) if bias else None
+        return Linear(matrix(rows, columns, layer_format), added)
+
+    def ones(size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=dtype, device=device)
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layers = tuple(
+        LayerWeights(
+            attention_norm=ones(hidden),
+            q_proj=linear(q_size, hidden, config.qkv_bias),
+            k_proj=linear(kv_size, hidden, config.qkv_bias),
+            v_proj=linear(kv_size, hidden, config.qkv_bias),
+            o_proj=linear(hidden, q_size, config.o_bias),
+            mlp_norm=ones(hidden),
+            gate_proj=linear(inner, hidden, config.mlp_bias),
+            up_proj=linear(inner, hidden, config.mlp_bias),
+            down_proj=linear(hidden, inner, config.mlp_bias),
+            q_norm=ones(config.head_dim) if config.qk_norm else None,
+            k_norm=ones(config.head_dim) if config.qk_norm else None,
+        )
+        for _ in range(config.num_layers)
+    )
+    outer = matrix(config.vocab_size, hidden, outer_format)
+    return ModelWeights(embedding=outer, layers=layers, norm=ones(hidden), lm_head=outer)
+
+
+def _random_matrix(rows: int, columns: int, name: str, generator: torch.Generator, device: torch.device) -> Weight:
+    if name == "AWQ":
+        group = AWQ_GROUP if columns % AWQ_GROUP == 0 else columns
+        codes = (
+            torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+            for shape in ((columns, rows // 8), (columns // group, rows // 8))
+        )
+        qweight, qzeros = codes
+        scales = torch.full((columns // group, rows), columns**-0.5 / 8, dtype=torch.float16)
+        return AWQWeight(qweight.to(device), qzeros.to(device), scales.to(device))
+    values = torch.randn(rows, columns, generator=generator).mul_(columns**-0.5)
+    if name in _DTYPES:
+        return DenseWeight(values.to(_DTYPES[name]).to(device))
+    # Formats that nobody packs here are as fast as the one of as many bits that somebody does.
+    packed = "Q8_0" if name in ("Q8_0", "Q6_K", "INT8") else "Q4_1"
+    return quantize_rows(DenseWeight(values), packed, device=device)  # type: ignore[arg-type]

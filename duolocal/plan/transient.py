@@ -1,0 +1,177 @@
+"""The working memory of a prefill chunk and of a decode step: what lives beside weights and cache, and for how long.
+
+Owns the arithmetic of temporaries, per kind of kernels. Each figure follows the code it speaks of: which tensors are
+alive at once in `models/transformer.py` and in the path of the cache. Numbers of elements, then bytes at the end.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from duolocal.cache.cache import exact_recent_size
+from duolocal.heads import HeadPlan
+from duolocal.kernels.attention import KEY_SPAN, QUERY_TILE
+from duolocal.kernels.blocks import BlockLayout
+from duolocal.kernels.cpu.attention import TILE_ROWS
+from duolocal.kernels.cpu.structs import KEY_TILE
+from duolocal.kernels.torch_kernels import VOCAB_TILE
+from duolocal.models.config import ModelConfig
+
+GPU_SPAN = 32768  # tokens of blocks decoded at a time: SPAN of kernels/gpu/library_attention.py, which imports triton
+# Holes of small blocks in the heap, Python objects of the engine. Large blocks leave none: duolocal/engine/heap.py.
+# Measured (tests/test_plan_memory.py): a process grew by 0 to 2 MB more than what was alive at once.
+HEAP_HOLES = 2 << 20
+_SPANS_PER_THREAD = 8  # partial results of decode attention, as in kernels/cpu/attention.py
+_SAMPLING_COPIES = 8  # of the logits of one token, float64
+
+
+@dataclass(frozen=True)
+class Working:
+    """Bytes that are alive at once beside weights and cache, at most."""
+
+    prefill: int
+    decode: int
+
+    @property
+    def most(self) -> int:
+        return max(self.prefill, self.decode)
+
+
+def working_bytes(
+    config: ModelConfig,
+    heads: HeadPlan,
+    layout: BlockLayout,
+    *,
+    context: int,
+    chunk_size: int,
+    dtype: torch.dtype,
+    kernels: str,
+    threads: int = 1,
+) -> Working:
+    """Return what a chunk of `chunk_size` tokens and a decode step hold beside weights and cache.
+
+    kernels: "compiled", "torch" or "triton". Grows with the chunk, not with the context beyond a span of blocks.
+    """
+    shape = _Shape.of(config, heads, layout, context=context, chunk=min(chunk_size, context), dtype=dtype)
+    if kernels == "triton":
+        prefill, decode = _triton(shape), 0
+    elif kernels == "compiled":
+        prefill, decode = _compiled(shape, threads), _recorded(shape)
+    else:
+        prefill, decode = _torch(shape), 0
+    sampling = config.vocab_size * 8 * _SAMPLING_COPIES
+    return Working(prefill + shape.saved_ring + sampling, decode + sampling)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    chunk: int
+    hidden: int
+    inner: int
+    queries: int  # num_heads * head_dim
+    keys: int  # num_kv_heads * head_dim
+    vocab: int
+    dim: int
+    group: int
+    kv_heads: int
+    layers: int
+    most_retrieval: int  # retrieval heads of the layer that has most
+    slots: int
+    recent: int
+    context: int
+    itemsize: int
+    block_size: int
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        heads: HeadPlan,
+        layout: BlockLayout,
+        *,
+        context: int,
+        chunk: int,
+        dtype: torch.dtype,
+    ) -> "_Shape":
+        recent = exact_recent_size(heads)
+        return cls(
+            chunk=chunk,
+            hidden=config.hidden_size,
+            inner=config.intermediate_size,
+            queries=config.num_heads * config.head_dim,
+            keys=config.num_kv_heads * config.head_dim,
+            vocab=config.vocab_size,
+            dim=config.head_dim,
+            group=config.num_heads // config.num_kv_heads,
+            kv_heads=config.num_kv_heads,
+            layers=config.num_layers,
+            most_retrieval=max(map(sum, heads.retrieval)),
+            slots=heads.sink_size + recent,
+            recent=recent,
+            context=context,
+            itemsize=dtype.itemsize,
+            block_size=layout.block_size,
+        )
+
+    @property
+    def saved_ring(self) -> int:
+        """Bytes of the ring slots that a chunk overwrites, kept until it is whole (`DuoCache.begin`)."""
+        return 2 * self.layers * self.keys * min(self.chunk, self.slots) * self.itemsize
+
+
+def _compiled(s: _Shape, threads: int) -> int:
+    attention = max(
+        2 * s.hidden + s.queries + 2 * s.keys,  # x, x normed, q, k, v
+        s.hidden + 2 * s.queries + 3 * s.keys,  # x; q and k before and after RoPE, v
+        2 * s.hidden + 2 * s.queries + 2 * s.keys,  # x, q, k, v, attended, projected
+    )
+    mlp = 2 * s.hidden + max(s.hidden + 2 * s.inner, 3 * s.inner)  # x before and after attention; gate, up, product
+    # The states of the chunk before live on where a long prompt is generated from.
+    activations = s.chunk * (max(attention, mlp) + s.hidden) * 4
+    tile = min(max(1, TILE_ROWS // s.group), s.chunk) * s.group
+    scratch = tile * (3 * s.dim + KEY_TILE + 2) + 3 * s.dim * KEY_TILE
+    partial = s.kv_heads * (_SPANS_PER_THREAD * threads + 1) * s.group * (s.dim + 2)
+    return activations + 4 * (threads * scratch + partial) + _recorded(s)
+
+
+def _recorded(s: _Shape) -> int:
+    """Return what the recorded decode step keeps: every tensor of every layer, for one token."""
+    return s.layers * (4 * s.hidden + 3 * s.queries + 3 * s.keys + 3 * s.inner) * 4 + 4 * s.vocab
+
+
+def _torch(s: _Shape) -> int:
+    """Matrices are decoded whole, one at a time, and so are spans of blocks."""
+    wide = max(4, s.itemsize)  # scores, softmax and sums
+    n, span = s.chunk, min(KEY_SPAN, s.context)
+    tile = min(QUERY_TILE, n)
+    band = min(s.slots + tile, s.slots + n)  # keys that a tile of queries sees in the window
+    projections = n * (2 * s.hidden + s.queries + 2 * s.keys) * s.itemsize + s.queries * s.hidden * s.itemsize
+    held = n * (s.hidden + s.queries + 2 * s.keys) * s.itemsize  # x, q, k, v
+    held += 2 * (n + s.slots) * s.keys * s.itemsize  # keys and values of window and chunk, side by side
+    out = n * s.queries * wide
+    heads = s.kv_heads * s.group
+    window = heads * tile * (band * 2 + 2 * s.dim) * wide + tile * band * (8 + 3 * s.kv_heads)
+    window += 2 * band * s.keys * (wide + s.itemsize)
+    retrieval = s.most_retrieval
+    rows = retrieval * s.group
+    blocks = 0
+    if retrieval and s.context > s.slots:
+        # q, q rotated and scaled, out, the sum; scores and what is added; keys and values decoded, one being made
+        blocks = rows * (n * s.dim * 5 + tile * (span + s.dim)) * wide + tile * span * (8 + 2)
+        blocks += retrieval * span * s.dim * (3 * wide + 4)
+    attention = held + out + max(window, blocks)
+    mlp = n * (3 * s.hidden + 4 * s.inner) * s.itemsize
+    gate = n * (3 * s.hidden + 2 * s.inner) * s.itemsize + s.hidden * s.inner * s.itemsize
+    output = n * s.hidden * s.itemsize + s.hidden * min(s.vocab, VOCAB_TILE) * s.itemsize
+    return max(projections, attention, mlp, gate, output) + n * s.hidden * s.itemsize
+
+
+def _triton(s: _Shape) -> int:
+    """As the notes in kernels/gpu/library_attention.py say; 16-bit. Not measured: no GPU has run it yet."""
+    n, size = s.chunk, s.itemsize
+    retrieval = s.most_retrieval * s.dim
+    # q, k, v before and after RoPE; the band's result in float32; the square, queries and results of the blocks
+    attention = n * (2 * size * (s.queries + s.keys) + 8 * s.queries + retrieval * (24 * s.group + 4))
+    attention += 4 * retrieval * min(GPU_SPAN, s.context)
+    mlp = n * s.inner * 3 * size + s.hidden * s.inner * size  # gate, up and their product; a matrix decoded
+    return max(attention, mlp) + n * s.hidden * 4 * size

@@ -1,0 +1,299 @@
+"""Which blocks a decode step reads: scores of all digests, the best under the budget, and copies of those elsewhere.
+
+Three launches after the one that makes the newest digest (`digest.py`), all of static shape and without a look at the
+host, so that a CUDA graph can hold them: scores, lists, and, where blocks have their homes in pinned host memory, copies
+into the device's slots. A list is what `duolocal/cache/selection.py` says: rising, of equal scores the older block, the
+newest block last. Every launch decides by itself whether a list is due, by the position and by what `made_at` says.
+
+The best are found by their threshold: the bits of the largest number that `budget` scores reach, from the highest bit
+down, scores as unsigned integers of the same order. One program per row keeps up to CHUNK scores in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from duolocal.kernels.digest import REACH, RUN, digest_bytes, num_runs
+from duolocal.kernels.gpu.digest import digest_newest, now_and_blocks
+from duolocal.kernels.gpu.layer_cache import LayerCache
+
+# To be swept on a GPU.
+SCORED_BLOCKS = 64  # by one program
+CHUNK = 16384  # scores looked at together
+FETCH_WORDS = 1024  # of 8 bytes, copied together
+SCORE_WARPS = 4
+FETCH_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["reuse"])
+def score_blocks_kernel(
+    q,  # [num_heads, DIM], after RoPE
+    digests,  # uint8 [num_retrieval, max_blocks, DIGEST_BYTES]
+    channels,  # int32 [num_retrieval, CHANNELS]
+    retrieval_heads,  # int32 [num_retrieval]
+    made_at,  # int64 [num_retrieval]
+    start,  # int64 [1]
+    scores,  # float32 [num_retrieval, max_blocks], from the first visible block on
+    max_blocks,
+    reuse,
+    BUDGET: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RUNS: tl.constexpr,
+    REACH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,  # blocks
+):
+    row = tl.program_id(1)
+    at = tl.program_id(0) * TILE
+    now, first, newest = now_and_blocks(tl.load(start), reuse, SINK, RECENT, BLOCK_SIZE)
+    count = newest - first  # the newest is read in any case
+    if (count > BUDGET) & (at < count) & (tl.load(made_at + row) != now):
+        # A vector is CHANNELS / 8 words of codes, then scale and minimum in one; a run is two vectors.
+        words: tl.constexpr = CHANNELS // 8
+        half: tl.constexpr = CHANNELS // 2
+        members = tl.arange(0, GROUP_PAD)
+        word = tl.arange(0, words)
+        query = q + (tl.load(retrieval_heads + row) * GROUP + members)[:, None] * DIM
+        runs = tl.arange(0, TILE * RUNS)
+        inside = at + runs // RUNS < count
+        base = (digests + (row.to(tl.int64) * max_blocks + first + at) * (RUNS * (CHANNELS + 8))).to(
+            tl.pointer_type(tl.uint32)
+        )
+        middles = base + runs * (2 * words + 2)
+        widths = middles + (words + 1)
+        middle_codes = tl.load(middles[:, None] + word[None, :], mask=inside[:, None], other=0)
+        width_codes = tl.load(widths[:, None] + word[None, :], mask=inside[:, None], other=0)
+        middle_ends = tl.load(middles + words, mask=inside, other=0)
+        width_ends = tl.load(widths + words, mask=inside, other=0)
+        middle_sums = tl.zeros([TILE * RUNS, words], tl.float32)
+        width_sums = middle_sums
+        all_q = tl.zeros([words], tl.float32)
+        all_sizes = all_q
+        for nibble in tl.static_range(8):
+            # Byte c of a vector holds channel c in its low half, and channel c + CHANNELS / 2.
+            channel = tl.load(channels + row * CHANNELS + 4 * word + nibble // 2 + half * (nibble % 2))
+            x = tl.load(query + channel[None, :], mask=(members < GROUP)[:, None], other=0.0).to(tl.float32)
+            total, size = tl.sum(x, 0), tl.sum(tl.abs(x), 0) * REACH
+            all_q += total
+            all_sizes += size
+            middle_sums += ((middle_codes >> (4 * nibble)) & 15).to(tl.float32) * total[None, :]
+            width_sums += ((width_codes >> (4 * nibble)) & 15).to(tl.float32) * size[None, :]
+        score = tl.sum(middle_sums, 1) * _scale(middle_ends) + _minimum(middle_ends) * tl.sum(all_q, 0)
+        score += tl.sum(width_sums, 1) * _scale(width_ends) + _minimum(width_ends) * tl.sum(all_sizes, 0)
+        best = tl.max(tl.reshape(score, (TILE, RUNS)), 1)
+        block = at + tl.arange(0, TILE)
+        tl.store(scores + row.to(tl.int64) * max_blocks + block, best, mask=block < count)
+
+
+@triton.jit
+def _scale(ends):
+    return (ends & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _minimum(ends):
+    return (ends >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _ordered(scores, at, count):
+    """Load scores as integers above 0 of the same order; 0 beyond `count`."""
+    inside = at < count
+    bits = tl.load(scores + at, mask=inside, other=0.0).to(tl.uint32, bitcast=True)
+    return tl.where(inside, tl.where((bits >> 31) == 1, ~bits, bits | 0x80000000), 0)
+
+
+@triton.jit(do_not_specialize=["reuse"])
+def choose_blocks_kernel(
+    scores,  # float32 [num_retrieval, max_blocks]
+    lists,  # int32 [num_retrieval, BUDGET + 1]
+    made_at,  # int64 [num_retrieval]
+    start,  # int64 [1]
+    max_blocks,
+    reuse,
+    BUDGET: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,  # max_blocks <= CHUNK
+):
+    row = tl.program_id(0)
+    now, first, newest = now_and_blocks(tl.load(start), reuse, SINK, RECENT, BLOCK_SIZE)
+    if (newest >= first) & (tl.load(made_at + row) != now):
+        count = (newest - first).to(tl.int32)
+        first = first.to(tl.int32)
+        out = lists + row * (BUDGET + 1)
+        offsets = tl.arange(0, CHUNK)
+        if count <= BUDGET:
+            for at in range(0, count, CHUNK):
+                tl.store(out + at + offsets, first + at + offsets, mask=at + offsets < count)
+            tl.store(out + count, newest.to(tl.int32))
+        else:
+            scores += row.to(tl.int64) * max_blocks
+            threshold = tl.full([], 0, tl.uint32)
+            above = tl.full([], 0, tl.int32)  # scores beyond the threshold
+            if WHOLE:
+                keys = _ordered(scores, offsets, count)
+                for bit in range(32):
+                    wanted = threshold | (tl.full([], 0x80000000, tl.uint32) >> bit)
+                    reached = tl.sum((keys >= wanted).to(tl.int32), 0)
+                    threshold = tl.where(reached >= BUDGET, wanted, threshold)
+                    above = tl.where(reached >= BUDGET, above, reached)
+            else:
+                for bit in range(32):
+                    wanted = threshold | (tl.full([], 0x80000000, tl.uint32) >> bit)
+                    reached = tl.full([], 0, tl.int32)
+                    for at in range(0, count, CHUNK):
+                        reached += tl.sum((_ordered(scores, at + offsets, count) >= wanted).to(tl.int32), 0)
+                    threshold = tl.where(reached >= BUDGET, wanted, threshold)
+                    above = tl.where(reached >= BUDGET, above, reached)
+            # The oldest of those that equal the threshold, as many as there is room for.
+            room = BUDGET - above
+            written = tl.full([], 0, tl.int32)
+            for at in range(0, count, CHUNK):
+                if not WHOLE:
+                    keys = _ordered(scores, at + offsets, count)
+                equal = ((keys == threshold) & (at + offsets < count)).to(tl.int32)
+                taken = (keys > threshold) | ((equal == 1) & (tl.cumsum(equal, 0) <= room))
+                place = written + tl.cumsum(taken.to(tl.int32), 0) - 1
+                tl.store(out + place, first + at + offsets, mask=taken)
+                room -= tl.sum(equal, 0)
+                written += tl.sum(taken.to(tl.int32), 0)
+            tl.store(out + BUDGET, newest.to(tl.int32))
+        tl.store(made_at + row, now)
+
+
+@triton.jit(do_not_specialize=["first_slot", "first_home"])
+def fetch_blocks_kernel(
+    records,  # int64 [num_records, WORDS]
+    table,  # int64 [num_retrieval, max_blocks]
+    tags,  # int64 [num_retrieval, num_slots]
+    lists,  # int32 [num_retrieval, BUDGET + 1]
+    start,  # int64 [1]
+    first_slot,
+    first_home,
+    table_stride,
+    num_slots,
+    BUDGET: tl.constexpr,
+    LIST_PAD: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WORDS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    entry = tl.program_id(0)
+    _, first, newest = now_and_blocks(tl.load(start), 1, SINK, RECENT, BLOCK_SIZE)
+    length = tl.minimum(newest - first, BUDGET) + 1
+    if (newest >= first) & (entry < length):
+        # All programs of a slot come to the same answer whatever the others have already done: the slot goes to the
+        # first listed block that wants it, unless it holds a listed one.
+        numbers = tl.arange(0, LIST_PAD)
+        listed = tl.load(lists + row * (BUDGET + 1) + numbers, mask=numbers < length, other=-1).to(tl.int64)
+        block = tl.load(lists + row * (BUDGET + 1) + entry).to(tl.int64)
+        slot = block % num_slots
+        held = tl.load(tags + row * num_slots + slot)
+        rivals = (listed >= 0) & (listed % num_slots == slot)
+        kept = tl.sum((rivals & (listed == held)).to(tl.int32), 0) > 0
+        foremost = tl.min(tl.where(rivals, listed, 1 << 62), 0)
+        if (foremost == block) & ~kept:
+            if held >= 0:
+                tl.store(table + row * table_stride + held, first_home + row * table_stride + held)
+            source = records + (first_home + row * table_stride + block) * WORDS
+            number = first_slot + row * num_slots + slot
+            words = tl.arange(0, TILE)
+            for at in range(0, WORDS, TILE):
+                inside = at + words < WORDS
+                tl.store(records + number * WORDS + at + words, tl.load(source + at + words, mask=inside), mask=inside)
+            tl.store(tags + row * num_slots + slot, block)
+            tl.store(table + row * table_stride + block, number)
+
+
+def select_blocks(cache: LayerCache, q_rotated: Tensor) -> None:
+    """Make the lists of every retrieval head, where they are due, for the token at `cache.start`.
+
+    q_rotated: [1, num_heads, head_dim] from `append_token`, which has stored the token. Also makes the digest of the
+    newest complete block, and copies listed blocks into slots on the device where they have their homes elsewhere.
+    """
+    selection, layout, rows = cache.selection, cache.layout, cache.num_retrieval
+    assert selection is not None
+    if not rows:
+        return
+    budget, num_channels = selection.budget, selection.num_channels
+    assert q_rotated.shape == (1, cache.num_heads, cache.head_dim) and q_rotated.is_contiguous(), q_rotated.shape
+    assert selection.lists.is_contiguous() and selection.lists.dtype == torch.int32 and budget > 0
+    assert selection.scores.is_contiguous() and selection.scores.shape[0] >= rows
+    assert selection.scores.shape[1] == cache.max_blocks and cache.query_group <= 16
+    # At most one block may be completed between two choices, or one would have no digest.
+    assert 0 < selection.reuse <= layout.block_size <= cache.recent_size, (selection.reuse, layout.block_size)
+    digest_newest(cache)
+    sizes = {
+        "BUDGET": budget,
+        "SINK": cache.sink_size,
+        "RECENT": cache.recent_size,
+        "BLOCK_SIZE": layout.block_size,
+    }
+    runs = num_runs(layout.block_size)
+    assert digest_bytes(layout.block_size, num_channels) == runs * (num_channels + 8) and layout.block_size % RUN == 0
+    tile = SCORED_BLOCKS
+    score_blocks_kernel[(triton.cdiv(cache.max_blocks, tile), rows)](
+        q_rotated,
+        selection.digests,
+        selection.channels,
+        cache.retrieval_heads,
+        selection.made_at,
+        cache.start,
+        selection.scores,
+        cache.max_blocks,
+        selection.reuse,
+        **sizes,
+        GROUP=cache.query_group,
+        GROUP_PAD=triton.next_power_of_2(cache.query_group),
+        DIM=cache.head_dim,
+        CHANNELS=num_channels,
+        RUNS=runs,
+        REACH=REACH,
+        TILE=tile,
+        num_warps=SCORE_WARPS,
+    )
+    chunk = min(CHUNK, triton.next_power_of_2(cache.max_blocks))
+    choose_blocks_kernel[(rows,)](
+        selection.scores,
+        selection.lists,
+        selection.made_at,
+        cache.start,
+        cache.max_blocks,
+        selection.reuse,
+        **sizes,
+        CHUNK=chunk,
+        WHOLE=cache.max_blocks <= chunk,
+        num_warps=max(4, min(32, chunk // 512)),
+    )
+    if selection.tags is None or selection.tags.shape[1] == 0:
+        return
+    assert selection.tags.is_contiguous() and cache.table.stride(1) == 1
+    words = layout.record_bytes // 8
+    fetch_blocks_kernel[(budget + 1, rows)](
+        cache.records.view(torch.int64),
+        cache.table,
+        selection.tags,
+        selection.lists,
+        cache.start,
+        selection.first_slot,
+        selection.first_home,
+        cache.table.stride(0),
+        selection.tags.shape[1],
+        **sizes,
+        LIST_PAD=triton.next_power_of_2(budget + 1),
+        WORDS=words,
+        TILE=min(FETCH_WORDS, triton.next_power_of_2(words)),
+        num_warps=FETCH_WARPS,
+    )

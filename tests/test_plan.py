@@ -1,0 +1,386 @@
+"""The planner's arithmetic against figures made by hand, files, and what is really allocated."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from duolocal.cache import DuoCache
+from duolocal.cache.home import Placement
+from duolocal.engine.planning import Planned, plan_settings
+from duolocal.errors import ConfigError, ModelNotFoundError, SettingsError
+from duolocal.heads import HeadPlan, choose_heads
+from duolocal.kernels.torch_kernels import TorchKernels
+from duolocal.models.loader import open_model
+from duolocal.models.registry import MODELS
+from duolocal.plan.cards import CARDS, card_rates
+from duolocal.plan.duration import Rates, duration_of, work_of
+from duolocal.plan.fitting import Free, Freedom, fits, nearest, place
+from duolocal.plan.memory import GIB, Request, bytes_per_token, dense_16bit_bytes, plan_memory
+from duolocal.plan.session_size import ALIGNMENT, session_bytes
+from duolocal.plan.weights import NAMED_FORMATS, weights_by_arithmetic, weights_of
+from duolocal.quant.kv import KV_FORMATS, kv_layout
+from duolocal.settings import ChatSettings
+from tests.tiny import tiny_config
+
+LLAMA = MODELS["llama3-8b-awq"].config
+BF16 = torch.bfloat16
+MILLION = 2**20
+
+
+def cut(ratio: float) -> HeadPlan:
+    return choose_heads(ratio, num_layers=32, num_kv_heads=8, fingerprint=None, can_rank=True).plan
+
+
+def llama_weights(outer: str = "auto", kernels: str = "triton", weights: str = "auto"):
+    return weights_by_arithmetic(
+        LLAMA, layers="AWQ", outer="F16", kernels=kernels, dtype=BF16, outer_weights=outer, weights=weights
+    )
+
+
+def llama(**changes: Any) -> Request:
+    request = Request(
+        config=LLAMA,
+        heads=cut(0.5),
+        layout=kv_layout("int4", head_dim=128, dtype=BF16),
+        weights=llama_weights(),
+        context=MILLION,
+        chunk_size=4096,
+        dtype=BF16,
+        kernels="triton",
+        device="cuda",
+        outer="memory",
+    )
+    return replace(request, **changes)
+
+
+def test_llama_3_8b_by_hand() -> None:
+    """32 layers, 8 KV heads of 128, half of them retrieval heads, 4 bits and a scale and a minimum per token."""
+    request = llama()
+    plan = plan_memory(request)
+    # 128 heads x (64 + 4 + 64 + 4) bytes: 17,408; a million (2^20) tokens of it, and 8 bytes per block in the table.
+    assert bytes_per_token(request) == 128 * 136 == 17_408
+    assert plan.device.blocks == 17_408 * MILLION + 128 * (MILLION // 64) * 8
+    # 64 sink and 256 recent tokens, keys and values in 16 bits, 32 x 8 heads of 128: half of 42 MB each.
+    assert plan.device.retrieval_windows == plan.device.streaming_windows == 320 * 128 * 2 * 2 * 128
+    # The matrices of a layer: q, o 4096 x 4096, k, v 1024 x 4096, gate, up, down 14336 x 4096.
+    elements = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert request.weights.layer_elements == elements
+    file = llama_weights(kernels="compiled")
+    outside = 2 * 128256 * 4096 * 2
+    # 4 bits, and per 128: a 16-bit scale and a 4-bit zero point (a byte where a GPU regroups it).
+    assert file.nbytes == elements // 2 + elements // 128 * 5 // 2 + outside
+    assert request.weights.nbytes == elements // 2 + elements // 128 * 3 + outside
+    assert dense_16bit_bytes(LLAMA, MILLION) == 2 * 32 * 8 * 128 * 2 * MILLION
+    # As published for the model: 5.7 GB.
+    assert abs(file.nbytes / MODELS["llama3-8b-awq"].size_bytes - 1) < 0.01
+    assert not plan.offloaded and plan.host_blocks == plan.disk_blocks == 0
+
+
+def test_times_are_work_over_rates() -> None:
+    """The floors of decode at a million tokens that were computed by hand before (10^6 tokens): H100 6.6 ms …"""
+    request = llama(context=10**6)
+    plan = plan_memory(request)
+    for name, floor_ms in (("h100", 6.6), ("a100", 10.8), ("rtx4090", 21.9), ("rtx3090", 23.6)):
+        card = CARDS[name]
+        whole = replace(card_rates(card), weights=card.bandwidth, blocks=card.bandwidth, output=card.bandwidth)
+        assert abs(1000 * duration_of(request, plan, whole).floor_s - floor_ms) < 0.03 * floor_ms
+    work = work_of(request, plan)
+    assert abs(work.product_flop / 14e15 - 1) < 0.01  # 14 PFLOP
+    assert abs(work.attention_flop / 131e15 - 1) < 0.01  # half of 262 PFLOP
+    rates = Rates(1e12, 2e12, 1e9, 2e9, 4e9, 0.5, None, "", measured=False)
+    expected = duration_of(request, plan, rates)
+    assert expected.prefill_s == pytest.approx(work.product_flop / 1e12 + work.attention_flop / 2e12)
+    read = work.layer_bytes / 1e9 + work.block_bytes / 2e9 + work.output_bytes / 4e9
+    assert expected.decode_s == pytest.approx(read + 0.5)
+
+
+def test_moved_blocks_wait_for_the_link() -> None:
+    request = llama(kv_device_memory=4 * GIB)
+    plan = plan_memory(request)
+    work = work_of(request, plan)
+    assert work.moved_bytes == pytest.approx(17_408 * MILLION * (1 - plan.slots / plan.max_blocks), rel=1e-6)
+    rates = card_rates(CARDS["rtx4090"])
+    assert rates.link is not None
+    assert duration_of(request, plan, rates).decode_s == pytest.approx(work.moved_bytes / rates.link + rates.step_s)
+    selected = work_of(replace(request, select=2048), plan)
+    assert selected.block_bytes + selected.moved_bytes < 0.04 * (work.block_bytes + work.moved_bytes)
+
+
+@given(
+    st.sampled_from(KV_FORMATS),
+    st.integers(1, 40),
+    st.floats(0, 1),
+    st.sampled_from([None, 0, 20_000, 60_000, 200_000]),
+    st.sampled_from(["memory", "disk"]),
+)
+def test_the_cache_is_what_was_planned(
+    tmp_path_factory: pytest.TempPathFactory, kv: str, blocks: int, ratio: float, device_bytes: int | None, outer: Any
+) -> None:
+    """Blocks, tables and windows as `DuoCache` really allocates them, on the device and beyond it."""
+    config = tiny_config()
+    heads = choose_heads(ratio, num_layers=2, num_kv_heads=2, fingerprint=None, can_rank=True).plan
+    layout = kv_layout(kv, head_dim=16, dtype=torch.float32)
+    weights = weights_by_arithmetic(config, layers="F32", outer="F32", kernels="torch", dtype=torch.float32)
+    request = Request(
+        config=config,
+        heads=heads,
+        layout=layout,
+        weights=weights,
+        context=blocks * 64 + 5,
+        chunk_size=64,
+        dtype=torch.float32,
+        kernels="torch",
+        kv_device_memory=device_bytes,
+        outer=outer,
+    )
+    plan = plan_memory(request)
+    cache = DuoCache(
+        heads,
+        layout,
+        num_heads=config.num_heads,
+        context=request.context,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        kernels=TorchKernels(torch.float32),
+        placement=Placement(device_bytes, outer, tmp_path_factory.getbasetemp()),
+    )
+    memory = cache.memory()
+    # Where no record has room on the device, one stands for the address of the first.
+    assert cache.pool.nbytes - plan.device.blocks in (0, 0 if plan.slots else layout.record_bytes)
+    assert cache.pool.outer_bytes == plan.host_blocks + plan.disk_blocks
+    assert plan.offloaded == cache.pool.tiered or heads.num_retrieval == 0
+    assert memory.retrieval_windows == plan.device.retrieval_windows
+    assert memory.streaming_windows == plan.device.streaming_windows
+
+
+# --- what fits -----------------------------------------------------------------------------------------------------
+
+
+def freedom(kv: str = "int4", **changes: Any) -> Freedom:
+    return Freedom(kv, cut=cut, outer_weights=llama_weights, **changes)
+
+
+@given(
+    memory=st.integers(4, 40),
+    host=st.sampled_from([0, 8, 64]),
+    disk=st.sampled_from([0, 100]),
+    kv=st.sampled_from(KV_FORMATS),
+    ratio=st.sampled_from([0.25, 0.5, 1.0]),
+    context=st.sampled_from([2**17, 2**19, 2**20]),
+)
+def test_every_suggestion_fits_and_says_how(
+    memory: int, host: int, disk: int, kv: str, ratio: float, context: int
+) -> None:
+    request = llama(heads=cut(ratio), layout=kv_layout(kv, head_dim=128, dtype=BF16), context=context)
+    free = Free(memory * GIB, host * GIB, disk * GIB)
+    placed = place(request, free)
+    if placed is not None:
+        plan = plan_memory(placed)
+        assert fits(plan, free)
+        assert placed == replace(request, kv_device_memory=placed.kv_device_memory, outer=placed.outer)
+        assert (placed.kv_device_memory is None) == fits(plan_memory(request), free)  # the device first
+        if placed.outer == "disk" and plan.offloaded:
+            assert (request.max_blocks * request.heads.num_retrieval + 1) * request.layout.record_bytes > free.host
+        return
+    found = nearest(request, free, freedom(kv))
+    assert len(found) <= 3
+    for setting in found:
+        assert fits(setting.plan, free) and setting.plan == plan_memory(setting.request)
+        # The options, applied by hand to what was asked for, are the request that was judged.
+        made = request
+        for option, value in zip(setting.options[::2], setting.options[1::2], strict=True):
+            made = replace(made, **applied(option, value, made, setting.request))
+        assert made == setting.request
+    smallest = llama(
+        heads=cut(0.125), layout=kv_layout("int4", head_dim=128, dtype=BF16), context=1024, chunk_size=64
+    )
+    if fits(plan_memory(replace(smallest, weights=llama_weights("int4"))), free):
+        assert found  # something fits, so something is said
+
+
+def applied(option: str, value: str, request: Request, wanted: Request) -> dict[str, Any]:
+    if option == "--chunk-size":
+        return {"chunk_size": int(value)}
+    if option == "--kv-device-memory":
+        from duolocal.settings import parse_bytes
+
+        return {"kv_device_memory": parse_bytes(value, option), "outer": wanted.outer}
+    if option == "--outer-weights":
+        return {"weights": llama_weights(value)}
+    if option == "--kv":
+        return {"layout": kv_layout(value, head_dim=128, dtype=BF16)}
+    if option == "--heads":
+        return {"heads": cut(float(value))}
+    from duolocal.settings import parse_tokens
+
+    assert option == "--context"
+    return {"context": parse_tokens(value)}
+
+
+def test_what_changes_no_answer_comes_first() -> None:
+    request = llama(heads=cut(1.0))
+    kinds = [setting.options[0] for setting in nearest(request, Free(23 * GIB, 64 * GIB), freedom())]
+    assert kinds == ["--kv-device-memory", "--heads", "--context"]
+    kinds = [setting.options[0] for setting in nearest(request, Free(23 * GIB), freedom())]
+    assert kinds[:2] == ["--heads", "--context"] and len(kinds) == 3
+    slightly = plan_memory(request).total - 100 * 2**20
+    assert nearest(request, Free(slightly), freedom())[0].options == ("--chunk-size", "2048")
+
+
+def test_the_longest_context_is_suggested() -> None:
+    request = llama(heads=cut(1.0))
+    free = Free(16 * GIB)
+    (setting,) = (one for one in nearest(request, free, freedom()) if one.options[0] == "--context")
+    assert not fits(plan_memory(replace(request, context=setting.request.context + 1024)), free)
+
+
+# --- where sizes come from ------------------------------------------------------------------------------------------
+
+
+def planned(model: str, **changes: Any) -> Planned:
+    kept = {name: changes.pop(name) for name in ("memory", "host_memory", "disk", "card", "select") if name in changes}
+    return plan_settings(ChatSettings(model, **changes), **kept)
+
+
+def test_every_named_model_can_be_planned_without_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
+    assert set(NAMED_FORMATS) == set(MODELS)
+    for name, model in MODELS.items():
+        found = planned(name, card="h100")
+        assert found.source is None and any("is not on this machine" in note for note in found.notes)
+        # What is published for the file, headers and vocabulary included.
+        weights = planned(name, device="cpu", kernels="torch").request.weights.nbytes
+        assert abs(weights / model.size_bytes - 1) < 0.04, (name, weights, model.size_bytes)
+
+
+@pytest.mark.real
+def test_a_gguf_is_counted_from_its_header(smollm2_path: Path) -> None:
+    source = open_model(smollm2_path)
+    weights = weights_of(source, kernels="compiled", dtype=torch.float32)
+    assert weights.nbytes == source.size_bytes
+    loaded = source.load()
+    assert weights.layer_bytes + weights.outer_bytes == sum(matrix.nbytes for matrix in loaded.matrices())
+    by_name = weights_by_arithmetic(
+        source.config, layers="Q4_1", outer="Q8_0", kernels="compiled", dtype=torch.float32
+    )
+    for name in ("layer_bytes", "outer_bytes", "output_bytes", "layer_elements", "layer_format", "outer_format"):
+        assert getattr(by_name, name) == getattr(weights, name), name
+
+
+def config_json(folder: Path, **changes: Any) -> None:
+    raw = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+        "max_position_embeddings": 4096,
+        "torch_dtype": "float16",
+    }
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+
+
+def test_a_config_alone_is_enough(tmp_path: Path) -> None:
+    config_json(tmp_path)
+    found = planned(str(tmp_path), device="cpu")
+    layer = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256
+    assert found.request.weights.nbytes == (2 * layer + 2 * 1000 * 256) * 2
+    assert any("counted from its config.json (F16)" in note for note in found.notes)
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
+    config_json(tmp_path, quantization_config=awq)
+    assert planned(str(tmp_path), device="cpu").request.weights.nbytes == 2 * layer // 2 + 2 * layer // 64 * 5 // 2 + (
+        2 * 1000 * 256 * 2
+    )
+    config_json(tmp_path, model_type="bert")
+    with pytest.raises(ConfigError):
+        planned(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "error", "message"),
+    [
+        ("org/nowhere", {}, ModelNotFoundError, r"^org/nowhere: is not on this machine; `duolocal models fetch` fetches"),
+        ("llama3-8b-awq", {"card": "riva128"}, SettingsError, r"--card 'riva128' is not in the table: give one of rtx"),
+        ("llama3-8b-awq", {"card": "h100", "device": "cpu"}, SettingsError, r"^--card h100 is a GPU and --device is"),
+        ("llama3-8b-awq", {"kv": "int3"}, SettingsError, r"^unknown KV format 'int3'"),
+        ("llama3-8b-awq", {"context": 4}, SettingsError, r"^context is 4; it must be 16 tokens or more"),
+        ("llama3-8b-awq", {"weights": "nf4"}, SettingsError, r"^--weights nf4 makes nf4 of 16-bit weights, and this"),
+        ("llama3-8b-awq", {"heads": "nowhere.json"}, SettingsError, r"head pattern nowhere.json: No such file"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(
+    model: str, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        planned(model, **changes)
+
+
+def test_what_only_a_loaded_model_can_tell_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
+    found = planned("llama3-8b-awq", card="h100", context=MILLION)
+    assert found.kv == "int4" and any("int4 is assumed" in note for note in found.notes)
+    assert any("ranked on first use" in note and "67%" in note for note in found.notes)
+    config_json(tmp_path)
+    assert planned(str(tmp_path), device="cpu").kv == "int8"  # small models bear less
+    both = planned("llama3-8b-awq", card="h100", kv="k8v4", heads="all")
+    assert not any("assumed" in note or "ranked" in note for note in both.notes)
+
+
+@pytest.mark.real
+def test_what_is_known_of_a_model_is_used(smollm2_path: Path) -> None:
+    found = planned(str(smollm2_path))
+    assert (found.kv, found.request.heads.num_retrieval) == ("k8v4", 45)
+
+
+# --- saved sessions ------------------------------------------------------------------------------------------------
+
+
+def test_alignment_is_the_formats() -> None:
+    from duolocal.sessions import layout
+
+    assert layout.ALIGNMENT == ALIGNMENT
+
+
+@pytest.mark.parametrize("kv", ["16", "int4"])
+def test_a_saved_session_has_the_size_that_was_planned(tmp_path: Path, kv: str) -> None:
+    """Beside the description, whose text is the conversation's, all but a few per cent is counted exactly."""
+    import numpy as np
+
+    from duolocal.sessions.file import ContextFile, Wanted
+
+    config = tiny_config(num_layers=4, num_kv_heads=4, head_dim=32)
+    heads = choose_heads(0.5, num_layers=4, num_kv_heads=4, fingerprint=None, can_rank=True).plan
+    weights = weights_by_arithmetic(config, layers="F32", outer="F32", kernels="torch", dtype=torch.float32)
+    layout = kv_layout(kv, head_dim=32, dtype=torch.float32)
+    request = Request(config, heads, layout, weights, 32 * 1024, 64, torch.float32, "torch")
+    plan = plan_memory(request)
+    column = heads.num_retrieval * layout.record_bytes
+    file = ContextFile.create(tmp_path / "a.duo")
+    rng = np.random.default_rng(0)
+    file.commit(
+        Wanted(
+            description={"kind": "documents", "chat": "word " * 26_000},  # about as many letters as tokens · 4
+            num_tokens=request.context,
+            tokens=np.arange(request.context, dtype="<i4"),
+            num_columns=request.max_blocks,
+            column_bytes=column,
+            kept_columns=0,
+            read_columns=lambda first, last: rng.integers(0, 256, (last - first, column), dtype=np.uint8),
+            rings=[(request.context, np.zeros(plan.device.windows, np.uint8))],
+        )
+    )
+    written = (tmp_path / "a.duo").stat().st_size
+    file.close()
+    assert abs(session_bytes(request, plan) / written - 1) < 0.01

@@ -1,0 +1,204 @@
+"""What a process really takes for weights, context, prefill and decode, beside what the planner said (Linux).
+
+Two ways to look, each in a process of its own (tests/plan_child.py): the most that was resident, within 5% of the plan;
+and a limit on what may be allocated, which is enough at the plan's total and not enough below 94% of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from duolocal.engine import engine as engine_module
+from duolocal.engine.engine import Engine
+from duolocal.engine.planning import plan_settings
+from duolocal.errors import MemoryLimitError
+from duolocal.settings import ChatSettings
+
+CONTEXT = 4096
+SHARE = 0.05  # of what is taken: how far the plan may be above it
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads and resets /proc (Linux)")
+
+
+def write_model(
+    folder: Path, *, hidden: int, inner: int, heads: int, kv_heads: int, dim: int, layers: int, vocab: int
+) -> Path:
+    """Write a seeded bfloat16 llama."""
+    folder.mkdir()
+    raw = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": dim,
+        "vocab_size": vocab,
+        "max_position_embeddings": 1 << 20,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
+
+    shapes = {
+        "self_attn.q_proj": (heads * dim, hidden),
+        "self_attn.k_proj": (kv_heads * dim, hidden),
+        "self_attn.v_proj": (kv_heads * dim, hidden),
+        "self_attn.o_proj": (hidden, heads * dim),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    tensors = {"model.embed_tokens.weight": random(vocab, hidden), "lm_head.weight": random(vocab, hidden)}
+    tensors["model.norm.weight"] = torch.ones(hidden).bfloat16()
+    for layer in range(layers):
+        tensors |= {f"model.layers.{layer}.{name}.weight": random(*shape) for name, shape in shapes.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{name}.weight"] = torch.ones(hidden).bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a model of 67 MB, one of 109 MB with wide layers, and a small one to warm up with."""
+    base = tmp_path_factory.mktemp("models")
+    return {
+        "small": write_model(
+            base / "small", hidden=128, inner=256, heads=4, kv_heads=2, dim=64, layers=2, vocab=512
+        ),
+        "deep": write_model(
+            base / "deep", hidden=512, inner=1536, heads=8, kv_heads=4, dim=64, layers=8, vocab=8192
+        ),
+        "wide": write_model(
+            base / "wide", hidden=1024, inner=3072, heads=8, kv_heads=4, dim=128, layers=3, vocab=8192
+        ),
+    }
+
+
+def run(small: Path, model: Path | str, options: dict[str, Any], **asked: Any) -> dict[str, Any]:
+    """Load, fill and decode in a process of its own; `options` are those of `Engine.load`."""
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    request = {"small": str(small), "model": str(model), "context": CONTEXT, "options": options} | asked
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.plan_child", json.dumps(request)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def options_of(kernels: str, kv: str, chunk_size: int, **more: Any) -> dict[str, Any]:
+    return {
+        "heads": "random@0.5",
+        "kv": kv,
+        "kernels": kernels,
+        "chunk_size": chunk_size,
+        "threads": 1,
+        "device": "cpu",
+    } | more
+
+
+def total(model: Path | str, options: dict[str, Any], context: int = CONTEXT) -> int:
+    return plan_settings(ChatSettings(str(model), context=context, **options)).plan.total
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "kernels", "kv", "chunk_size"),
+    [
+        ("deep", "compiled", "int4", 64),
+        ("deep", "compiled", "16", 512),
+        ("wide", "compiled", "int8", 512),
+        ("wide", "compiled", "32", 128),
+        ("deep", "torch", "k8v4", 64),
+        ("wide", "torch", "16", 512),
+    ],
+)
+def test_the_plan_is_what_a_process_takes(
+    folders: dict[str, Path], model: str, kernels: str, kv: str, chunk_size: int
+) -> None:
+    options = options_of(kernels, kv, chunk_size)
+    planned = total(folders[model], options)
+    found = run(folders["small"], folders[model], options)
+    assert found["decoded"]
+    assert found["resident"] <= planned <= (1 + SHARE) * found["resident"], (planned, found)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernels", "kv", "chunk_size"), [("compiled", "int4", 256), ("torch", "int4", 128)])
+def test_a_limit_at_the_plan_is_enough_and_below_it_is_not(
+    folders: dict[str, Path], kernels: str, kv: str, chunk_size: int
+) -> None:
+    options = options_of(kernels, kv, chunk_size)
+    planned = total(folders["wide"], options)
+    found = run(folders["small"], folders["wide"], options, limit=planned)
+    assert found.get("decoded"), found
+    short = run(folders["small"], folders["wide"], options, limit=int(0.94 * planned), check=False)
+    assert "decoded" not in short and "error" in short, short
+
+
+def test_the_engine_refuses_by_the_same_arithmetic(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_of("torch", "int4", 64)
+    planned = total(folders["small"], options)
+    monkeypatch.setattr(engine_module, "available_bytes", lambda device: planned)
+    engine = Engine.load(str(folders["small"]), context=CONTEXT, **options)
+    assert engine.context == CONTEXT
+    monkeypatch.setattr(engine_module, "available_bytes", lambda device: int(0.9 * planned))
+    with pytest.raises(MemoryLimitError, match=r"^context 4,096 needs 0\.0 GiB on cpu .* this fits: --"):
+        Engine.load(str(folders["small"]), context=CONTEXT, **options)
+
+
+@linux
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernels", "kv"), [("compiled", "k8v4"), ("compiled", "16"), ("torch", "int8")]
+)
+def test_the_real_model(folders: dict[str, Path], smollm2_path: Path, kernels: str, kv: str) -> None:
+    options = options_of(kernels, kv, 512, heads="0.5")
+    planned = total(smollm2_path, options)
+    found = run(folders["small"], smollm2_path, options)
+    assert found["resident"] <= planned <= (1 + SHARE) * found["resident"], (planned, found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kv", ["int4", "16"])
+def test_a_memory_fraction_at_the_plan_is_enough_on_a_gpu(folders: dict[str, Path], kv: str) -> None:
+    """torch's allocator gets what the plan says and no more; the CUDA context and the libraries' own are outside."""
+    options = options_of("auto", kv, 512, device="cuda", threads=None)
+    plan = plan_settings(ChatSettings(str(folders["wide"]), context=CONTEXT, **options)).plan
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()
+    _, all_bytes = torch.cuda.mem_get_info(device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        torch.cuda.set_per_process_memory_fraction((before + plan.total) / all_bytes)
+        engine = Engine.load(str(folders["wide"]), context=CONTEXT, **options)
+        for _ in engine.prefill([7] * (CONTEXT - 8)):
+            pass
+        list(engine.generate([7], engine_module.Sampling(max_tokens=4), eos_ids=frozenset()))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken <= plan.total <= (1 + SHARE) * taken + plan.device.workspace, (plan, taken)
