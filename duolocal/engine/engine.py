@@ -20,7 +20,7 @@ from duolocal.engine.head_choice import can_rank, published_for, rank_on_first_u
 from duolocal.engine.kernels import arrangement, choose_kernels, undecoded_note
 from duolocal.engine.kv_choice import choose_kv
 from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
-from duolocal.engine.place import device_named, dtype_named
+from duolocal.engine.place import device_named, dtype_named, tier_note
 from duolocal.engine.prefill_choice import prefill_note, prefill_policy
 from duolocal.engine.select_choice import choose_channels, selection_budget, selection_note
 from duolocal.errors import ContextOverflowError, SettingsError, TokenizerError
@@ -230,6 +230,8 @@ class Engine:
             select=policy,
             prefill=sparse,
         )
+        if engine.cache.pool.tiered:
+            engine.notes.append(tier_note(engine.cache))
         if engine.cache.capturable:
             engine.warm_up()
         return engine

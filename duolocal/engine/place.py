@@ -2,6 +2,7 @@
 
 import torch
 
+from duolocal.cache import DuoCache
 from duolocal.errors import SettingsError
 
 DEVICES = ("cpu", "cuda")
@@ -29,3 +30,15 @@ def dtype_named(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise SettingsError(f"dtype {name!r} is unknown: use auto or one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def tier_note(cache: DuoCache) -> str:
+    """Say where the blocks of a cache lie that has some beyond its device."""
+    pool = cache.pool
+    here = "GPU memory" if cache.device.type == "cuda" else "memory"
+    beyond = "in a file" if pool.mapping is not None else "in host memory"
+    size, unit = (pool.outer_bytes / 2**30, "GiB") if pool.outer_bytes >= 2**30 else (pool.outer_bytes / 2**20, "MiB")
+    return (
+        f"KV blocks lie {beyond} ({size:.1f} {unit}), with copies of {pool.num_slots / pool.max_blocks:.0%} of them in "
+        f"{here}: results are the same, answers come slower"
+    )

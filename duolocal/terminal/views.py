@@ -173,6 +173,11 @@ def memory_rows(memory: EngineMemory) -> list[tuple[str, str]]:
     kv, dense = memory.cache.total, memory.dense_16bit
     blocks = figures.size(memory.cache.retrieval_blocks)
     windows = figures.size(memory.cache.retrieval_windows)
+    more = []
+    if memory.cache.digests:
+        more.append(("KV digests", f"{figures.size(memory.cache.digests)} (which blocks to read)"))
+    if memory.cache.outer_blocks:
+        more.append(("KV beyond", f"{figures.size(memory.cache.outer_blocks)} (the home of all blocks)"))
     return [
         ("weights", figures.size(memory.weights)),
         (
@@ -180,5 +185,6 @@ def memory_rows(memory: EngineMemory) -> list[tuple[str, str]]:
             f"{figures.size(retrieval_bytes(memory))} (blocks {blocks}, 16/32-bit windows {windows})",
         ),
         ("KV streaming", figures.size(streaming_bytes(memory))),
+        *more,
         ("KV together", f"{figures.size(kv)}; dense 16-bit {figures.size(dense)} ({kv / dense:.0%})"),
     ]
