@@ -16,6 +16,7 @@ from duolocal.engine.engine import Cancelled, Engine
 from duolocal.errors import ContextOverflowError, DuoLocalError, TokenizerError
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
+from duolocal.plan.fitting import Free
 from duolocal.sampling import Sampling
 from tests.oracle import OracleCache
 from tests.tiny import random_model, save_checkpoint, tiny_config
@@ -230,16 +231,35 @@ def test_a_context_that_does_not_fit_names_numbers_and_what_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path, "llama")
-    monkeypatch.setattr(engine_module, "available_bytes", lambda device: 2**30)
+    monkeypatch.setattr(engine_module, "free_places", lambda *_, **__: Free(2**30))
     with pytest.raises(DuoLocalError) as caught:
         Engine.load(str(tmp_path), context=2**23, kv="16", heads="all")
     text = str(caught.value)
-    assert text.startswith("context 8,388,608 needs 2.0 GiB on cpu (weights 0.0, KV blocks 2.0, windows 0.0, ")
-    assert "and 1.0 GiB are free; this fits: --kv int4 or --context " in text
+    assert text.startswith("context 8,388,608 needs 2.3 GiB on cpu (weights 0.0, KV blocks 2.0, windows 0.0, work")
+    assert "and 1.0 GiB are free; this fits: --context " in text and " or --kv int8 --context " in text
     assert text.endswith("K; streaming heads would need less (--heads with a pattern file)")
     suggested = int(text.split("--context ")[1].split("K")[0]) * 1024
     engine = Engine.load(str(tmp_path), context=suggested, kv="16", heads="all")
     assert engine.memory().cache.total < 2**30
+
+
+def test_what_does_not_fit_into_memory_goes_to_a_file_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "model", "llama")
+    monkeypatch.setattr(engine_module, "cache_folder", lambda: tmp_path)
+    options = {"context": 2**18, "kv": "16", "heads": "all"}
+    inside = Engine.load(str(tmp_path / "model"), **options)  # type: ignore[arg-type]
+    needed = inside.memory().weights + inside.memory().cache.total
+    assert not inside.cache.pool.tiered
+    monkeypatch.setattr(engine_module, "free_places", lambda *_, **__: Free(needed * 3 // 4, disk=2**30))
+    beyond = Engine.load(str(tmp_path / "model"), **options)  # type: ignore[arg-type]
+    assert beyond.cache.pool.tiered and beyond.cache.pool.mapping is not None
+    assert beyond.memory().weights + beyond.memory().cache.total < needed * 3 // 4
+    assert beyond.cache.pool.num_slots > 0  # the memory is used
+    assert any("lie in a file" in note for note in beyond.notes)
+    tokens = ids(400)
+    assert torch.equal(beyond.logits(tokens), inside.logits(tokens))
 
 
 @pytest.mark.parametrize("wrong", [-1, 320])

@@ -19,12 +19,13 @@ from duolocal.engine.decoder import Decoder, GpuDecoder, HostDecoder
 from duolocal.engine.head_choice import can_rank, published_for, rank_on_first_use, ranking_context
 from duolocal.engine.kernels import arrangement, choose_kernels, undecoded_note
 from duolocal.engine.kv_choice import choose_kv
-from duolocal.engine.memory import available_bytes, check_memory, dense_16bit_bytes
+from duolocal.engine.memory import available_bytes, dense_16bit_bytes, free_places, placement_for
 from duolocal.engine.place import device_named, dtype_named, tier_note
 from duolocal.engine.prefill_choice import prefill_note, prefill_policy
 from duolocal.engine.select_choice import choose_channels, selection_budget, selection_note
 from duolocal.errors import ContextOverflowError, SettingsError, TokenizerError
 from duolocal.heads import HeadPlan, choose_heads
+from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource, open_model
@@ -34,6 +35,7 @@ from duolocal.models.registry import resolve
 from duolocal.models.rope import extended, parse_rope_scaling
 from duolocal.models.transformer import Transformer
 from duolocal.paths import cache_folder
+from duolocal.plan.weights import weights_of
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, KV_FORMATS, kv_layout
 from duolocal.sampling import Sampling
 
@@ -142,7 +144,7 @@ class Engine:
         if context < MIN_CONTEXT:
             raise SettingsError(f"context is {context}; it must be {MIN_CONTEXT} tokens or more")
         budget = selection_budget(select, context)
-        sparse = prefill_policy(prefill, device=where, chunk_size=chunk_size)
+        sparse = prefill_policy(prefill, chunk_size=chunk_size)
         if chunk_size < 1:
             raise SettingsError(f"chunk_size is {chunk_size}; it must be 1 token or more")
         if config.sliding_window is not None and context > config.sliding_window:
@@ -168,20 +170,23 @@ class Engine:
         chosen, kernels_note = choose_kernels(
             kernels, config, device=where, dtype=compute, num_threads=threads, on_build=on_build
         )
-        check_fits = partial(
-            check_memory,
+        place = partial(
+            placement_for,
             config,
-            plan,
-            weight_bytes=source.size_bytes,
+            weights=weights_of(source, kernels=chosen.name, dtype=compute, device=where.type),
             context=context,
             chunk_size=chunk_size,
             device=where,
             dtype=compute,
             kernels=chosen.name,
-            available=available_bytes(where),
+            free=free_places(where, cache_folder(), available=available_bytes(where)),
+            folder=cache_folder() / "kv",
+            threads=chosen.num_threads if isinstance(chosen, CpuKernels) else 1,
+            kv_device_memory=kv_device_memory,
+            select=budget,
         )
         # The smallest format stands for "auto" until the weights that it is measured with are loaded.
-        check_fits(kv=KV_FORMATS[-1] if kv == "auto" else kv)
+        placement = place(plan, kv=KV_FORMATS[-1] if kv == "auto" else kv)
         loaded = source.load(device=where, dtype=compute, arrange=arrangement(chosen, compute), on_layer=on_layer)
         if choice.unranked:
             ranking = Transformer(
@@ -207,12 +212,11 @@ class Engine:
                 kernels=chosen,
                 on_progress=on_measure,
             )
-            check_fits(kv=kv)
+            placement = place(plan, kv=kv)
         transformer = Transformer(config, loaded, context=context, device=where, dtype=compute, kernels=chosen)
         slow_note = undecoded_note(chosen, loaded)
         found = (rope_note, heads_note, kv_note, kernels_note, slow_note, dense_note, outer_note(source))
         notes = [note for note in found if note]
-        placement = Placement(kv_device_memory, "disk" if where.type == "cpu" else "memory", cache_folder() / "kv")
         policy = None
         if budget is not None:
             policy = SelectionPolicy(budget, choose_channels(source, transformer, plan, on_progress=on_learn))

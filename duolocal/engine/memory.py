@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from duolocal.cache.home import Placement
 from duolocal.errors import MemoryLimitError
 from duolocal.heads import HeadPlan
 from duolocal.kernels.blocks import BlockLayout
@@ -29,6 +30,7 @@ __all__ = [
     "dense_16bit_bytes",
     "free_places",
     "memory_needs",
+    "placement_for",
     "refusal",
 ]
 
@@ -172,6 +174,48 @@ def check_memory(
         threads=threads,
     )
     choose_placement(request, Free(available), Freedom(kv, offload=False))
+
+
+def placement_for(
+    config: ModelConfig,
+    plan: HeadPlan,
+    *,
+    kv: str,
+    weights: Weights,
+    context: int,
+    chunk_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: str,
+    free: Free,
+    folder: Path,
+    threads: int = 1,
+    kv_device_memory: int | None = None,
+    select: int | None = None,
+) -> Placement:
+    """Return where the blocks of a context lie.
+
+    weights: `duolocal.plan.weights.weights_of` the opened model; free: `free_places`, before it is loaded;
+    kv_device_memory: as `--kv-device-memory`, None for as many blocks on the device as fit; select: the token budget of
+    selected decode. Raises MemoryLimitError, before anything is allocated, naming the numbers and what fits.
+    """
+    request = Request(
+        config=config,
+        heads=plan,
+        layout=kv_layout(kv, head_dim=config.head_dim, dtype=dtype),
+        weights=weights,
+        context=context,
+        chunk_size=chunk_size,
+        dtype=dtype,
+        kernels=kernels,
+        device=device.type,
+        threads=threads,
+        kv_device_memory=kv_device_memory,
+        outer="disk" if device.type == "cpu" else "memory",
+        select=select,
+    )
+    placed = choose_placement(request, free, Freedom(kv))
+    return Placement(placed.kv_device_memory, placed.outer, folder)
 
 
 def _needs(plan: MemoryPlan) -> MemoryNeeds:

@@ -1,20 +1,16 @@
 """What `--prefill` stands for."""
 
-import torch
-
 from duolocal.errors import SettingsError
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.settings import PREFILLS
 
 
-def prefill_policy(prefill: str, *, device: torch.device, chunk_size: int) -> SparsePrefill | None:
+def prefill_policy(prefill: str, *, chunk_size: int) -> SparsePrefill | None:
     """Return how blocks are chosen for "sparse", None for "exact", which reads all; raises SettingsError."""
     if prefill not in PREFILLS:
         raise SettingsError(f"--prefill is {prefill!r}: give one of {', '.join(PREFILLS)}")
     if prefill == "exact":
         return None
-    if device.type != "cpu":
-        raise SettingsError("--prefill sparse runs on a CPU only so far: leave it out, or give --device cpu")
     policy = SparsePrefill()
     if chunk_size < policy.tile:
         raise SettingsError(
