@@ -46,11 +46,11 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     options = asked["options"]
-    use(asked["small"], options, context=1024)
+    use(asked["small"], options | {"heads": "random@0.5"}, context=1024)
     if not asked.get("check", True):
         from duolocal.engine import engine
 
-        engine.available_bytes = lambda device: 1 << 60  # type: ignore[attr-defined]
+        engine.available_bytes = lambda device: 1 << 60
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on

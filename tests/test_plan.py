@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 
 from duolocal.cache import DuoCache
 from duolocal.cache.home import Placement
+from duolocal.cache.selection import Selection, SelectionPolicy
 from duolocal.engine.planning import Planned, plan_settings
 from duolocal.errors import ConfigError, ModelNotFoundError, SettingsError
 from duolocal.heads import HeadPlan, choose_heads
+from duolocal.kernels.digest import DigestChannels, digest_channels
 from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.loader import open_model
 from duolocal.models.registry import MODELS
 from duolocal.plan.cards import CARDS, card_rates
 from duolocal.plan.duration import Rates, duration_of, work_of
 from duolocal.plan.fitting import Free, Freedom, fits, nearest, place
-from duolocal.plan.memory import GIB, Request, bytes_per_token, dense_16bit_bytes, plan_memory
+from duolocal.plan.memory import GIB, Request, bytes_per_token, dense_16bit_bytes, plan_memory, selection_bytes
 from duolocal.plan.session_size import ALIGNMENT, session_bytes
 from duolocal.plan.weights import NAMED_FORMATS, weights_by_arithmetic, weights_of
 from duolocal.quant.kv import KV_FORMATS, kv_layout
@@ -159,6 +161,15 @@ def test_the_cache_is_what_was_planned(
     assert memory.streaming_windows == plan.device.streaming_windows
 
 
+@pytest.mark.parametrize(("head_dim", "budget"), [(16, 64), (128, 2048), (64, 1000)])
+def test_digests_are_what_selected_decode_allocates(head_dim: int, budget: int) -> None:
+    layout = kv_layout("int4", head_dim=head_dim, dtype=torch.float32)
+    num_channels = digest_channels(head_dim)
+    channels = DigestChannels(torch.zeros(6, num_channels, dtype=torch.int32), torch.zeros(6, num_channels))
+    made = Selection(SelectionPolicy(budget, channels), layout, num_rows=6, max_blocks=50, device=torch.device("cpu"))
+    assert selection_bytes(layout, rows=6, max_blocks=50, budget=budget) == made.nbytes
+
+
 # --- what fits -----------------------------------------------------------------------------------------------------
 
 
@@ -197,9 +208,7 @@ def test_every_suggestion_fits_and_says_how(
         for option, value in zip(setting.options[::2], setting.options[1::2], strict=True):
             made = replace(made, **applied(option, value, made, setting.request))
         assert made == setting.request
-    smallest = llama(
-        heads=cut(0.125), layout=kv_layout("int4", head_dim=128, dtype=BF16), context=1024, chunk_size=64
-    )
+    smallest = llama(heads=cut(0.125), layout=kv_layout("int4", head_dim=128, dtype=BF16), context=1024, chunk_size=64)
     if fits(plan_memory(replace(smallest, weights=llama_weights("int4"))), free):
         assert found  # something fits, so something is said
 
@@ -244,13 +253,11 @@ def test_the_longest_context_is_suggested() -> None:
 
 
 def planned(model: str, **changes: Any) -> Planned:
-    kept = {name: changes.pop(name) for name in ("memory", "host_memory", "disk", "card", "select") if name in changes}
+    kept = {name: changes.pop(name) for name in ("memory", "host_memory", "disk", "card") if name in changes}
     return plan_settings(ChatSettings(model, **changes), **kept)
 
 
-def test_every_named_model_can_be_planned_without_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_named_model_can_be_planned_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
@@ -268,11 +275,14 @@ def test_a_gguf_is_counted_from_its_header(smollm2_path: Path) -> None:
     source = open_model(smollm2_path)
     weights = weights_of(source, kernels="compiled", dtype=torch.float32)
     assert weights.nbytes == source.size_bytes
+    # Rows of Q and K (9 and 3 heads of 64) in another order, 30 layers of 18 blocks of 20 bytes; 61 norms; strings.
+    reordered = 30 * (576 + 192) * 576 // 32 * 20
+    assert 0 < weights.copies - reordered - 61 * 576 * 4 < 20 * 2**20
+    on_gpu = weights_of(source, kernels="triton", dtype=BF16, device="cuda")
+    assert on_gpu.copies == 61 * 576 * 2 and on_gpu.nbytes == on_gpu.layer_bytes + on_gpu.outer_bytes
     loaded = source.load()
     assert weights.layer_bytes + weights.outer_bytes == sum(matrix.nbytes for matrix in loaded.matrices())
-    by_name = weights_by_arithmetic(
-        source.config, layers="Q4_1", outer="Q8_0", kernels="compiled", dtype=torch.float32
-    )
+    by_name = weights_by_arithmetic(source.config, layers="Q4_1", outer="Q8_0", kernels="compiled", dtype=torch.float32)
     for name in ("layer_bytes", "outer_bytes", "output_bytes", "layer_elements", "layer_format", "outer_format"):
         assert getattr(by_name, name) == getattr(weights, name), name
 
@@ -311,7 +321,12 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "changes", "error", "message"),
     [
-        ("org/nowhere", {}, ModelNotFoundError, r"^org/nowhere: is not on this machine; `duolocal models fetch` fetches"),
+        (
+            "org/nowhere",
+            {},
+            ModelNotFoundError,
+            r"^org/nowhere: is not on this machine; `duolocal models fetch` fe",
+        ),
         ("llama3-8b-awq", {"card": "riva128"}, SettingsError, r"--card 'riva128' is not in the table: give one of rtx"),
         ("llama3-8b-awq", {"card": "h100", "device": "cpu"}, SettingsError, r"^--card h100 is a GPU and --device is"),
         ("llama3-8b-awq", {"kv": "int3"}, SettingsError, r"^unknown KV format 'int3'"),

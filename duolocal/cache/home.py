@@ -27,7 +27,8 @@ class Placement:
     """How much of the blocks may lie on the device, and where the others are.
 
     device_bytes: for records on the device and their tables; None for all of them. outer: where every block has its
-    home where not all fit; "memory" is for a GPU, whose host has more. folder: for the file.
+    home where not all fit; "memory" is for a GPU,
+    whose host has more, "disk" for a CPU. folder: for the file.
     """
 
     device_bytes: int | None = None
@@ -61,6 +62,7 @@ def open_home(num_records: int, record_bytes: int, *, placement: Placement, besi
 
     Raises MemoryLimitError where the disk has no room for the file. The file has no name: it is gone with the process.
     """
+    assert placement.outer == "memory" or beside.device.type == "cpu"  # a GPU cannot read a file
     size = (num_records + 1) * record_bytes  # one more, for the alignment
     mapping = file = None
     if placement.outer == "disk":

@@ -1,9 +1,9 @@
 """How the C library's allocator treats the tensors of a prefill on a CPU (Linux, glibc).
 
 Left alone, glibc soon keeps blocks of up to 32 MB in its heap, and the holes between the temporaries of a chunk make a
-process almost twice as large as what is alive in it. Blocks from HEAP_BLOCK on are maps of their own instead, given back
-the moment they are freed: what the planner counts is then what is allocated. Measured on SmolLM2-135M (chunks of 512
-tokens, whose temporaries have 0.4 to 3 MB), prefill took as long as before.
+process's working memory almost twice as large as what is alive in it. Blocks from HEAP_BLOCK on are maps of their own
+instead, given back the moment they are freed: what the planner counts is then what is allocated. Measured on
+SmolLM2-135M (chunks of 512 tokens, whose temporaries have 0.4 to 3 MB), prefill took as long as before.
 """
 
 import ctypes

@@ -18,6 +18,7 @@ from duolocal.engine.kernels import unsupported_cpu
 from duolocal.engine.kv_choice import known_kv
 from duolocal.engine.memory import free_places
 from duolocal.engine.place import device_named, dtype_named
+from duolocal.engine.select_choice import selection_budget
 from duolocal.errors import DuoLocalError, ModelNotFoundError, SettingsError
 from duolocal.heads import HeadChoice, HeadPlan, KnownPattern, ModelShape, choose_heads, known_pattern
 from duolocal.models.config import ModelConfig
@@ -83,13 +84,12 @@ def plan_settings(
     host_memory: int | None = None,
     disk: int | None = None,
     card: str | None = None,
-    select: int | None = None,
 ) -> Planned:
     """Return what a chat with `settings` would take, loading nothing and fetching nothing.
 
     memory, host_memory, disk: bytes that may be used on the device, beside a GPU and for a file of blocks; None for
-    what is free now (of a `card`: all it has). card: a GPU of `CARDS` to plan for instead of this machine. select: the
-    token budget of selected decode. Raises DuoLocalError as loading would, MemoryLimitError aside.
+    what is free now (of a `card`: all it has). card: a GPU of `CARDS` to plan for instead of this machine. Raises
+    DuoLocalError as loading would, MemoryLimitError aside.
     """
     model = _find(settings)
     config, notes = model.config, [model.note]
@@ -125,7 +125,7 @@ def plan_settings(
         threads=settings.threads or _threads(where),
         kv_device_memory=settings.kv_device_memory,
         outer="memory" if where.type == "cuda" else "disk",
-        select=select,
+        select=selection_budget(settings.select, context),
     )
     plan = plan_memory(request)
     free = _free(where, chosen, memory=memory, host_memory=host_memory, disk=disk, process=plan.process)

@@ -8,10 +8,11 @@ Work of a decode step: every matrix but the embedding and every block is read on
 from dataclasses import dataclass
 
 from duolocal.cache.cache import exact_recent_size
-from duolocal.plan.memory import MemoryPlan, Request, bytes_per_token, digest_bytes
+from duolocal.plan.memory import MemoryPlan, Request, bytes_per_token
 
 # Neither measured nor published: blocks that lie in a file are read at the speed of an ordinary solid-state disk.
 DISK_BYTES_PER_S = 1e9
+REUSE = 4  # decode steps that share a selection, about
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,12 @@ def work_of(request: Request, plan: MemoryPlan) -> Work:
     moved = 0
     if plan.offloaded and plan.max_blocks:
         moved = int(blocks * (1 - plan.slots / plan.max_blocks))
-    digests = 0
-    if request.select is not None:
-        digests = heads.num_retrieval * request.max_blocks * digest_bytes(request.layout)
     return Work(
         product_flop=2.0 * request.weights.layer_elements * n,
         attention_flop=per_pair * pairs,
         layer_bytes=request.weights.layer_bytes,
         output_bytes=request.weights.output_bytes,
-        block_bytes=blocks - moved + digests + plan.device.windows,
+        block_bytes=blocks - moved + plan.device.digests // REUSE + plan.device.windows,
         moved_bytes=moved,
     )
 

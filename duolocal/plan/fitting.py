@@ -37,9 +37,9 @@ class Freedom:
     """What may be varied to make a request fit.
 
     kv: the name of the format of `Request.layout`. cut: the head plan at another ratio of retrieval heads, None where
-    there is no ranking to cut; heads: what --heads calls that ranking, "" for the model's own. outer_weights: the weights
-    with lm_head and embedding in another format, None where that is not possible; weights: the same for those of the
-    layers of a 16-bit model. offload: whether blocks may live beyond the device.
+    there is no ranking to cut; heads: what --heads calls that ranking, "" for the model's own. outer_weights: the
+    weights with lm_head and embedding in another format, None where that is not possible; weights: the same for those
+    of the layers of a 16-bit model. offload: whether blocks may live beyond the device.
     """
 
     kv: str
@@ -76,13 +76,11 @@ def fits(plan: MemoryPlan, free: Free) -> bool:
 def place(request: Request, free: Free) -> Request | None:
     """Return `request` with its blocks where they have room: on the device if all fit, else beyond it with a cache.
 
-    None where no placement fits. A request that names `kv_device_memory` keeps it, and only its outer place is chosen.
+    None where no placement fits. A request that names `kv_device_memory` keeps it.
     """
     if fits(plan_memory(request), free):
         return request
-    if request.kv_device_memory is not None:
-        return next((found for found in _homes(request) if fits(plan_memory(found), free)), None)
-    return next(_offloaded(request, free), None)
+    return None if request.kv_device_memory is not None else next(_offloaded(request, free), None)
 
 
 def nearest(request: Request, free: Free, freedom: Freedom, *, count: int = 3) -> list[Setting]:
@@ -178,22 +176,17 @@ def _placements(setting: Setting, free: Free, freedom: Freedom) -> Iterator[Sett
 
 def _offloaded(request: Request, free: Free) -> Iterator[Request]:
     """Yield the request with as large a cache of blocks on the device as has room, at most one."""
-    for homed in _homes(request):
-        bare = plan_memory(replace(homed, kv_device_memory=0))  # tables only
-        room = free.device - bare.total + bare.device.blocks
-        for step in _CACHE_STEPS:
-            size = room // step * step
-            tried = replace(homed, kv_device_memory=size)
-            plan = plan_memory(tried)
-            if size > 0 and plan.offloaded and plan.slots > 0 and fits(plan, free):
-                yield tried
-                return
-
-
-def _homes(request: Request) -> Iterator[Request]:
-    if request.device == "cuda":
-        yield replace(request, outer="memory")
-    yield replace(request, outer="disk")
+    # A GPU reads pinned host memory, never a file.
+    homed = replace(request, outer="memory" if request.device == "cuda" else "disk", kv_device_memory=0)
+    bare = plan_memory(homed)  # tables only
+    room = free.device - bare.total + bare.device.blocks
+    for step in _CACHE_STEPS:
+        size = room // step * step
+        tried = replace(homed, kv_device_memory=size)
+        plan = plan_memory(tried)
+        if size > 0 and plan.offloaded and plan.slots > 0 and fits(plan, free):
+            yield tried
+            return
 
 
 def _outer(setting: Setting, free: Free, freedom: Freedom) -> Iterator[Setting]:

@@ -15,6 +15,7 @@ from duolocal.cache.home import Outer, Placement
 from duolocal.cache.pool import TABLE_BYTES, slots_per_row
 from duolocal.heads import HeadPlan
 from duolocal.kernels.blocks import BlockLayout
+from duolocal.kernels.digest import digest_bytes, digest_channels
 from duolocal.models.config import ModelConfig
 from duolocal.plan.transient import HEAP_HOLES, Working, working_bytes
 from duolocal.plan.weights import Weights
@@ -112,9 +113,15 @@ class MemoryPlan:
         return self.device.total + self.process
 
 
-def digest_bytes(layout: BlockLayout) -> int:
-    """Return the bytes of one block's digest in one retrieval head: a lowest and a highest key, one byte each."""
-    return 2 * layout.head_dim
+def selection_bytes(layout: BlockLayout, *, rows: int, max_blocks: int, budget: int) -> int:
+    """Return what selected decode keeps beside the blocks (`duolocal.cache.selection`): digests of all, lists of some.
+
+    rows: retrieval heads; budget: tokens that each reads.
+    """
+    channels = digest_channels(layout.head_dim)
+    digests = max_blocks * digest_bytes(layout.block_size, channels)
+    lists = (max(1, budget // layout.block_size) + 1) * 4 + 8
+    return rows * (digests + lists + channels * (4 + 4))
 
 
 def plan_memory(request: Request) -> MemoryPlan:
@@ -147,7 +154,9 @@ def plan_memory(request: Request) -> MemoryPlan:
             weights=request.weights.nbytes,
             copies=request.weights.copies,
             blocks=blocks,
-            digests=0 if request.select is None else rows * max_blocks * digest_bytes(layout),
+            digests=0
+            if request.select is None
+            else selection_bytes(layout, rows=rows, max_blocks=max_blocks, budget=request.select),
             retrieval_windows=ring * rows,
             streaming_windows=ring * heads.num_streaming,
             working=working,

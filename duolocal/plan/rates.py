@@ -144,6 +144,9 @@ def measure_rates(
         transformer.logits(hidden)
         _wait(device)
         output_s = min(output_s, time.perf_counter() - began_s)
+        done += 1
+        if on_progress is not None:
+            on_progress(done, 5 * (_REPEATS + 1))
     rows = config.num_layers * config.num_kv_heads
     attention_flop = 4.0 * config.head_dim * config.num_heads * config.num_layers * CHUNK * HISTORY
     return Rates(

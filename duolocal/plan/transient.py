@@ -21,6 +21,10 @@ GPU_SPAN = 32768  # tokens of blocks decoded at a time: SPAN of kernels/gpu/libr
 # Holes of small blocks in the heap, Python objects of the engine. Large blocks leave none: duolocal/engine/heap.py.
 # Measured (tests/test_plan_memory.py): a process grew by 0 to 2 MB more than what was alive at once.
 HEAP_HOLES = 2 << 20
+# torch's library of products keeps packed copies of what it multiplies, more of them for whole matrices than for many
+# small products: measured likewise, as a share of what is alive and a rest.
+ATTENTION_COPIES, ATTENTION_REST = 1.05, 3 << 20
+MATRIX_COPIES, MATRIX_REST = 1.15, 6 << 20
 _SPANS_PER_THREAD = 8  # partial results of decode attention, as in kernels/cpu/attention.py
 _SAMPLING_COPIES = 8  # of the logits of one token, float64
 
@@ -156,14 +160,20 @@ def _torch(s: _Shape) -> int:
     rows = retrieval * s.group
     blocks = 0
     if retrieval and s.context > s.slots:
-        # q, q rotated and scaled, out, the sum; scores and what is added; keys and values decoded, one being made
-        blocks = rows * (n * s.dim * 5 + tile * (span + s.dim)) * wide + tile * span * (8 + 2)
-        blocks += retrieval * span * s.dim * (3 * wide + 4)
+        keys = retrieval * span * s.dim * wide  # of a span, decoded; values are as many
+        # The weights of the last tile live on: while a span is decoded, and while the next scores are made.
+        decoding = rows * tile * span * wide + 3 * keys + keys // 2
+        scoring = rows * tile * (2 * span + s.dim) * wide + 2 * keys + tile * span * (8 + 2)
+        blocks = rows * n * s.dim * 4 * wide + max(decoding, scoring)  # q, q rotated and scaled, out
     attention = held + out + max(window, blocks)
     mlp = n * (3 * s.hidden + 4 * s.inner) * s.itemsize
     gate = n * (3 * s.hidden + 2 * s.inner) * s.itemsize + s.hidden * s.inner * s.itemsize
-    output = n * s.hidden * s.itemsize + s.hidden * min(s.vocab, VOCAB_TILE) * s.itemsize
-    return max(projections, attention, mlp, gate, output) + n * s.hidden * s.itemsize
+    tiles = 2 if s.vocab > VOCAB_TILE else 1  # of lm_head: the next one is made while the last is held
+    output = n * s.hidden * s.itemsize + tiles * s.hidden * min(s.vocab, VOCAB_TILE) * s.itemsize
+    before = n * s.hidden * s.itemsize  # the states of the chunk before
+    matrices = max(projections, gate, output) + before
+    others = max(attention, mlp) + before
+    return max(int(matrices * MATRIX_COPIES) + MATRIX_REST, int(others * ATTENTION_COPIES) + ATTENTION_REST)
 
 
 def _triton(s: _Shape) -> int:

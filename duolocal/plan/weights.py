@@ -100,7 +100,8 @@ def weights_of(source: ModelSource, *, kernels: str, dtype: torch.dtype, device:
             for role in roles(source.config)
             if len(role.shape) == 2 and tensors._row_order(role) is not None
         )
-    copied += sum(_python_bytes(value) for value in source.metadata.values() if isinstance(value, list))
+    if device == "cpu":
+        copied += sum(_python_bytes(value) for value in source.metadata.values() if isinstance(value, list))
     whole_file = source.size_bytes if device == "cpu" else None
     return _sum(source.config, sizes, kernels=kernels, dtype=dtype, copied=copied, file_bytes=whole_file, exact=True)
 

@@ -6,13 +6,12 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from duolocal.errors import SettingsError
-from duolocal.settings import ChatSettings, parse_bytes, parse_tokens
+from duolocal.settings import ChatSettings, parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 CARDS = "rtx3090, rtx4090, rtx5090, a100, h100 …"  # as in duolocal.plan.cards, which is not imported for --help
-AUTO_SELECT = 2048  # tokens
 _MORE = """\
   duolocal plan --model llama3-8b-awq --context 1M --memory 24GiB --card rtx4090
   duolocal plan --model ./model.gguf --context 128K --heads 0.5
@@ -51,8 +50,6 @@ def add_plan_parser(
     group.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)
     add_compute_options(parser)
-    if "--select" not in parser._option_string_actions:
-        parser.add_argument("--select", metavar="BUDGET", help="tokens that a decode step reads (default: all)")
     return parser
 
 
@@ -68,26 +65,19 @@ def run_plan(
     if options.measure and options.no_measure:
         raise SettingsError("--measure and --no-measure were both given: leave one of them out")
     limits = {name: _bytes(options, name) for name in ("memory", "host_memory", "disk")}
-    select = _select(options.select)
     from duolocal.startup import without_collection
 
     with starting, without_collection():
         from duolocal.engine.planning import plan_settings
         from duolocal.terminal.plan_view import plan_json, print_plan, rates_for
 
-    planned = plan_settings(settings, card=options.card, select=select, **limits)
+    planned = plan_settings(settings, card=options.card, **limits)
     rates = rates_for(planned, settings, progress, measure=None if options.no_measure else options.measure)
     if options.json:
         plan_json(planned, rates)
     else:
         print_plan(planned, rates, console)
     return 0 if planned.fits else 1
-
-
-def _select(text: str | None) -> int | None:
-    if text in (None, "off"):
-        return None
-    return AUTO_SELECT if text == "auto" else parse_tokens(text or "", "--select")
 
 
 def _bytes(options: argparse.Namespace, name: str) -> int | None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import psutil
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +23,8 @@ from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
 
 _MOST_COLUMNS = 72
+_LOOK_S = 0.3  # at what else the machine does, before it is measured
+_BUSY_PERCENT = 25  # of all processors: figures would say more about the other work
 _STYLES = ("blue", "cyan", "green", "yellow", "magenta", "bright_black")
 
 
@@ -49,6 +52,7 @@ def rates_for(planned: Planned, settings: ChatSettings, progress: Console, *, me
     import torch
 
     device = torch.device(request.device)
+    busy = psutil.cpu_percent(_LOOK_S) > _BUSY_PERCENT
     with bar(progress, "measuring this machine, once for this model", "") as shown:
         kernels, _ = choose_kernels(
             settings.kernels,
@@ -71,6 +75,8 @@ def rates_for(planned: Planned, settings: ChatSettings, progress: Console, *, me
         rates = measure_rates(
             sample, layout, kernels=kernels, device=device, dtype=request.dtype, on_progress=shown.update
         )
+    if busy:
+        return replace(rates, source="measured on this machine beside other work, so not kept")
     keep_rates(key, rates)
     return rates
 
@@ -200,7 +206,9 @@ def _more(planned: Planned, rates: Rates | None) -> Table:
         "reading it all",
         f"{figures.duration(expected.prefill_s)} ({figures.speed(request.context, expected.prefill_s)})",
     )
-    table.add_row("each new token", f"{1000 * expected.decode_s:.3g} ms with the context full")
+    step_s = expected.decode_s
+    each = f"{1000 * step_s:.3g} ms" if step_s < 1 else figures.duration(step_s)
+    table.add_row("each new token", f"{each} with the context full")
     table.add_row("speeds", clean_line(rates.source))
     return table
 
