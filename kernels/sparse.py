@@ -25,7 +25,9 @@ Take = Callable[[Tensor], Tensor]  # entries of the table [n] -> records uint8 [
 
 # The blocks that few queries name hold less of what all of them look at: of what may be lost, the choice plans a part.
 SPENT = 0.75
-TILES_AT_ONCE = 4  # whose queries are asked together: bounds what is kept of their scores
+# What is kept of the scores of tiles that are asked together: at most so many tiles, and numbers, if one tile allows.
+TILES_AT_ONCE = 4
+NUMBERS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class SparsePrefill:
 
     mass: the share of attention that a tile keeps, on average; 1 keeps every block. tile: queries that share a choice;
     stride: one query in so many is asked, which costs 1 / (2 · stride) of the attention. measure: also compute the
-    exact attention, for the mass that is really kept (twice the work and more: for measurements).
+    exact attention, for the mass that is really kept (twice the work and more: for measurements, on a CPU).
     """
 
     mass: float = 0.98
@@ -126,17 +128,18 @@ def choose_blocks(
     last = first + policy.tile - 1  # the newest position behind the window of the tile's last query
     seen = (blocks >= sink_size // size) & (blocks * size <= last)  # [tiles, blocks]
     whole = seen & ((blocks + 1) * size - 1 <= first)
+    partly = whole.logical_not()  # or not at all
     if policy.target >= 1:
         return seen.expand(lse.shape[0], -1, -1)
     per_tile = (len(tiles), policy.asked_per_tile)
     total = torch.logaddexp(lse.logsumexp(-1), window_lse)
-    share = (lse - total[..., None]).exp().unflatten(2, per_tile).mean((1, 3))  # [heads, tiles, blocks]
+    share = (lse - total[..., None]).exp_().unflatten(2, per_tile).mean((1, 3))  # [heads, tiles, blocks]
     window = (window_lse - total).exp().unflatten(2, per_tile).mean((1, 3))  # [heads, tiles]
     needed = policy.target - window - share.masked_fill(whole, 0.0).sum(-1)
-    falling, order = share.masked_fill(~whole, -1.0).sort(dim=-1, descending=True, stable=True)
+    falling, order = share.masked_fill(partly, -1.0).sort(dim=-1, descending=True, stable=True)
     before = falling.clamp_min(0.0).cumsum(-1) - falling.clamp_min(0.0)
     wanted = (before < needed[..., None]) & (falling > 0)
-    return torch.zeros_like(wanted).scatter_(-1, order, wanted) | (seen & ~whole)
+    return torch.zeros_like(wanted).scatter_(-1, order, wanted) | (seen & partly)
 
 
 def chosen_block_attention(
@@ -192,22 +195,32 @@ def chosen_block_attention(
 Estimate = Callable[[range, int], tuple[Tensor, Tensor]]  # tiles, number of blocks -> as `block_lse`, and the windows
 
 
+def tiles_at_once(policy: SparsePrefill, *, num_heads: int, num_blocks: int) -> int:
+    """Return how many tiles are asked together; each has num_heads · asked_per_tile · num_blocks float32 numbers."""
+    return max(1, min(TILES_AT_ONCE, NUMBERS_AT_ONCE // max(1, num_heads * policy.asked_per_tile * num_blocks)))
+
+
 def choose(
     policy: SparsePrefill,
     estimate: Estimate,
     *,
+    num_heads: int,
     start: int,
     end: int,
     sink_size: int,
     recent_size: int,
     block_size: int,
 ) -> "Chosen":
-    """Choose the blocks for a chunk's queries at positions start..end-1, a few tiles at a time."""
+    """Choose the blocks for a chunk's queries at positions start..end-1, a few tiles at a time.
+
+    num_heads: the query heads of the retrieval heads. Memory: some NUMBERS_AT_ONCE float32 numbers, or one tile's.
+    """
     tiles = policy.tiles(start, end, sink_size=sink_size, recent_size=recent_size, block_size=block_size)
     num_blocks = blocks_seen(tiles.stop * policy.tile - 1, recent_size=recent_size, block_size=block_size)
     found = []
-    for at in range(tiles.start, tiles.stop, TILES_AT_ONCE):
-        some = range(at, min(at + TILES_AT_ONCE, tiles.stop))
+    step = tiles_at_once(policy, num_heads=num_heads, num_blocks=num_blocks)
+    for at in range(tiles.start, tiles.stop, step):
+        some = range(at, min(at + step, tiles.stop))
         lse, window_lse = estimate(some, num_blocks)
         found.append(
             choose_blocks(lse, window_lse, policy, some, sink_size=sink_size, recent_size=recent_size, size=block_size)
@@ -241,7 +254,8 @@ def sparse_block_attention(
         lse = block_lse(queries, take, table, layout, q_positions=asked, num_blocks=num_blocks, scale=scale, **sizes)
         return lse, window_lse[:, :, asked - start]
 
-    choice = choose(policy, estimate, start=start, end=end, block_size=layout.block_size, **sizes)
+    num_heads = q.shape[0] * q.shape[1]
+    choice = choose(policy, estimate, num_heads=num_heads, start=start, end=end, block_size=layout.block_size, **sizes)
     outs, lses = [], []
     for first, last in choice.pieces(start, end):
         part = q[:, :, first - start : last - start]

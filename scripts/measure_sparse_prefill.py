@@ -3,10 +3,12 @@
     .venv/bin/python scripts/measure_sparse_prefill.py [--texts help,passkey] [--lengths 2K,8K] [--mass 0.98]
 
 Queries and keys of every layer are caught while the model reads real text (beyond its trained window too, where the
-figures say less), the keys as their blocks hold them. For every second retrieval head, tiles of queries at the end and at
-three quarters of the text are compared with their true attention: share of the blocks behind the window that is read
+figures say less), the keys as their blocks hold them. For every second retrieval head, tiles of queries at the end and
+at three quarters of the text are compared with their true attention: share of the blocks behind the window that is read
 ("density"), share of the attention that is kept (mean over the tile's queries, the lowest hundredth of them, the worst
-tile), and multiplications of the estimate beside those of the attention it replaces. The last line is JSON.
+tile), and multiplications of the estimate beside those of the attention it replaces. With --by-head the policy of
+`--prefill sparse` itself reads the texts, and density and kept mass of every retrieval head are printed instead. The
+last line is JSON.
 """
 
 import argparse
@@ -245,11 +247,17 @@ def main() -> None:
     parser.add_argument("--lengths", default="2K,8K")
     parser.add_argument("--mass", type=float, default=0.98)
     parser.add_argument("--tile", type=int, default=128)
+    parser.add_argument("--by-head", action="store_true")
     options = parser.parse_args()
     source = open_model(resolve(options.model))
     tokenizer = load_tokenizer(source)
     lengths = [parse_tokens(length) for length in options.lengths.split(",")]
     engine = Engine.load(source, context=max(lengths) + 256)
+    if options.by_head:
+        measured = SparsePrefill(options.mass, tile=options.tile, measure=True)
+        runs = by_head(engine, tokenizer, options.texts.split(","), lengths, measured)
+        print(json.dumps({"model": options.model, "kv": engine.kv, "heads": engine.plan.source, "by_head": runs}))
+        return
     policy = SparsePrefill(options.mass, tile=options.tile)
     report = []
     for text in options.texts.split(","):
@@ -278,6 +286,32 @@ def main() -> None:
                         rows.setdefault(name, []).append(Kept.of(tile, _choose(lse, window, true, tile)))
             report.append({"text": text, "tokens": length, "estimates": by_estimate, "sizes": table(rows, {})})
     print(json.dumps({"model": options.model, "kv": engine.kv, "heads": engine.plan.source, "runs": report}))
+
+
+def by_head(
+    engine: Engine, tokenizer: Tokenizer, texts: list[str], lengths: list[int], policy: SparsePrefill
+) -> list[dict[str, object]]:
+    """Read the texts with `policy`; print and return density and kept mass of every retrieval head."""
+    sparse = Engine.build(engine.transformer, engine.plan, kv=engine.kv, chunk_size=engine.chunk_size, prefill=policy)
+    counts = sparse.cache.sparse_counts
+    assert counts is not None
+    flags = engine.plan.retrieval
+    names = [f"{layer}.{head}" for layer, row in enumerate(flags) for head, flag in enumerate(row) if flag]
+    out: list[dict[str, object]] = []
+    for text in texts:
+        for length in lengths:
+            sparse.reset()
+            counts.reset()
+            for _ in sparse.prefill(token_ids(tokenizer, text, length)):
+                pass
+            density, mass = (counts.read / counts.seen).tolist(), (counts.mass / counts.measured).tolist()
+            whole = float(counts.mass.sum() / counts.measured.sum())
+            print(f"{text} {length:,}: density {counts.density:.3f}, mass {whole:.4f}, by layer.head:")
+            rows = sorted(zip(density, mass, names, strict=True))
+            print("  " + ", ".join(f"{name} {d:.2f} {m:.3f}" for d, m, name in rows), flush=True)
+            heads = {name: [round(d, 4), round(m, 4)] for d, m, name in rows}
+            out.append({"text": text, "tokens": length, "density": counts.density, "mass": whole, "heads": heads})
+    return out
 
 
 def _choose(lse: Tensor, window: Tensor, asked: SparsePrefill, tile: Tile) -> Tensor:

@@ -130,7 +130,7 @@ def test_bytes_per_token_are_those_of_matrices_windows_and_blocks() -> None:
 def test_prefill_uses_the_chunk_sizes_in_turn_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = engine()
     fed = record_steps(ours, monkeypatch)
-    results = measure_prefill(ours, TOKENS, [40, 80], [32, 64], repeats=2)
+    results = measure_prefill({"exact": ours}, TOKENS, [40, 80], [32, 64], repeats=2)
     assert [(result.context, result.chunk_size) for result in results] == [(40, 32), (40, 64), (80, 32), (80, 64)]
     assert {result.elapsed_s.runs for result in results} == {2}
     turn = [(0, 32), (32, 8), (0, 40), (0, 32), (32, 32), (64, 16), (0, 64), (64, 16)]
@@ -200,7 +200,7 @@ def test_lists_of_sizes() -> None:
     [
         (["decode", "--contexts", "1Q"], "--contexts is '1Q': give a number of tokens such as 131072, 32K or 1M"),
         (["prefill", "--chunk-sizes", "0"], "--chunk-sizes is '0': give between 1 and 2,147,483,647 tokens"),
-        (["decode", "--context", "512"], "unknown option --context: did you mean --contexts?"),
+        (["prefill", "--chunk-size", "512"], "unknown option --chunk-size: did you mean --chunk-sizes?"),
         (["load", "--repeats", "no"], "--repeats is 'no': give a number of tokens such as 131072, 32K or 1M"),
     ],
 )

@@ -17,6 +17,7 @@ from duolocal.kernels.sparse import (
     choose_blocks,
     chosen_block_attention,
     sparse_block_attention,
+    tiles_at_once,
 )
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 
@@ -313,6 +314,13 @@ def test_what_is_chosen_is_what_attention_reads() -> None:
     wanted, wanted_lse = dense(q, keys, mask & listed)
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=2e-5)
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("num_blocks", "tiles"), [(1, 4), (2048, 4), (16384, 1), (1 << 20, 1)])
+def test_what_is_asked_together_is_bounded(num_blocks: int, tiles: int) -> None:
+    policy = SparsePrefill()
+    assert tiles_at_once(policy, num_heads=16, num_blocks=num_blocks) == tiles
+    assert tiles == 1 or tiles * 16 * policy.asked_per_tile * num_blocks <= 1 << 22
 
 
 def test_choose_blocks_keeps_ties_by_position() -> None:

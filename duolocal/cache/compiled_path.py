@@ -12,7 +12,7 @@ from duolocal.cache.selection import Selection
 from duolocal.kernels.cpu.attention import CpuAttention, SelectedBlocks, Tiers
 from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.interface import Rotation
-from duolocal.kernels.sparse import choose
+from duolocal.kernels.sparse import Chosen, choose
 
 if TYPE_CHECKING:
     from duolocal.cache.cache import DuoCache
@@ -25,7 +25,7 @@ class CompiledPath:
 
     def __init__(self, cache: "DuoCache", kernels: CpuKernels) -> None:
         plan, pool = cache.plan, cache.pool
-        self._attention = CpuAttention(
+        self.attention = CpuAttention(
             kernels,
             cache.layout,
             ring=cache.ring.data,
@@ -42,6 +42,11 @@ class CompiledPath:
         )
         self._selects = cache.selection is not None
         self._cache = cache
+        self._sizes = {
+            "sink_size": plan.sink_size,
+            "recent_size": cache.exact_recent,
+            "block_size": cache.layout.block_size,
+        }
         self._rows: list[slice] = []  # of the block table, per layer
         row = 0
         for flags in plan.retrieval:
@@ -51,11 +56,11 @@ class CompiledPath:
     def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
         """Take k and v [q_len, num_kv_heads, head_dim] of the step's tokens."""
         step.k, step.v = k, v
-        self._attention.close_blocks(layer, k, v)
+        self.attention.close_blocks(layer, k, v)
         if self._selects:
-            self._attention.digest(layer, k.shape[0])
+            self.attention.digest(layer, k.shape[0])
         if k.shape[0] == 1:
-            self._attention.write_ring(layer, k, v)
+            self.attention.write_ring(layer, k, v)
 
     def attend(self, layer: int, step: Step, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attend from q [q_len, num_heads, head_dim] at the step's positions."""
@@ -63,24 +68,21 @@ class CompiledPath:
         assert k is not None and v is not None
         step.k = step.v = None
         if q.shape[0] == 1:
-            return self._attention.decode(layer, q)
+            return self.attention.decode(layer, q)
         if self._cache.prefill is None or not sum(self._cache.plan.retrieval[layer]):
-            out = self._attention.prefill(layer, q, k, v)
+            out = self.attention.prefill(layer, q, k, v)
         else:
             out = self._sparse(layer, step, q, k, v)
-        self._attention.write_ring(layer, k, v)
+        self.attention.write_ring(layer, k, v)
         return out
 
-    def _sparse(self, layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from a chunk by the cache's policy: choose blocks, then read those."""
-        cache, attention, rows = self._cache, self._attention, self._rows[layer]
-        policy, counts = cache.prefill, cache.sparse_counts
-        assert policy is not None and counts is not None
-        sizes = {"sink_size": cache.plan.sink_size, "recent_size": cache.exact_recent}
-        sizes["block_size"] = cache.layout.block_size
+    def choose(self, layer: int, q: Tensor, k: Tensor, *, start: int, end: int) -> Chosen:
+        """Choose the blocks that a chunk's queries at positions start..end-1 read, by the cache's policy."""
+        cache, rows, policy = self._cache, self._rows[layer], self._cache.prefill
+        assert policy is not None
 
         def estimate(tiles: range, num_blocks: int) -> tuple[Tensor, Tensor]:
-            return attention.block_weights(
+            return self.attention.block_weights(
                 layer,
                 q,
                 k,
@@ -90,8 +92,16 @@ class CompiledPath:
                 blocks=num_blocks,
             )
 
-        chosen = choose(policy, estimate, start=step.start, end=step.end, **sizes)
-        counts.add(rows, chosen, start=step.start, end=step.end, **sizes)
+        num_heads = (rows.stop - rows.start) * cache.query_group
+        return choose(policy, estimate, num_heads=num_heads, start=start, end=end, **self._sizes)
+
+    def _sparse(self, layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from a chunk by the cache's policy: choose blocks, then read those."""
+        cache, attention, rows = self._cache, self.attention, self._rows[layer]
+        policy, counts = cache.prefill, cache.sparse_counts
+        assert policy is not None and counts is not None
+        chosen = self.choose(layer, q, k, start=step.start, end=step.end)
+        counts.add(rows, chosen, start=step.start, end=step.end, **self._sizes)
         if not policy.measure:
             return attention.prefill(layer, q, k, v, chosen=chosen)
         kept, whole = (torch.empty(*q.shape[:2], 2) for _ in range(2))
@@ -111,7 +121,7 @@ class CompiledPath:
 
     def digest(self, layer: int, first: int, last: int) -> None:
         """Make the digests of blocks first..last-1, which were read back."""
-        self._attention.digest(layer, first=first, last=last)
+        self.attention.digest(layer, first=first, last=last)
 
 
 def _tiers(pool: BlockPool) -> Tiers | None:

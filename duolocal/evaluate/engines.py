@@ -184,7 +184,7 @@ class Lineup:
             budget, policy = selection_budget(setting.select, context), None
             if budget is not None:
                 policy = SelectionPolicy(budget, choose_channels(source, transformer, plan))
-            sparse = prefill_policy(setting.prefill, device=transformer.device, chunk_size=chunk_size)
+            sparse = prefill_policy(setting.prefill, chunk_size=chunk_size)
             choices.append(Choice(_name(setting, kv), plan, kv, setting, policy, sparse))
             notes += [note] if note and note not in notes else []
         lineup = cls(transformer, choices, chunk_size=chunk_size, source=source, notes=notes)

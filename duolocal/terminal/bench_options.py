@@ -58,7 +58,7 @@ def add_bench_parsers(what: "argparse._SubParsersAction[_P]", add_model_options:
     _repeats(decode, 5)
     add_model_options(decode, context=False)
 
-    prefill = add("prefill", "prefill speed by length and chunk size")
+    prefill = add("prefill", "prefill speed by length and chunk size; with --prefill sparse, exact and sparse in turns")
     _contexts(prefill, "512,2K,8K")
     prefill.add_argument(
         "--chunk-sizes", default="128,512,2K", metavar="LIST", help="tokens per prefill step (default: %(default)s)"
@@ -162,6 +162,8 @@ def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Con
             f"bench {options.action} reads all blocks, in memory: leave --select and --kv-device-memory out, or use "
             "bench decode"
         )
+    if settings.prefill != "exact" and options.action != "prefill":
+        raise SettingsError(f"bench {options.action} reads exactly: leave --prefill out, or use bench prefill")
     if options.action == "memory":
         from duolocal.terminal.bench_view import bench_memory
 

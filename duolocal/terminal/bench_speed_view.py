@@ -15,6 +15,7 @@ from duolocal.bench.prefill import measure_prefill
 from duolocal.bench.text import text_ids
 from duolocal.bench.timing import Spread
 from duolocal.engine.engine import Engine
+from duolocal.engine.prefill_choice import prefill_policy
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.quantized import quantize_on_load
 from duolocal.settings import ChatSettings, format_tokens
@@ -81,7 +82,7 @@ def bench_prefill(
     with StillLine(progress) as line:
         engines = {"exact": engine}
         if settings.prefill == "sparse":  # both ways, in turns, with the same weights
-            policy = prefill_policy("sparse", device=engine.transformer.device, chunk_size=chunk_sizes[0])
+            policy = prefill_policy("sparse", chunk_size=chunk_sizes[0])
             engines["sparse"] = Engine.build(
                 engine.transformer, engine.plan, kv=engine.kv, chunk_size=engine.chunk_size, prefill=policy
             )

@@ -252,7 +252,7 @@ class CpuAttention:
         )
         self._kernels.run("estimate_blocks", args, q, k, out, scratch, self)
         found = out[self._rows[layer] >= 0].transpose(1, 2)  # [heads, group, queries, blocks + 1, 2]
-        lse = found[..., 0] + found[..., 1].log()
+        lse = found[..., 1].log_().add_(found[..., 0])
         return lse[..., :-1], lse[..., -1]
 
     def _store(self, name: str, layer: int, k: Tensor, v: Tensor) -> None:

@@ -137,7 +137,7 @@ def fused_blocks_attention(cache: LayerCache, q: Tensor, start: int) -> tuple[Te
     layout, dim, group = cache.layout, cache.head_dim, cache.query_group
     rows = q.shape[0] * group
     interpreted = q.device.type == "cpu"
-    k_dot, v_dot = (_dot_dtype(plane, interpreted=interpreted) for plane in (layout.key, layout.value))
+    k_dot, v_dot = (dot_dtype(plane, interpreted=interpreted) for plane in (layout.key, layout.value))
     queries = fold_queries(cache, q, k_dot)
     block_m, block_n, num_warps, num_stages = fused_tiles(dim, rows, layout, k_dot, v_dot)
     row_tiles = triton.cdiv(rows, block_m)
@@ -210,7 +210,7 @@ def _join(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return out.mul_(weights[..., None]).sum(dim=0), joined
 
 
-def _dot_dtype(plane: Plane, *, interpreted: bool) -> torch.dtype:
+def dot_dtype(plane: Plane, *, interpreted: bool) -> torch.dtype:
     """Return the dtype that a plane's dots run in; the interpreter has no bfloat16 dots."""
     dtype = plane.dtype or torch.float16
     return torch.float32 if interpreted and dtype == torch.bfloat16 else dtype

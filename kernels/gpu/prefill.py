@@ -5,6 +5,7 @@ before it. Owns the band, the fused route over the blocks and the merge; `librar
 the blocks. Both are flash attention (arXiv 2307.08691): softmax in base 2 while the keys pass by, sums in float32.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -289,17 +290,25 @@ def merge_blocks(
 
 
 def prefill_attention(
-    cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, start: int, *, route: Route | None = None
+    cache: LayerCache,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    *,
+    route: Route | None = None,
+    blocks_of: Callable[[Tensor], tuple[Tensor, Tensor] | None] | None = None,
 ) -> Tensor:
     """Attend from a chunk to all that each of its tokens may see.
 
     q: [q_len, num_heads, head_dim], k, v: [q_len, num_kv_heads, head_dim], positions start..; the ring holds what came
     before the chunk, and the blocks that the chunk fills are closed. Returns [q_len, num_heads, head_dim] in q's dtype.
+    blocks_of: in place of `blocks_attention`; gets the log-sum-exps [q_len, num_heads] of the band.
     Memory: 4 · head_dim bytes per token and head for the band, for retrieval heads as much again (twice for a rotated
     value plane), and the scratch of the route.
     """
     band, band_lse = band_attention(cache, q, k, v, start)
-    seen = blocks_attention(cache, q, start, route=route)
+    seen = blocks_attention(cache, q, start, route=route) if blocks_of is None else blocks_of(band_lse)
     if seen is None:
         return band.to(q.dtype)
     blocks, blocks_lse = seen
