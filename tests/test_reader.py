@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -76,7 +76,11 @@ def encode_bytes(text: str) -> list[int]:
     return list(text.encode("utf-8", "surrogatepass"))
 
 
+LONG = "A sentence of more than forty characters stands here. And é another one that is quite as long! " * 9
+
+
 @given(st.lists(TEXTS, max_size=4))
+@example([LONG, "", "x" * 3000, LONG])
 def test_every_token_lies_in_one_chunk_and_neighbours_are_neighbours(texts: list[str]) -> None:
     found = list(sentences(texts, encode_bytes))
     for at, text in enumerate(texts):
@@ -202,7 +206,7 @@ def test_questions_do_not_see_each_other(tmp_path: Path) -> None:
 def test_a_chunk_has_to_fit(tmp_path: Path) -> None:
     engine, tokenizer = make(tmp_path, context=300)
     with pytest.raises(SettingsError, match="a chunk of 400 tokens is read at a time, and the context is 300"):
-        Retriever(engine, tokenizer, chunk_tokens=400)
+        Retriever(engine, tokenizer, chunk_tokens=400, passage_tokens=200)
     with pytest.raises(SettingsError, match="too short to read: give 256 or more"):
         Retriever(engine, tokenizer, chunk_tokens=10)
     with pytest.raises(SettingsError, match="cannot hold a sentence: give 128 or more"):
@@ -221,6 +225,7 @@ def carried(score: float, document: int, start: int) -> Carried:
 
 
 @given(st.lists(st.floats(0, 1), max_size=300))
+@example([(7 * at % 200) / 200 for at in range(200)])
 def test_the_best_are_carried_and_no_more(scores: list[float]) -> None:
     carry = Carry()
     for at, score in enumerate(scores):
@@ -300,8 +305,10 @@ def test_all_of_the_texts_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(ChunkReader, "scores", spy_scores)
     texts = [text_of(30, 1), "", "x;y\n" * 400, text_of(3, 2)]
     *progress, found = retriever.read(texts, ["Where?", "Who is yellow?"])
+    whole, seen, listened = seen, seen[: len(progress)], listened[: len(progress)]
     assert tokenizer.decode([token for ids in seen for token in ids], continues=True) == "".join(texts)
     assert listened == [len(ids) for ids in seen] and max(listened) <= MIN_CHUNK
+    assert len(whole) == len(seen) + 2  # the passages of each question, side by side
     assert isinstance(found, list) and [each.question for each in found] == ["Where?", "Who is yellow?"]
     assert all(each.tokens_read == sum(listened) for each in found)
     steps = [event for event in progress if isinstance(event, Prefilled)]
@@ -323,7 +330,7 @@ def tensor_bytes() -> int:
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     engine, tokenizer = make(tmp_path)
-    retriever = Retriever(engine, tokenizer, chunk_tokens=MIN_CHUNK)
+    retriever = Retriever(engine, tokenizer, chunk_tokens=MIN_CHUNK, passage_tokens=MIN_CHUNK)
     held = []
     text = text_of(400)
     for event in retriever.read([text], ["Where?"]):
@@ -358,3 +365,27 @@ def test_questions_read_together_find_what_they_find_alone(tmp_path: Path) -> No
             (one.document, one.start, one.stop) for one in each.passages
         ]
     assert len({each.passages for each in together}) > 1
+
+
+def test_what_is_weak_beside_the_best_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, tokenizer = make(tmp_path)
+    retriever = Retriever(engine, tokenizer, chunk_tokens=MIN_CHUNK, passage_tokens=600)
+    text = text_of(60)
+    progress: list[Prefilled] = []
+    first: list[Prefilled] = []
+
+    def scores(_: ChunkReader, questions: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
+        if not first:  # alone, every tenth sentence of a chunk is looked at, the later ones a little more
+            return torch.tensor([[0.5 + at / 1000 if at % 10 == 5 else 0.0 for at in range(len(lengths))]])
+        return torch.tensor([[0.3, *[0.1] * (len(lengths) - 2), 0.2]])  # side by side
+
+    monkeypatch.setattr(ChunkReader, "scores", scores)
+    for event in retriever.read([text], ["Where?"]):
+        if isinstance(event, Prefilled):
+            progress.append(event)
+            if event.done == event.total:
+                first.append(event)
+        else:
+            (found,) = event
+    assert len(progress) > 3
+    assert [one.score for one in found.passages] == pytest.approx([0.3, 0.2])

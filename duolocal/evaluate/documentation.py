@@ -29,6 +29,7 @@ PACKAGES = (
     "transformers",
 )
 MIN_DOCSTRING = 200  # characters: shorter ones are hardly prose
+MIN_PARAGRAPH = 80  # characters: shorter ones, such as headings, may come again
 _NO_PROSE = {"test", "tests", "site-packages", "idlelib", "__pycache__", "_vendor"}
 
 
@@ -44,22 +45,33 @@ def documentation(characters: int) -> Haystack:
     """Return about `characters` characters of it, from the beginning. Raises SettingsError where there is less."""
     pieces: list[str] = []
     sources: dict[str, int] = {}
-    size, seen = 0, set()
+    size = 0
+    seen: set[bytes] = set()
     for source, piece in _pieces():
-        digest = hashlib.sha256(piece.encode("utf-8", "replace")).digest()
-        if digest in seen:
+        piece = _unseen(piece, seen)[: characters - size]
+        if len(piece) < MIN_DOCSTRING:
             continue
-        seen.add(digest)
-        piece = piece[: characters - size]
         pieces.append(piece)
         sources[source] = sources.get(source, 0) + len(piece)
         size += len(piece) + 2
-        if size >= characters:
+        if size > characters - MIN_DOCSTRING:
             return Haystack("\n\n".join(pieces), sources)
     raise SettingsError(
         f"the documentation installed here has {size:,} characters, and {characters:,} are needed: ask for fewer "
         "tokens, or give a text of your own (--text)"
     )
+
+
+def _unseen(text: str, seen: set[bytes]) -> str:
+    """Return the paragraphs of `text` that are not among `seen`, and add them there."""
+    kept = []
+    for paragraph in text.split("\n\n"):
+        words = " ".join(paragraph.split())
+        digest = hashlib.sha256(words.encode("utf-8", "replace")).digest()
+        if len(words) < MIN_PARAGRAPH or digest not in seen:
+            kept.append(paragraph)
+            seen.add(digest)
+    return "\n\n".join(kept)
 
 
 def _pieces() -> Iterator[tuple[str, str]]:

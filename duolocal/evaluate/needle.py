@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from duolocal.engine.session import ChatSession, Prefilled, Text
+from duolocal.errors import SettingsError
 from duolocal.evaluate.grid import Outcome, ask
 from duolocal.evaluate.prompts import Prompt, Question, prompt_ids
 from duolocal.reader import Found, Retriever
@@ -137,7 +138,7 @@ def make_task(
     """Hide one needle of each kind at every depth of the first `num_tokens` tokens of `text`.
 
     absent: questions of each kind whose needle is left out. A needle stands between two paragraphs or lines near its
-    depth, those of one depth a few paragraphs apart.
+    depth, those of one depth a few paragraphs apart. Raises SettingsError where the text is too short.
     """
     generator = random.Random(seed)
     text = _first_tokens(tokenizer, text, num_tokens)
@@ -176,13 +177,16 @@ def _first_tokens(tokenizer: Tokenizer, text: str, num_tokens: int) -> str:
             cut = text.rfind("\n\n", 0, end)
             return text[: cut if cut > 0 else end]
         count, at = count + len(ids), at + step
-    return text
+    raise SettingsError(f"the text has {count:,} tokens, too few for {num_tokens:,}: give a longer one (--text)")
 
 
 def run_task(
-    session: ChatSession, retriever: Retriever, task: Task, *, resume: State | None = None
+    session: ChatSession, retriever: Retriever, task: Task, *, resume: State | None = None, answered: int = 0
 ) -> Iterator[Prefilled | NeedleResult]:
-    """Read the text once for all questions, then answer them; yields progress, then a result for each needle."""
+    """Read the text once for all questions, then answer them; yields progress, then a result for each needle.
+
+    resume, answered: how far an earlier run came, with the reading and with the answers.
+    """
     found: list[Found] = []
     questions = [needle.question.question for needle in task.needles]
     for event in retriever.read([task.text], questions, resume=resume):
@@ -190,7 +194,7 @@ def run_task(
             yield event
         else:
             found = event
-    for needle, depth, one in zip(task.needles, task.depths, found, strict=True):
+    for needle, depth, one in list(zip(task.needles, task.depths, found, strict=True))[answered:]:
         yield _answer(session, retriever, task, needle, depth, one)
     session.reset()
 

@@ -2,14 +2,15 @@
 
 After InfiniRetri (arXiv 2502.12962): a model that can only be trusted with a few thousand tokens reads all of a text in
 chunks, the attention of a question says which sentences matter, and those alone are carried on. Here the scores of all
-chunks are compared directly instead of rereading what is carried in every chunk, so that the chunks are independent.
+chunks are compared directly instead of rereading what is carried in every chunk, so that the chunks are independent. At
+the end the passages are read once more side by side: in one softmax they compete, and what only looks alike falls back.
 Knows nothing of conversations; yields progress and prints nothing.
 """
 
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from duolocal.engine.engine import Cancelled, Engine
 from duolocal.engine.session import Prefilled
@@ -23,6 +24,7 @@ CHUNK_TOKENS = 1024
 MIN_CHUNK = 2 * MAX_TOKENS
 PASSAGE_TOKENS = 1024  # of all passages for an answer
 MIN_PASSAGE_TOKENS = MAX_TOKENS
+KEPT_SHARE = 0.5  # of the best score, when passages are read side by side
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Retriever:
         self._state = State(0, 0, ())
         self._carries: list[Carry] = []
         self._cancel = threading.Event()
-        self._reader = ChunkReader(engine, tokenizer, chunk_tokens=chunk_tokens, before_layer=self._check)
+        window = max(chunk_tokens, passage_tokens)
+        self._reader = ChunkReader(engine, tokenizer, chunk_tokens=window, before_layer=self._check)
 
     @property
     def cache_bytes(self) -> int:
@@ -98,6 +101,8 @@ class Retriever:
         started = time.perf_counter()
         asked = [self._reader.frame.question(question) for question in questions]
         carries = [Carry(() if resume is None else resume.carried[at]) for at in range(len(questions))]
+        self._state = State(0, 0, ()) if resume is None else resume
+        self._carries = carries
         before = [0]  # characters of the documents before each
         for text in texts:
             before.append(before[-1] + len(text))
@@ -113,19 +118,31 @@ class Retriever:
                     carry.offer(sentence, score)
             done += sum(lengths)
             self._state = State(count, done, ())
-            self._carries = carries
             characters = before[chunk[-1].document] + chunk[-1].stop
             total = max(done, round(done * before[-1] / characters))
             yield Prefilled(done - skipped, total - skipped, time.perf_counter() - started)
-        found = []
-        for question, carry in zip(questions, carries, strict=True):
-            passages = choose(
-                carry.best(),
-                lambda at, start, stop: len(self._encode(texts[at][start:stop])),
-                budget=self.passage_tokens,
-            )
-            found.append(Found(question, tuple(passages), done))
-        yield found
+        yield [
+            Found(question, tuple(self._compare(texts, ids, carry)), done)
+            for question, ids, carry in zip(questions, asked, carries, strict=True)
+        ]
+
+    def _compare(self, texts: Sequence[str], question: Sequence[int], carry: Carry) -> list[Passage]:
+        """Return the passages of what is carried, with their scores side by side; the weaker are left out."""
+        passages = choose(
+            carry.best(),
+            lambda at, start, stop: len(self._encode(texts[at][start:stop])),
+            budget=self.passage_tokens,
+        )
+        if not passages:
+            return []
+        encoded = [self._encode(texts[one.document][one.start : one.stop]) for one in passages]
+        self._reader.read([token for ids in encoded for token in ids])
+        scores = self._reader.scores([question], [len(ids) for ids in encoded])[0].tolist()
+        return [
+            replace(one, score=score)
+            for one, score in zip(passages, scores, strict=True)
+            if score >= KEPT_SHARE * max(scores)
+        ]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, continues=True)

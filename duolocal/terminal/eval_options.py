@@ -216,6 +216,8 @@ def _needle(options: argparse.Namespace, settings: ChatSettings, common: dict[st
     for word in kinds:
         if word not in NEEDLE_NAMES:
             raise SettingsError(f"--kinds has {word!r}: give a list of {', '.join(NEEDLE_NAMES)}")
+    if options.prefill != "exact":
+        raise SettingsError("eval needle reads exactly: leave --prefill out")
     lengths, depths = parse_sizes(options.tokens, "--tokens"), parse_tokens(options.depths, "--depths")
     absent = 0 if options.absent.strip() == "0" else parse_tokens(options.absent, "--absent")
     passages = None if options.passages is None else parse_tokens(options.passages, "--passages")

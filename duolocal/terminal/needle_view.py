@@ -22,7 +22,7 @@ from duolocal.errors import SettingsError
 from duolocal.evaluate import Outcome
 from duolocal.evaluate.documentation import Haystack, documentation
 from duolocal.evaluate.grid import places
-from duolocal.evaluate.needle import NeedleResult, Task, make_task, run_task
+from duolocal.evaluate.needle import MOST, NeedleResult, Task, make_task, run_task
 from duolocal.reader import PASSAGE_TOKENS, Retriever
 from duolocal.reader.passages import Carried
 from duolocal.reader.retrieve import State
@@ -32,10 +32,10 @@ from duolocal.terminal.clean import clean_line
 from duolocal.terminal.eval_parts import open_source
 from duolocal.terminal.eval_view import draw_maps, print_maps
 from duolocal.terminal.progress import bar
-from duolocal.tokenizer import load_tokenizer
+from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 CONTEXT = 4096  # tokens: passages, question and answer
-_CHARACTERS = 6  # per token at most, for the text to be long enough for any vocabulary
+_CHARACTERS = (4.5, 7.0)  # of documentation for a token: more where a vocabulary needs it
 _KEEP_S = 60.0  # between two states on disk
 
 
@@ -59,6 +59,10 @@ def eval_needle(
     text: the haystack and its name, None for the documentation that is installed; out: the folder of the points.
     """
     at = places(depths)
+    if depths + absent > MOST:
+        raise SettingsError(
+            f"{depths} depths and {absent} absent needles of a kind are too many for one text: {MOST} together at most"
+        )
     if out is not None and not out.is_dir():
         raise SettingsError(f"--out {out} is no folder: make it first (mkdir {out})")
     source = open_source(settings, progress)
@@ -82,12 +86,7 @@ def eval_needle(
     points = []
     for length in lengths:
         with bar(progress, f"finding {format_tokens(length)} tokens of text", ""):
-            haystack = (
-                documentation(length * _CHARACTERS) if text is None else Haystack(text[0], {text[1]: len(text[0])})
-            )
-            task = make_task(
-                tokenizer, haystack.text, num_tokens=length, depths=at, kinds=kinds, absent=absent, seed=seed
-            )
+            haystack, task = _task(tokenizer, text, num_tokens=length, depths=at, kinds=kinds, absent=absent, seed=seed)
         identity = {
             "model": source.fingerprint,
             "task": task.digest,
@@ -113,6 +112,23 @@ def eval_needle(
     return 0
 
 
+def _task(
+    tokenizer: Tokenizer, text: tuple[str, str] | None, *, num_tokens: int, **wanted: Any
+) -> tuple[Haystack, Task]:
+    if text is not None:
+        return Haystack(text[0], {text[1]: len(text[0])}), make_task(
+            tokenizer, text[0], num_tokens=num_tokens, **wanted
+        )
+    for characters in _CHARACTERS:
+        haystack = documentation(round(num_tokens * characters))
+        try:
+            return haystack, make_task(tokenizer, haystack.text, num_tokens=num_tokens, **wanted)
+        except SettingsError:
+            if characters == _CHARACTERS[-1]:
+                raise
+    raise AssertionError
+
+
 def _measure(
     session: ChatSession,
     retriever: Retriever,
@@ -123,20 +139,20 @@ def _measure(
 ) -> dict[str, Any]:
     """Read one text for all its needles; return what there is to keep of it."""
     part = None if path is None else path.with_suffix(".part")
-    state, before_s = _read_state(part, identity)
-    results: list[NeedleResult] = []
+    state, before_s, results = _read_state(part, identity)
     last = Prefilled(0, 0, 0.0)
     saved = time.monotonic()
     with bar(progress, f"reading {format_tokens(task.length)}", "tokens") as shown:
-        for event in run_task(session, retriever, task, resume=state):
+        for event in run_task(session, retriever, task, resume=state, answered=len(results)):
             if isinstance(event, NeedleResult):
-                results.append(event)
+                results.append(asdict(event))
                 shown.describe(f"answering {len(results)} of {len(task.needles)}")
+                _write_state(part, retriever.state(), before_s + last.elapsed_s, identity, results)
                 continue
             last = event
             shown.update(event.done, event.total, event.elapsed_s)
             if time.monotonic() - saved > _KEEP_S:
-                _write_state(part, retriever.state(), before_s + event.elapsed_s, identity)
+                _write_state(part, retriever.state(), before_s + event.elapsed_s, identity, results)
                 saved = time.monotonic()
     if part is not None:
         part.unlink(missing_ok=True)
@@ -148,8 +164,8 @@ def _measure(
         "tokens_per_s": round(tokens / (before_s + last.elapsed_s), 1),
         "window_bytes": retriever.cache_bytes,
         "peak_bytes": peak_bytes(),
-        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "results": [asdict(result) for result in results],
+        "cpus": os.cpu_count(),
+        "results": results,
     }
 
 
@@ -226,20 +242,26 @@ def _write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     os.replace(fresh, path)
 
 
-def _read_state(path: Path | None, identity: Mapping[str, Any]) -> tuple[State | None, float]:
+def _read_state(path: Path | None, identity: Mapping[str, Any]) -> tuple[State | None, float, list[dict[str, Any]]]:
     kept = _read_json(path, identity)
     if kept is None:
-        return None, 0.0
+        return None, 0.0, []
     carried = tuple(
         tuple(
             Carried(score, (document, start), stop, (first, last)) for score, document, start, stop, first, last in rows
         )
         for rows in kept["carried"]
     )
-    return State(kept["chunks"], kept["tokens"], carried), kept["elapsed_s"]
+    return State(kept["chunks"], kept["tokens"], carried), kept["elapsed_s"], kept["results"]
 
 
-def _write_state(path: Path | None, state: State, elapsed_s: float, identity: Mapping[str, Any]) -> None:
+def _write_state(
+    path: Path | None,
+    state: State,
+    elapsed_s: float,
+    identity: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+) -> None:
     rows = [[[each.score, *each.place, each.stop, *each.around] for each in carried] for carried in state.carried]
     content = {"identity": identity, "chunks": state.chunks, "tokens": state.tokens, "elapsed_s": elapsed_s}
-    _write_json(path, {**content, "carried": rows})
+    _write_json(path, {**content, "carried": rows, "results": results})
