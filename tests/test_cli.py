@@ -219,6 +219,8 @@ def test_bench_memory_prints_a_table_and_json_last(
         "kernels": "auto",
         "weights": "auto",
         "outer_weights": "auto",
+        "kv_device_memory": None,
+        "select": "off",
     }
     lines = capsys.readouterr().out.splitlines()
     assert "3,145,728 bytes (3 MiB)" in lines[1]

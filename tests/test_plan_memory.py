@@ -143,6 +143,15 @@ def test_the_plan_is_what_a_process_takes(
 
 @linux
 @pytest.mark.slow
+def test_the_plan_counts_what_sparse_prefill_takes(folders: dict[str, Path]) -> None:
+    options = options_of("compiled", "int8", 512, prefill="sparse")
+    planned = total(folders["deep"], options)
+    found = run(folders["small"], folders["deep"], options)
+    assert found["resident"] <= planned <= (1 + SHARE) * found["resident"], (planned, found)
+
+
+@linux
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernels", "kv", "chunk_size", "short"),
     # The slow reference finds some room in what its libraries hold since the warm-up.
@@ -214,6 +223,20 @@ def test_blocks_are_placed_where_they_have_room(folders: dict[str, Path]) -> Non
 def test_the_real_model(folders: dict[str, Path], smollm2_path: Path, kernels: str, kv: str) -> None:
     options = options_of(kernels, kv, 512, heads="0.5")
     planned = total(smollm2_path, options)
+    found = run(folders["small"], smollm2_path, options)
+    assert found["resident"] <= planned <= (1 + SHARE) * found["resident"], (planned, found)
+
+
+@linux
+@pytest.mark.slow
+def test_the_real_model_with_digests(
+    folders: dict[str, Path], smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once their channels are known: finding them, as measuring formats and ranking heads, happens before the cache."""
+    options = options_of("compiled", "int8", 512, heads="0.5", select="256")
+    planned = total(smollm2_path, options)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run(folders["small"], smollm2_path, options)
     found = run(folders["small"], smollm2_path, options)
     assert found["resident"] <= planned <= (1 + SHARE) * found["resident"], (planned, found)
 

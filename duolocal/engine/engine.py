@@ -184,6 +184,7 @@ class Engine:
             threads=chosen.num_threads if isinstance(chosen, CpuKernels) else 1,
             kv_device_memory=kv_device_memory,
             select=budget,
+            sparse=sparse is not None,
         )
         # The smallest format stands for "auto" until the weights that it is measured with are loaded.
         placement = place(plan, kv=KV_FORMATS[-1] if kv == "auto" else kv)

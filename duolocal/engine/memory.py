@@ -192,12 +192,14 @@ def placement_for(
     threads: int = 1,
     kv_device_memory: int | None = None,
     select: int | None = None,
+    sparse: bool = False,
 ) -> Placement:
     """Return where the blocks of a context lie.
 
     weights: `duolocal.plan.weights.weights_of` the opened model; free: `free_places`, before it is loaded;
     kv_device_memory: as `--kv-device-memory`, None for as many blocks on the device as fit; select: the token budget of
-    selected decode. Raises MemoryLimitError, before anything is allocated, naming the numbers and what fits.
+    selected decode; sparse: whether prefill chooses blocks. Raises MemoryLimitError, before anything is allocated,
+    naming the numbers and what fits.
     """
     request = Request(
         config=config,
@@ -213,6 +215,7 @@ def placement_for(
         kv_device_memory=kv_device_memory,
         outer="disk" if device.type == "cpu" else "memory",
         select=select,
+        sparse=sparse,
     )
     placed = choose_placement(request, free, Freedom(kv))
     return Placement(placed.kv_device_memory, placed.outer, folder)

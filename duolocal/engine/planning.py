@@ -126,6 +126,7 @@ def plan_settings(
         kv_device_memory=settings.kv_device_memory,
         outer="memory" if where.type == "cuda" else "disk",
         select=selection_budget(settings.select, context),
+        sparse=settings.prefill == "sparse",
     )
     plan = plan_memory(request)
     free = _free(where, chosen, memory=memory, host_memory=host_memory, disk=disk, process=plan.process)

@@ -39,7 +39,7 @@ class Request:
 
     weights: as they will be loaded. kernels: "compiled", "torch" or "triton". kv_device_memory: bytes for records of
     blocks and their tables on the device, None for all of them; the others go to `outer`. select: the token budget of
-    selected decode, None for dense decode.
+    selected decode, None for dense decode. sparse: whether prefill chooses blocks.
     """
 
     config: ModelConfig
@@ -55,6 +55,7 @@ class Request:
     kv_device_memory: int | None = None
     outer: Outer = "disk"
     select: int | None = None
+    sparse: bool = False
 
     @property
     def max_blocks(self) -> int:
@@ -116,7 +117,7 @@ class MemoryPlan:
 def selection_bytes(layout: BlockLayout, *, rows: int, max_blocks: int, budget: int) -> int:
     """Return what selected decode keeps beside the blocks (`duolocal.cache.selection`): digests of all, lists of some.
 
-    rows: retrieval heads; budget: tokens that each reads.
+    rows: retrieval heads; budget: tokens that each reads. The scores of one layer at a time are not in it.
     """
     channels = digest_channels(layout.head_dim)
     digests = max_blocks * digest_bytes(layout.block_size, channels)
@@ -146,6 +147,7 @@ def plan_memory(request: Request) -> MemoryPlan:
         dtype=request.dtype,
         kernels=request.kernels,
         threads=request.threads,
+        sparse=request.sparse,
     )
     on_gpu = request.device == "cuda"
     working = live.most + (0 if on_gpu else HEAP_HOLES)

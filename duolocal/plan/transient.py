@@ -14,6 +14,7 @@ from duolocal.kernels.attention import KEY_SPAN, QUERY_TILE
 from duolocal.kernels.blocks import BlockLayout
 from duolocal.kernels.cpu.attention import TILE_ROWS
 from duolocal.kernels.cpu.structs import KEY_TILE
+from duolocal.kernels.sparse import SparsePrefill, tiles_at_once
 from duolocal.kernels.torch_kernels import VOCAB_TILE
 from duolocal.models.config import ModelConfig
 
@@ -25,6 +26,7 @@ HEAP_HOLES = 2 << 20
 # small products: measured likewise, as a share of what is alive and a rest.
 ATTENTION_COPIES, ATTENTION_REST = 1.05, 3 << 20
 MATRIX_COPIES, MATRIX_REST = 1.15, 6 << 20
+SPARSE_COPIES = 8  # of the weights of all blocks in a tile: two numbers each, and what choosing makes of them
 _SPANS_PER_THREAD = 8  # partial results of decode attention, as in kernels/cpu/attention.py
 _SAMPLING_COPIES = 8  # of the logits of one token, float64
 
@@ -51,10 +53,12 @@ def working_bytes(
     dtype: torch.dtype,
     kernels: str,
     threads: int = 1,
+    sparse: bool = False,
 ) -> Working:
     """Return what a chunk of `chunk_size` tokens and a decode step hold beside weights and cache.
 
-    kernels: "compiled", "torch" or "triton". Grows with the chunk, not with the context beyond a span of blocks.
+    kernels: "compiled", "torch" or "triton". sparse: whether prefill chooses blocks. Grows with the chunk, not with the
+    context beyond a span of blocks; where prefill is sparse, with the blocks that are weighed for a tile.
     """
     shape = _Shape.of(config, heads, layout, context=context, chunk=min(chunk_size, context), dtype=dtype)
     if kernels == "triton":
@@ -63,6 +67,14 @@ def working_bytes(
         prefill, decode = _compiled(shape, threads), _recorded(shape)
     else:
         prefill, decode = _torch(shape), 0
+    if sparse:
+        policy, num_heads, num_blocks = (
+            SparsePrefill(),
+            shape.most_retrieval * shape.group,
+            context // layout.block_size,
+        )
+        tiles = tiles_at_once(policy, num_heads=num_heads, num_blocks=num_blocks)
+        prefill += tiles * num_heads * policy.asked_per_tile * (num_blocks + 1) * 4 * SPARSE_COPIES
     sampling = config.vocab_size * 8 * _SAMPLING_COPIES
     return Working(prefill + shape.saved_ring + sampling, decode + sampling)
 
