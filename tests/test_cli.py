@@ -90,7 +90,7 @@ def test_empty_stdin_is_no_question() -> None:
         (
             ["zzz"],
             "unknown command 'zzz': give one of bench, chat, docs, eval, heads, kv, models, "
-            "quantize, sessions, summarize",
+            "plan, quantize, sessions, summarize",
         ),
         (["models", "fetch"], "the following arguments are required: name"),
         (["models", "fetch", "smollm2-135n"], None),
@@ -275,6 +275,8 @@ def test_once_as_json(capsys: pytest.CaptureFixture[str]) -> None:
             "format": "int8",
             "retrieval_bytes": 4 * 2**20,
             "streaming_bytes": 2 * 2**20,
+            "digests_bytes": 0,
+            "beyond_device_bytes": 0,
             "dense_16bit_bytes": 24 * 2**20,
         },
         "documents": [{"name": "notes.txt", "tokens": 3}],

@@ -14,15 +14,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from duolocal.cache import DuoCache, Placement
+from duolocal.cache import Placement
 from duolocal.cache.pool import BlockPool
-from duolocal.cache.selection import SelectionPolicy, occasion
-from duolocal.heads import HeadPlan
+from duolocal.cache.selection import occasion
 from duolocal.kernels.blocks import decode_blocks, encode_blocks, hadamard
 from duolocal.kernels.digest import (
     REACH,
     RUN,
-    DigestChannels,
     digest_bytes,
     digest_channels,
     make_digests,
@@ -33,13 +31,14 @@ from duolocal.kernels.gpu import select
 from duolocal.kernels.gpu.decode import decode_attention, partial_shape
 from duolocal.kernels.gpu.digest import digest_blocks
 from duolocal.kernels.gpu.layer_cache import LayerCache, LayerSelection
-from duolocal.kernels.gpu.operations import TritonKernels
 from duolocal.kernels.gpu.select import select_blocks
-from duolocal.kernels.interface import Rotation
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from tests.test_triton_append import normal
 from tests.test_triton_decode import make_queries, make_state, oracle, store
 from tests.triton_device import COMPUTE_DTYPES, DEVICE, INTERPRETED
+
+# The newest complete block is poison in these tests, and so is its digest.
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")
 
 
 def selecting(cache: LayerCache, *, budget: int, reuse: int = 4, seed: int = 7) -> LayerCache:
@@ -231,6 +230,7 @@ def test_of_equal_scores_the_older_and_rising(chunk: int, data: st.DataObject) -
         **sizes,
         CHUNK=chunk,
         WHOLE=chunk >= 33,
+        TILE=8,
     )
     # -0.0 and 0.0 are told apart by their bits, and the order of both is one that sorting may have.
     key = torch.where(scores == 0, torch.where(torch.signbit(scores), -1e-45, 0.0), scores.double())
@@ -238,15 +238,15 @@ def test_of_equal_scores_the_older_and_rising(chunk: int, data: st.DataObject) -
     assert selection.lists[0, : len(order) + 1].tolist() == [*sorted(order), count]
 
 
-@pytest.mark.parametrize("reuse", [1, 4])
-def test_lists_are_made_anew_when_due(reuse: int) -> None:
+def test_lists_are_made_anew_when_due() -> None:
     """By position, by a new block in sight, and after `forget`: never otherwise."""
+    reuse = 5
     cache, _, _ = make_state("int4", head_dim=16, start=420, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=4)
     cache = digested(cache, budget=2, reuse=reuse)
     digest_blocks(cache, 0, 20)
     selection = selection_of(cache)
     made = None
-    for start in (400, 401, 402, 403, 404, 405, 415, 416):
+    for start in (400, 401, 404, 405, 415, 416):
         cache.start.fill_(start)
         q, _ = make_queries(cache, seed=start)
         before = selection.lists.clone()
@@ -460,7 +460,7 @@ def test_a_budget_for_everything_is_dense_attention() -> None:
     chosen = digested(cache, budget=50)
     select_blocks(chosen, q)
     out = decode_attention(chosen, q, q_blocks, block_splits=2)
-    wanted, size = oracle(cache, q, q_blocks, k, v)
+    _, size = oracle(cache, q, q_blocks, k, v)
     limit = (torch.finfo(q.dtype).eps + torch.finfo(torch.float16).eps + 5e-6) * size
     assert bool(((out - dense)[0].double().cpu().abs() <= limit).all())
 
@@ -468,7 +468,7 @@ def test_a_budget_for_everything_is_dense_attention() -> None:
 def test_the_needle_is_found() -> None:
     """One block of eight holds a key that the query is after: with a budget of one block it is read."""
     cache, k, v = make_state("int4", head_dim=64, start=700, dtype=COMPUTE_DTYPES[0], group=1, sink_size=0)
-    q, q_blocks = make_queries(cache)
+    q, _ = make_queries(cache)
     head = int(cache.retrieval_heads[0])
     k[200, head] = (q[0, head].float() * 3).to(k.dtype)
     store(cache, k, v)
@@ -481,120 +481,9 @@ def test_more_rows_than_one_layer_of_memory(monkeypatch: pytest.MonkeyPatch) -> 
     """Several programs of scores per row, and chunks of lists."""
     monkeypatch.setattr(select, "SCORED_BLOCKS", 4)
     monkeypatch.setattr(select, "CHUNK", 8)
+    monkeypatch.setattr(select, "PLACED", 4)
     cache, _, _ = make_state("int4", head_dim=64, start=500, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=5)
     cache = digested(cache, budget=5)
     q = normal(1, cache.num_heads, 64, dtype=COMPUTE_DTYPES[0], seed=11)
     select_blocks(cache, q)
     check_lists(cache, q)
-
-
-# --- a cache ----------------------------------------------------------------------------------------------------------
-
-PLAN = HeadPlan(((True, False), (False, True)), 4, 20, "test")
-LAYOUT = kv_layout("int4", head_dim=32, dtype=torch.float32, block_size=16)
-
-
-def make_cache(kernels: TritonKernels | None, *, reuse: int, slots: int | None) -> DuoCache:
-    generator = torch.Generator().manual_seed(3)
-    channels = torch.stack([torch.randperm(32, generator=generator)[:16] for _ in range(2)])
-    room = 2 * (24 * 8 + (slots or 0) * (LAYOUT.record_bytes + 8)) + 7
-    cache = DuoCache(
-        PLAN,
-        LAYOUT,
-        num_heads=4,
-        context=384,
-        device=DEVICE,
-        dtype=torch.float32 if INTERPRETED else torch.bfloat16,
-        kernels=kernels,
-        placement=Placement(None if slots is None else room),
-        select=SelectionPolicy(48, DigestChannels(channels.int(), torch.randn(2, 16, generator=generator)), reuse),
-    )
-    cache.pool.poison(0xFF)
-    assert cache.selection is not None and cache.pool.num_slots == (24 if slots is None else slots)
-    cache.selection.digests.fill_(0xFF)
-    return cache
-
-
-def feed(cache: DuoCache, count: int, *, seed: int = 1) -> Tensor:
-    """Append tokens, each made from its position, without RoPE; return what they saw [tokens, layers, heads, dim]."""
-    start = cache.num_tokens
-    x = torch.stack(
-        [torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(1000 * seed + start + i)) for i in range(count)]
-    )
-    x[:, :, :4] *= 3
-    x = x.to(DEVICE, cache.dtype)
-    still = Rotation(torch.ones(count, 16, device=DEVICE), torch.zeros(count, 16, device=DEVICE))
-    rotation = still if cache.rotates else None
-    cache.begin(count)
-    seen = []
-    for layer in range(2):
-        q, k, v = (part.contiguous() for part in x[:, layer].split((4, 2, 2), dim=1))
-        cache.append(layer, k, v, rotation)
-        seen.append(cache.attend(layer, q, torch.arange(start, start + count, device=DEVICE), rotation))
-    return torch.stack(seen, dim=1)
-
-
-def step(caches: list[DuoCache], count: int, *, commit: bool = True) -> bool:
-    """Feed both; judge lists and results by the torch path; return whether the GPU made lists."""
-    wanted, got = (feed(cache, count) for cache in caches)
-    reference, ours = caches
-    assert reference.selection is not None and ours.selection is not None
-    chose = ours.chooses
-    if count == 1 and ours.num_tokens - ours.exact_recent >= PLAN.sink_size:
-        assert torch.equal(reference.selection.lists, ours.selection.lists), ours.num_tokens
-        assert torch.equal(reference.selection.made_at, ours.selection.made_at)
-    near = 1e-4 if INTERPRETED else 3e-2  # weights in float16 on the values of int4 blocks: 2^-11 of sizes up to 4
-    torch.testing.assert_close(got, wanted, rtol=20 * near, atol=20 * near)
-    for cache in caches:
-        if commit:
-            cache.commit()
-        else:
-            cache.rollback()
-    if ours.pool.tiered:
-        check_table(ours.pool)
-    return chose
-
-
-def check_table(pool: BlockPool) -> None:
-    for row in range(pool.num_rows):
-        tags = pool.tags[row].tolist()
-        for block in range(pool.num_blocks):
-            slot = block % pool.num_slots
-            home = pool.first_home + row * pool.max_blocks + block
-            there = row * pool.num_slots + slot if tags[slot] == block else home
-            assert int(pool.table[row, block]) == there, (row, block)
-            assert torch.equal(pool.take(pool.table[row, block, None]), pool.take(torch.tensor([home])))
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="in 16 bits two scores may be too near to compare lists")
-@pytest.mark.parametrize(("reuse", "slots"), [(4, None), (1, 3), (4, 3)])
-def test_a_cache_is_the_torch_path(reuse: int, slots: int | None) -> None:
-    """Through chunks, single tokens, an undo and a reload: the same lists, and near results."""
-    kernels = TritonKernels(torch.float32)
-    caches = [make_cache(None, reuse=reuse, slots=None), make_cache(kernels, reuse=reuse, slots=slots)]
-    step(caches, 130)
-    for _ in range(4):  # the first block comes into sight at 132, in the middle of what would share a list
-        step(caches, 1)
-    step(caches, 112)
-    made = [step(caches, 1) for _ in range(6)]  # from 246
-    assert made == ([True] * 6 if reuse == 1 else [True, False, True, False, False, False])
-    step(caches, 1, commit=False)
-    assert step(caches, 1) and step(caches, 1) == (reuse == 1)
-    snapshots = [cache.snapshot() for cache in caches]
-    while caches[0].num_tokens < 256:  # a block is completed by a step that need not make lists
-        step(caches, 1)
-    step(caches, 33)
-    step(caches, 1)
-    for cache, snapshot in zip(caches, snapshots, strict=True):
-        cache.restore(snapshot)
-    assert step(caches, 1)
-    step(caches, 40)
-    step(caches, 1)
-    for cache in caches:
-        assert cache.selection is not None
-        ring, columns = cache.read_ring(), cache.pool.read(0, cache.pool.num_blocks)
-        num_tokens = cache.num_tokens
-        cache.reset()
-        cache.selection.digests.fill_(0xFF)
-        cache.resume(ring, num_tokens=num_tokens, first_block=0, columns=[columns])
-    assert step(caches, 1)

@@ -30,8 +30,8 @@ def memory_report(
     """Allocate a model's whole cache and count the bytes, by head class, next to a dense 16-bit cache.
 
     Bytes are those of the tensors' storages. On a CPU every byte is also written, and what the process grew by is
-    reported as `resident_growth_bytes`, so that the figures cannot be promises; not where blocks lie in a file, or where
-    they have digests.
+    reported as `resident_growth_bytes`, so that the figures cannot be promises; not where blocks lie in a file or have
+    digests.
     """
     engine = Engine.load(
         model,

@@ -4,6 +4,7 @@ A decode step reads its position, its lengths and its blocks from device memory 
 CUDA graph and replayed while the context grows.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from duolocal.kernels.gpu.layer_cache import LayerCache, LayerSelection
 from duolocal.kernels.gpu.pointwise import rotate
 from duolocal.kernels.gpu.prefill import prefill_attention
 from duolocal.kernels.gpu.select import select_blocks
+from duolocal.kernels.gpu.sparse_attention import sparse_blocks_attention
 from duolocal.kernels.gpu.store import close_blocks, write_ring
 from duolocal.kernels.interface import Rotation
 
@@ -32,6 +34,7 @@ class GpuPath:
 
     def __init__(self, cache: "DuoCache") -> None:
         plan, device = cache.plan, cache.device
+        assert cache.prefill is None or not cache.prefill.measure, "kept mass is measured on a CPU"
         self._cache = cache
         self._step: Step | None = None  # the decode step that the next two are about
         self._chooses = False
@@ -40,6 +43,7 @@ class GpuPath:
         most_rows = max(sum(flags) for flags in plan.retrieval) if cache.selection is not None else 0
         scores = torch.empty(most_rows, cache.pool.max_blocks, dtype=torch.float32, device=device)
         self._layers: list[LayerCache] = []
+        self._rows: list[slice] = []  # of the block table, per layer
         first_row = 0
         for layer, flags in enumerate(plan.retrieval):
             heads = [head for head, retrieval in enumerate(flags) if retrieval]
@@ -62,6 +66,7 @@ class GpuPath:
                     selection=_selection(cache, slice(first_row, first_row + len(heads)), scores),
                 )
             )
+            self._rows.append(slice(first_row, first_row + len(heads)))
             first_row += len(heads)
 
     def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
@@ -84,9 +89,30 @@ class GpuPath:
             # The block before the chunk may have been completed by a decode step that made no list.
             size = cache.layout.block_size
             digest_blocks(cache, max(0, step.start // size - 1), step.end // size)
-        out = prefill_attention(cache, q, k, v, step.start)
+        out = prefill_attention(cache, q, k, v, step.start, blocks_of=self._sparse(layer, step, q))
         write_ring(cache, k, v, step.start)
         return out
+
+    def _sparse(self, layer: int, step: Step, q: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor] | None] | None:
+        """Return what attends from a chunk to the blocks that the policy chooses, None where all are read."""
+        cache, policy, counts = self._layers[layer], self._cache.prefill, self._cache.sparse_counts
+        if policy is None or counts is None or not cache.num_retrieval:
+            return None
+
+        def blocks(band_lse: Tensor) -> tuple[Tensor, Tensor] | None:
+            seen, chosen = sparse_blocks_attention(cache, q, step.start, band_lse, policy)
+            counts.add(
+                self._rows[layer],
+                chosen,
+                start=step.start,
+                end=step.end,
+                sink_size=cache.sink_size,
+                recent_size=cache.recent_size,
+                block_size=cache.layout.block_size,
+            )
+            return seen
+
+        return blocks
 
     def digest(self, layer: int, first: int, last: int) -> None:
         """Make the digests of blocks first..last-1, which were read back."""

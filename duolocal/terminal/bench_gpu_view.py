@@ -69,6 +69,7 @@ def render(report: Mapping[str, Any]) -> Iterator[str]:
         _prefill_attention,
         _small,
         _decode,
+        _selected,
         _profiles,
         _prefill,
         _sweep,
@@ -207,6 +208,27 @@ def _decode(of: Any) -> Iterator[str]:
     ]
     headings = ["decode, ms/token", "retrieval", "reserved", "ms", "floor", "of floor", "cache GiB", "peak GiB"]
     yield from _table(headings, rows)
+
+
+def _selected(of: Any) -> Iterator[str]:
+    rows = [
+        [
+            f"{format_tokens(r['context'])}, {r['way']}",
+            f"{r['ms']:.3f}",
+            *(f"{r[name]:.3f}" if name in r else "" for name in ("ms_choosing", "ms_reusing")),
+            f"{r['floor_ms']:.3f}",
+            _share(r["of_floor"]),
+            f"{r['copies_per_choice']:.1f}" if "copies_per_choice" in r else "",
+            f"{r['cache_bytes'] / 2**30:.2f}",
+            f"{r.get('peak_reserved_bytes', 0) / 2**30:.2f}",
+        ]
+        for r in of("selected decode")
+    ]
+    headings = ["blocks read, ms/token", "mean", "choosing", "reusing", "floor", "of floor", "copies", "cache GiB"]
+    yield from _table([*headings, "peak GiB"], rows)
+    cells = [f"{r['name']} at {format_tokens(r['context'])} {_us(r)}" for r in of("selection kernels")]
+    if cells:
+        yield "of one layer, µs: " + ", ".join(cells)
 
 
 def _profiles(of: Any) -> Iterator[str]:

@@ -85,14 +85,13 @@ def split_attention_kernel(
         head = tl.load(retrieval_heads + row)
         step_tokens: tl.constexpr = STREAMS * 16 * TILES
         seen_end = position - RECENT + 1
+        first_step: tl.constexpr = 0 if BUDGET > 0 else SINK // step_tokens
         if BUDGET > 0:
             # Iterations count through the list.
-            first_step: tl.constexpr = 0
             length = tl.minimum((seen_end - 1) // BLOCK_SIZE - SINK // BLOCK_SIZE, BUDGET) + 1
             count = tl.cdiv(length * BLOCK_SIZE, step_tokens)
             listed = lists + row * (BUDGET + 1)
         else:
-            first_step: tl.constexpr = SINK // step_tokens
             length = 0
             count = tl.maximum(tl.cdiv(seen_end, step_tokens) - first_step, 0)
             listed = lists

@@ -126,7 +126,8 @@ def attend_block_range(
     value_scales_a, value_minima_a = load_raw_scales(record_a, token, None, VALUE_KIND, VALUE_SCALES, VALUE_MINIMA)
     if TILES == 2:
         at_b = at_a + TILE
-        record_b = records + _record_index(table, listed, at_b, first_block, last_block, BLOCK_SIZE, LISTED) * RECORD_BYTES
+        index_b = _record_index(table, listed, at_b, first_block, last_block, BLOCK_SIZE, LISTED)
+        record_b = records + index_b * RECORD_BYTES
         ahead_b = _record_index(table, listed, at_b + TILES * TILE, first_block, last_block, BLOCK_SIZE, LISTED)
         token = (at_b & (BLOCK_SIZE - 1)) + rows
         key_scales_b, key_minima_b = load_raw_scales(record_b, token, None, KEY_KIND, KEY_SCALES, KEY_MINIMA)

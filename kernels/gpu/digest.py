@@ -167,7 +167,8 @@ def _keys(
         signs = (tl.sum(signs_low, 0) + tl.sum(signs_high, 0))[None, :]
         x = (x * scale + signs * minimum) * FACTOR
     elif KIND == 5:
-        shared = load_codes(record, tokens[:, None], (channels % half)[None, :], None, KIND, CODES_AT, TOKEN_BYTES, False)
+        units = (channels % half)[None, :]
+        shared = load_codes(record, tokens[:, None], units, None, KIND, CODES_AT, TOKEN_BYTES, False)
         codes = tl.where((channels >= half)[None, :], shared >> 4, shared & 15).to(tl.float32)
         x = codes * raw_scales.to(tl.float32)[:, None] + raw_minima.to(tl.float32)[:, None]
     else:
@@ -198,7 +199,7 @@ def _store_vectors(out, low, high, RUNS: tl.constexpr, HALF: tl.constexpr):
 def digest_blocks(cache: LayerCache, first: int, last: int) -> None:
     """Make the digests of blocks first..last-1 of every retrieval head from their records."""
     if first < last and cache.num_retrieval:
-        assert 0 <= first and last <= cache.max_blocks, (first, last, cache.max_blocks)
+        assert first >= 0 and last <= cache.max_blocks, (first, last, cache.max_blocks)
         _launch(cache, (last - first, cache.num_retrieval), first=first, newest=False)
 
 

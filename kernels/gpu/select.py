@@ -1,9 +1,10 @@
 """Which blocks a decode step reads: scores of all digests, the best under the budget, and copies of those elsewhere.
 
 Three launches after the one that makes the newest digest (`digest.py`), all of static shape and without a look at the
-host, so that a CUDA graph can hold them: scores, lists, and, where blocks have their homes in pinned host memory, copies
-into the device's slots. A list is what `duolocal/cache/selection.py` says: rising, of equal scores the older block, the
-newest block last. Every launch decides by itself whether a list is due, by the position and by what `made_at` says.
+host, so that a CUDA graph can hold them: scores, lists, and, where blocks have their homes in pinned host memory, what
+copies them into the device's slots. A list is what `duolocal/cache/selection.py` says: rising, of equal scores the
+older block, the newest block last. Every launch decides by itself, by the position and by `made_at`, whether a list is
+due.
 
 The best are found by their threshold: the bits of the largest number that `budget` scores reach, from the highest bit
 down, scores as unsigned integers of the same order. One program per row keeps up to CHUNK scores in registers.
@@ -21,8 +22,9 @@ from duolocal.kernels.gpu.layer_cache import LayerCache
 # To be swept on a GPU.
 SCORED_BLOCKS = 64  # by one program
 CHUNK = 16384  # scores looked at together
+PLACED = 2048  # of them put into the list together
 FETCH_WORDS = 1024  # of 8 bytes, copied together
-SCORE_WARPS = 4
+SCORE_WARPS = 8
 FETCH_WARPS = 4
 
 
@@ -123,6 +125,7 @@ def choose_blocks_kernel(
     BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     WHOLE: tl.constexpr,  # max_blocks <= CHUNK
+    TILE: tl.constexpr,  # scores placed together
 ):
     row = tl.program_id(0)
     now, first, newest = now_and_blocks(tl.load(start), reuse, SINK, RECENT, BLOCK_SIZE)
@@ -154,18 +157,23 @@ def choose_blocks_kernel(
                         reached += tl.sum((_ordered(scores, at + offsets, count) >= wanted).to(tl.int32), 0)
                     threshold = tl.where(reached >= BUDGET, wanted, threshold)
                     above = tl.where(reached >= BUDGET, above, reached)
-            # The oldest of those that equal the threshold, as many as there is room for.
+            # Of those that equal the threshold the oldest, as many as there is room for. Both are counted in one scan:
+            # larger ones in the upper half of a word.
             room = BUDGET - above
             written = tl.full([], 0, tl.int32)
-            for at in range(0, count, CHUNK):
-                if not WHOLE:
-                    keys = _ordered(scores, at + offsets, count)
-                equal = ((keys == threshold) & (at + offsets < count)).to(tl.int32)
-                taken = (keys > threshold) | ((equal == 1) & (tl.cumsum(equal, 0) <= room))
-                place = written + tl.cumsum(taken.to(tl.int32), 0) - 1
-                tl.store(out + place, first + at + offsets, mask=taken)
-                room -= tl.sum(equal, 0)
-                written += tl.sum(taken.to(tl.int32), 0)
+            places = tl.arange(0, TILE)
+            for at in range(0, count, TILE):
+                key = _ordered(scores, at + places, count)
+                larger = (key > threshold).to(tl.int32)
+                equal = ((key == threshold) & (at + places < count)).to(tl.int32)
+                found = tl.cumsum((larger << 16) | equal, 0)
+                equals = found & 0xFFFF
+                taken = (larger == 1) | ((equal == 1) & (equals <= room))
+                place = written + (found >> 16) + tl.minimum(equals, room) - 1
+                tl.store(out + place, first + at + places, mask=taken)
+                all_equal = tl.sum(equal, 0)
+                written += tl.sum(larger, 0) + tl.minimum(all_equal, room)
+                room -= tl.minimum(all_equal, room)
             tl.store(out + BUDGET, newest.to(tl.int32))
         tl.store(made_at + row, now)
 
@@ -275,7 +283,8 @@ def select_blocks(cache: LayerCache, q_rotated: Tensor) -> None:
         **sizes,
         CHUNK=chunk,
         WHOLE=cache.max_blocks <= chunk,
-        num_warps=max(4, min(32, chunk // 512)),
+        TILE=min(PLACED, chunk),
+        num_warps=max(4, min(32, chunk // 256)),
     )
     if selection.tags is None or selection.tags.shape[1] == 0:
         return

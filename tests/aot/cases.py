@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 import duolocal.kernels.gpu
-from duolocal.kernels.gpu.layer_cache import LayerCache
+from duolocal.kernels.digest import digest_bytes, digest_channels
+from duolocal.kernels.gpu.layer_cache import LayerCache, LayerSelection
 from duolocal.kernels.interface import Norm, Rotation
 from duolocal.kernels.matrix import GroupedMatrix
 from duolocal.quant.grouped import GroupedWeight
@@ -28,6 +29,8 @@ REGISTER_LIMITS = {
     "linear_rows_kernel": 208,
     "merge_splits_kernel": 128,
     "merge_blocks_kernel": 128,
+    "score_blocks_kernel": 128,
+    "fetch_blocks_kernel": 64,
     "write_ring_kernel": 128,
     "decode_span_kernel": 96,
     "dequantize_kernel": 96,
@@ -234,6 +237,29 @@ def layer_cache(model: Model, kv: str, *, dtype: torch.dtype, max_blocks: int = 
     )
 
 
+BUDGET = 32  # blocks that decode reads
+SELECTED_FORMATS = ("int4", "k8v4", "16")  # the other loops differ less from those that read everything
+SELECTED_BLOCKS = (2048, 16384, 65536)  # of a context of 128K, 1M, 4M
+
+
+def selecting(cache: LayerCache) -> LayerCache:
+    """Return the cache with a selection, and with copies of blocks that have their homes elsewhere."""
+    rows, blocks = cache.table.shape
+    count = digest_channels(cache.head_dim)
+    selection = LayerSelection(
+        digests=zeros(rows, blocks, digest_bytes(cache.layout.block_size, count), dtype=torch.uint8),
+        lists=zeros(rows, BUDGET + 1, dtype=torch.int32),
+        made_at=zeros(rows, dtype=torch.int64),
+        channels=zeros(rows, count, dtype=torch.int32),
+        centre=zeros(rows, count, dtype=torch.float32),
+        scores=zeros(rows, blocks, dtype=torch.float32),
+        reuse=4,
+        tags=zeros(rows, 2 * BUDGET, dtype=torch.int64),
+        first_home=12345,
+    )
+    return replace(cache, selection=selection)
+
+
 def attention_cases(
     model: Model,
     formats: Sequence[str],
@@ -246,6 +272,9 @@ def attention_cases(
     for kv in formats:
         name = f"{model.name} {str(dtype).removeprefix('torch.')} {kv}"
         yield Case(f"{name} decode", partial(decode, model, kv, dtype), architectures)
+        for max_blocks in SELECTED_BLOCKS if kv in SELECTED_FORMATS else ():
+            run = partial(decode_selected, model, kv, dtype, max_blocks)
+            yield Case(f"{name} selected decode of {max_blocks} blocks", run, architectures)
         for n, start in chunks:
             for what, operation in PREFILL.items():
                 run = partial(operation, model, kv, dtype, n, start)
@@ -275,6 +304,19 @@ def decode(model: Model, kv: str, dtype: torch.dtype) -> None:
     decode_attention(cache, q, q_blocks)
 
 
+def decode_selected(model: Model, kv: str, dtype: torch.dtype, max_blocks: int) -> None:
+    from duolocal.kernels.gpu.append import append_token
+    from duolocal.kernels.gpu.decode import decode_attention
+    from duolocal.kernels.gpu.digest import digest_blocks
+    from duolocal.kernels.gpu.select import select_blocks
+
+    cache = selecting(layer_cache(model, kv, dtype=dtype, max_blocks=max_blocks))
+    digest_blocks(cache, 0, 2048)
+    q, q_blocks = append_token(cache, *heads(model, 1, dtype), *angles(model, 1))
+    select_blocks(cache, q)
+    decode_attention(cache, q, q_blocks)
+
+
 def prefill_store(model: Model, kv: str, dtype: torch.dtype, n: int, start: int) -> None:
     from duolocal.kernels.gpu.store import close_blocks, write_ring
 
@@ -292,4 +334,14 @@ def prefill_attention(model: Model, kv: str, dtype: torch.dtype, n: int, start: 
         prefill.prefill_attention(cache, *heads(model, n, dtype), start, route=route)
 
 
-PREFILL = {"store": prefill_store, "prefill": prefill_attention}
+def sparse_prefill(model: Model, kv: str, dtype: torch.dtype, n: int, start: int) -> None:
+    from duolocal.kernels.gpu.sparse_attention import sparse_blocks_attention
+    from duolocal.kernels.sparse import SparsePrefill
+
+    cache = layer_cache(model, kv, dtype=dtype)
+    q, _, _ = heads(model, n, dtype)
+    band_lse = zeros(n, model.num_heads, dtype=torch.float32)
+    sparse_blocks_attention(cache, q, start, band_lse, SparsePrefill())
+
+
+PREFILL = {"store": prefill_store, "prefill": prefill_attention, "sparse prefill": sparse_prefill}

@@ -8,6 +8,8 @@ import torch
 from duolocal.bench.gpu.measure import Bench
 from duolocal.bench.gpu.random_model import all_retrieval, half_retrieval
 from duolocal.bench.synthetic import fill_with_random_tokens
+from duolocal.cache import ON_DEVICE, Placement
+from duolocal.cache.selection import SelectionPolicy
 from duolocal.engine.engine import Engine
 from duolocal.heads import HeadPlan
 from duolocal.kernels.gpu.operations import TritonKernels
@@ -17,26 +19,39 @@ from duolocal.quant.kv import DEFAULT_BLOCK_SIZE
 from duolocal.sampling import Sampling
 
 PLANS = {"50%": half_retrieval, "all": all_retrieval}
-_WARM_TOKENS = 4  # the first token's step, the first of its kind, the capture, one replay
+WARM_TOKENS = 4  # the first token's step, the first of its kind, the capture, one replay
 
 
 def engine_for(
-    bench: Bench, weights: ModelWeights, *, heads: str, context: int, kv: str = "int4", chunk_size: int = 4096
+    bench: Bench,
+    weights: ModelWeights,
+    *,
+    heads: str,
+    context: int,
+    kv: str = "int4",
+    chunk_size: int = 4096,
+    placement: Placement = ON_DEVICE,
+    select: SelectionPolicy | None = None,
 ) -> Engine:
     """Return an engine with room for `context` tokens; heads: a name of PLANS."""
-    sizes, config = bench.sizes, bench.sizes.config
-    plan: HeadPlan = PLANS[heads](
-        config.num_layers, config.num_kv_heads, sink_size=sizes.sink_size, recent_size=sizes.recent_size
-    )
     transformer = Transformer(
-        config,
+        bench.sizes.config,
         weights,
         context=context,
         device=bench.device,
         dtype=bench.dtype,
         kernels=TritonKernels(bench.dtype),
     )
-    return Engine.build(transformer, plan, kv=kv, chunk_size=chunk_size)
+    plan = plan_of(bench, heads)
+    return Engine.build(transformer, plan, kv=kv, chunk_size=chunk_size, placement=placement, select=select)
+
+
+def plan_of(bench: Bench, heads: str) -> HeadPlan:
+    """Return the plan that PLANS has under this name."""
+    sizes, config = bench.sizes, bench.sizes.config
+    return PLANS[heads](
+        config.num_layers, config.num_kv_heads, sink_size=sizes.sink_size, recent_size=sizes.recent_size
+    )
 
 
 def fill(engine: Engine, num_tokens: int, *, seed: int) -> None:
@@ -46,11 +61,15 @@ def fill(engine: Engine, num_tokens: int, *, seed: int) -> None:
     engine.token_ids.extend([0] * num_tokens)
 
 
-def warm_tokens(engine: Engine, num_tokens: int) -> Iterator[int]:
-    """Return an iterator over `num_tokens` greedy tokens of a decode loop that is warm: what follows is replayed."""
-    sampling = Sampling(temperature=0, repetition_penalty=1.0, max_tokens=num_tokens + _WARM_TOKENS)
+def warm_tokens(engine: Engine, num_tokens: int, *, warm: int | None = None) -> Iterator[int]:
+    """Return an iterator over `num_tokens` greedy tokens of a decode loop that is warm: what follows is replayed.
+
+    warm: the tokens before them, None for WARM_TOKENS.
+    """
+    warm = WARM_TOKENS if warm is None else warm
+    sampling = Sampling(temperature=0, repetition_penalty=1.0, max_tokens=num_tokens + warm)
     tokens = engine.generate([1], sampling, eos_ids=frozenset())
-    for _ in range(_WARM_TOKENS):
+    for _ in range(warm):
         next(tokens)
     return tokens
 
@@ -71,7 +90,7 @@ def tokens_s(engine: Engine, num_tokens: int) -> list[float]:
 
 def room_to_decode(num_tokens: int) -> int:
     """Return how many tokens decoding `num_tokens` warm ones appends at most."""
-    return num_tokens + _WARM_TOKENS + 1
+    return num_tokens + WARM_TOKENS + 1
 
 
 def reserved_for(context: int, num_tokens: int) -> int:

@@ -136,6 +136,8 @@ def _targets(report: Mapping[str, Any]) -> Iterator[Target]:
         tried = any(r["what"] == "capped decode" and r.get("context") == context and "error" in r for r in records)
         yield Target(text, "failed" if tried else measured, None if found is None and not tried else not tried)
 
+    yield from _selected(good, sheet)
+
     prefill = [r for r in good if r["what"] == "prefill" and r["context"] == 320 * K]
     ours, dense = ([r for r in prefill if r["heads"] == heads] for heads in ("50%", "all"))
     best = max(ours, key=lambda r: r["tokens_per_s"], default=None)
@@ -149,6 +151,26 @@ def _targets(report: Mapping[str, Any]) -> Iterator[Target]:
         yield Target("... within 3% over chunk sizes", f"{spread:.1%}", spread <= 0.03)
     else:
         yield Target("... within 3% over chunk sizes", "not measured", None)
+
+
+def _selected(good: Sequence[Mapping[str, Any]], sheet: Datasheet | None) -> Iterator[Target]:
+    """Yield the targets of decode that reads selected blocks."""
+    ways = [r for r in good if r["what"] == "selected decode"]
+    at_1m, at_128k = (_first(ways, way="selected", context=context) for context in (M, 128 * K))
+    away = _first(ways, way="selected, offloaded", context=M)
+    if sheet is not None:
+        wanted = 2.4 * _H100.bytes_per_s / sheet.bytes_per_s
+        yield _at_most(f"selected decode at 1M: {wanted:.2f} ms (2.4 on an H100, by bandwidth)", at_1m, "ms", wanted)
+    else:
+        yield _at_least("selected decode at 1M: 60% of the byte floor", at_1m, "of_floor", 0.6)
+    growth = None if at_1m is None or at_128k is None else {"growth": at_1m["ms"] / at_128k["ms"]}
+    yield _at_most("... at most 1.2 × that at 128K", growth, "growth", 1.2)
+    slower = None if at_1m is None or away is None else {"slower": away["ms"] / at_1m["ms"]}
+    yield _at_most("... at most 2 × that with blocks in host memory", slower, "slower", 2.0)
+    gigabytes = None
+    if away is not None and "peak_reserved_bytes" in away:
+        gigabytes = {"GB": away["peak_reserved_bytes"] / 1e9}
+    yield _at_most("... in 8 GB of device memory", gigabytes, "GB", 8.0)
 
 
 def _sixteen_bit(records: Sequence[Mapping[str, Any]], context: int, heads: int) -> list[Mapping[str, Any]]:

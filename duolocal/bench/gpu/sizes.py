@@ -49,6 +49,9 @@ class Sizes:
     long_capped_context: int
     long_cap_bytes: int
     sweep_context: int
+    selected_contexts: tuple[int, ...]  # in a cache reserved for the last of them
+    selected_budget: int
+    selected_device_bytes: int  # for blocks, where the others are in host memory
 
 
 FULL = Sizes(
@@ -85,6 +88,9 @@ FULL = Sizes(
     long_capped_context=4_000_000,
     long_cap_bytes=80 * 10**9,
     sweep_context=128 * K,
+    selected_contexts=(128 * K, M),
+    selected_budget=2048,
+    selected_device_bytes=1 << 30,
 )
 
 TINY = Sizes(
@@ -132,6 +138,9 @@ TINY = Sizes(
     long_capped_context=128,
     long_cap_bytes=2 << 30,
     sweep_context=200,
+    selected_contexts=(300,),
+    selected_budget=64,
+    selected_device_bytes=3200,
 )
 
 SIZES = {"full": FULL, "tiny": TINY}

@@ -52,6 +52,7 @@ SECTIONS = (
     Section("c", "prefill attention", f"{_PACKAGE}.prefill_kernels:run", 15, 50),
     Section("c", "pointwise", f"{_PACKAGE}.pointwise:run", 10, 25),
     Section("d", "decode", f"{_PACKAGE}.decode:run", 30, 100),
+    Section("d", "selected decode", f"{_PACKAGE}.selected:run", 30, 150),
     Section("e", "prefill", f"{_PACKAGE}.prefill:run", 30, 150),
     Section("f", "capped", f"{_PACKAGE}.capped:run", 20, 50),
     Section("f", "capped long", f"{_PACKAGE}.capped:run_long", 12, 40),
