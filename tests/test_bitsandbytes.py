@@ -310,11 +310,13 @@ def test_a_context_is_refused_by_the_size_after_quantizing(library, folder: Path
 CHILD = """
 import json, sys
 import torch
+from duolocal.engine.heap import settle_heap
 from duolocal.models.loader import open_model
 from duolocal.models.quantized import quantize_on_load
 from duolocal.quant.bitsandbytes import quantize
 from duolocal.quant.weight import DenseWeight
 
+settle_heap()  # as Engine.load does
 torch.set_num_threads(1)
 
 def peak():
@@ -352,8 +354,8 @@ def test_the_16_bit_model_is_never_in_memory_whole(library, which: str, tmp_path
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # Beside what is held: a matrix in 16 bits, one that is put together, and what the allocator keeps.
-    assert found["growth"] < found["held"] + 24 * 2**20 < 0.7 * size
+    # Beside what is held: a matrix in 16 bits, and one that is put together.
+    assert found["growth"] < found["held"] + 12 * 2**20 < 0.7 * size
 
 
 def join_shards(folder: Path) -> None:

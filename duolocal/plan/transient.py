@@ -25,7 +25,7 @@ HEAP_HOLES = 2 << 20
 # torch's library of products keeps packed copies of what it multiplies, more of them for whole matrices than for many
 # small products: measured likewise, as a share of what is alive and a rest.
 ATTENTION_COPIES, ATTENTION_REST = 1.05, 3 << 20
-MATRIX_COPIES, MATRIX_REST = 1.15, 6 << 20
+MATRIX_COPIES, MATRIX_REST = 1.15, 4 << 20
 SPARSE_COPIES = 8  # of the weights of all blocks in a tile: two numbers each, and what choosing makes of them
 _SPANS_PER_THREAD = 8  # partial results of decode attention, as in kernels/cpu/attention.py
 _SAMPLING_COPIES = 8  # of the logits of one token, float64
