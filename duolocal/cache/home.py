@@ -27,8 +27,7 @@ class Placement:
     """How much of the blocks may lie on the device, and where the others are.
 
     device_bytes: for records on the device and their tables; None for all of them. outer: where every block has its
-    home where not all fit; "memory" is for a GPU,
-    whose host has more, "disk" for a CPU. folder: for the file.
+    home where not all fit; "memory" is for a GPU, whose host has more, "disk" for a CPU. folder: for the file.
     """
 
     device_bytes: int | None = None
