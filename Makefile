@@ -24,15 +24,10 @@ help: ## list the targets
 chat: $(VENV)/.installed ## chat with the default model; options in ARGS
 	@$(PY) chat.py $(ARGS)
 
-# Triton's interpreter is slow and keeps to one core; the CPU kernels want all cores for themselves.
+# In as many processes as there are cores, each on a core of its own (tests/conftest.py).
 test: $(VENV)/.developed ## run all tests; pytest options in ARGS
 	@$(BIN)/duolocal models fetch $(MODEL)
-ifdef ARGS
-	$(PY) -m pytest $(ARGS)
-else
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -k "triton or bench_gpu"
-	$(PY) -m pytest -k "not triton and not bench_gpu"
-endif
+	$(PY) -m pytest $(or $(ARGS),-n auto --dist worksteal)
 
 # On a machine that may have no network: with its own python3 where that sees a GPU, else with our environment.
 gpu-check: ## test and measure the GPU kernels on a CUDA device; options in ARGS

@@ -3,7 +3,13 @@
 import importlib.util
 import os
 
-# Before torch loads: threads that wander between cores make timings and the CPU kernels several times slower.
+# Before torch loads: threads that wander between cores make timings and the CPU kernels several times slower. Each of
+# several pytest workers (-n) gets a core, where all of them would be bound to the first.
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and hasattr(os, "sched_setaffinity"):
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
+    os.environ["OMP_PROC_BIND"] = "false"
 os.environ.setdefault("OMP_PROC_BIND", "true")
 
 from collections.abc import Iterator

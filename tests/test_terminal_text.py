@@ -169,12 +169,13 @@ def test_figures() -> None:
     assert figures.size(98_362_432) == "93.8 MiB"
     assert figures.speed(10, 0) == "-"
     assert figures.speed(10, 4) == "2.5 tokens/s"
-    assert [figures.duration(s) for s in (0.04, 9.96, 59.6, 185, 3723)] == [
+    assert [figures.duration(s) for s in (0.04, 9.96, 59.6, 185, 3723, 9_278_967)] == [
         "0.0 s",
         "10.0 s",
         "1:00 min",
         "3:05 min",
         "1:02:03 h",
+        "107 days 9 h",
     ]
     assert figures.tokens(1) == "1 token"
     assert figures.tokens(8192) == "8,192 tokens"

@@ -25,7 +25,7 @@ def speed(num_tokens: int, elapsed_s: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a duration: `0.4 s`, `12 s`, `3:05 min`, `1:02:03 h`."""
+    """Write a duration: `0.4 s`, `12 s`, `3:05 min`, `1:02:03 h`, `3 days 4 h`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -35,4 +35,6 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}:{rest:02d} min"
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} days {hours % 24} h"
     return f"{hours}:{minutes:02d}:{rest:02d} h"
