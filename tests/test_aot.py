@@ -19,7 +19,7 @@ import pytest
 from tests.aot.limits import SHARED_LIMIT, SHARED_LIMITS, problems, severity
 
 _ROOT = Path(__file__).parent.parent
-_TIMEOUT_S = 1700  # takes two to three minutes on two cores that nobody else uses
+_TIMEOUT_S = 1700  # takes about six minutes on one core
 
 
 def _missing() -> str:

@@ -64,6 +64,7 @@ class GpuPath:
                     sink_size=plan.sink_size,
                     recent_size=cache.exact_recent,
                     selection=_selection(cache, slice(first_row, first_row + len(heads)), scores),
+                    beyond=cache.pool.tiered,
                 )
             )
             self._rows.append(slice(first_row, first_row + len(heads)))

@@ -52,7 +52,7 @@ class LayerCache:
     the row of `table` of each KV head, -1 for a streaming head.
     widths: int32 [num_kv_heads], how many recent tokens each head reads from the ring: recent_size for a retrieval
     head, at most that for a streaming head. start: int64 [1], tokens in the cache before the new ones. selection: how
-    decode steps choose their blocks, None where they read all.
+    decode steps choose their blocks, None where they read all. beyond: whether some of the records are in host memory.
     """
 
     ring_k: Tensor
@@ -68,6 +68,7 @@ class LayerCache:
     sink_size: int
     recent_size: int
     selection: LayerSelection | None = None
+    beyond: bool = False
 
     @property
     def num_kv_heads(self) -> int:

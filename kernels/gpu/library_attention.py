@@ -8,7 +8,9 @@ of queries that see nothing and `base` = start + skipped - recent_size. Then all
 a mask, and of base + u those with u <= t - skipped: a causal square. (With queries skipped, base is sink_size.)
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
+from math import prod
 from typing import Literal
 
 import torch
@@ -144,15 +146,20 @@ def decode_span_kernel(
     )
 
 
-def decode_span(cache: LayerCache, begin: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def decode_span(
+    cache: LayerCache, begin: int, end: int, dtype: torch.dtype, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Decode positions begin..end-1 of all retrieval heads; all their blocks are full.
 
-    Returns k and v [num_retrieval, end - begin, head_dim] in `dtype`; a rotated plane stays rotated.
+    Returns k and v [num_retrieval, end - begin, head_dim] in `dtype`; a rotated plane stays rotated. out: memory for
+    both, [2, n] of that dtype, n no less than one of them has.
     """
     layout, dim = cache.layout, cache.head_dim
     assert 0 <= begin < end <= cache.max_blocks * layout.block_size, (begin, end, cache.max_blocks)
     shape = cache.num_retrieval, end - begin, dim
-    k, v = (torch.empty(shape, dtype=dtype, device=cache.records.device) for _ in range(2))
+    if out is None:
+        out = torch.empty(2, prod(shape), dtype=dtype, device=cache.records.device)
+    k, v = (plane[: prod(shape)].view(shape) for plane in out)
     key, value = plane_constants(layout, "key"), plane_constants(layout, "value")
     tokens = min(layout.block_size, DECODE_TOKENS)
     grid = (triton.cdiv(end, tokens) - begin // tokens, cache.num_retrieval)
@@ -185,6 +192,56 @@ def decode_span(cache: LayerCache, begin: int, end: int, dtype: torch.dtype) -> 
         num_warps=4,
     )
     return k, v
+
+
+def decoded_spans(
+    cache: LayerCache, begin: int, end: int, dtype: torch.dtype, *, span: int = SPAN
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Decode positions begin..end-1 span by span, each as `decode_span` does; use it before the next is asked for.
+
+    Where blocks lie in host memory, the next span comes over the bus, on a stream of its own, while this one is used.
+    Spans are then half as long, so that two of them take the memory of one.
+    """
+    streams = two_streams(cache.records.device) if cache.beyond else None
+    if streams is None:
+        for at in range(begin, end, span):
+            yield decode_span(cache, at, min(at + span, end), dtype)
+        return
+    here, aside = streams
+    starts = range(begin, end, max(1, span // 2))
+    most = cache.num_retrieval * min(starts.step, max(0, end - begin)) * cache.head_dim
+    buffers = torch.empty(2, 2, most, dtype=dtype, device=cache.records.device)
+    ready, used = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
+
+    def ask(number: int) -> tuple[Tensor, Tensor]:
+        which, at = number % 2, starts[number]
+        with torch.cuda.stream(aside):
+            if number >= 2:
+                aside.wait_event(used[which])
+            decoded = decode_span(cache, at, min(at + starts.step, end), dtype, out=buffers[which])
+            ready[which].record(aside)
+        return decoded
+
+    aside.wait_stream(here)  # for blocks that were written, and for whoever had the memory of the buffers before
+    asked: list[tuple[Tensor, Tensor]] = []
+    try:
+        for number in range(len(starts)):
+            asked += [ask(later) for later in range(len(asked), min(number + 2, len(starts)))]
+            here.wait_event(ready[number % 2])
+            yield asked[number]
+            used[number % 2].record(here)
+    finally:
+        here.wait_stream(aside)  # before anybody else gets the memory of the buffers
+
+
+def two_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream] | None:
+    """Return the stream that is used now and the one on which blocks come over the bus; None without a GPU."""
+    return (torch.cuda.current_stream(device), _second_stream(device)) if device.type == "cuda" else None
+
+
+@lru_cache(maxsize=8)
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def library_blocks_attention(
@@ -224,8 +281,7 @@ def library_blocks_attention(
     out[:, first:].view(-1, seeing, group, dim).copy_(part.reshape(*folded, dim).transpose(1, 2))
     lse[:, first:].view(-1, seeing, group).copy_(part_lse.reshape(folded).transpose(1, 2))
 
-    for begin in range(cache.sink_size, base, span):
-        k, v = decode_span(cache, begin, min(begin + span, base), dtype)
+    for k, v in decoded_spans(cache, cache.sink_size, base, dtype, span=span):
         part, part_lse = flash_with_lse(queries, k, v, causal=False, scale=scale, backend=backend)
         del k, v
         joined = torch.logaddexp(lse, part_lse)
