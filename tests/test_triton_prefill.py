@@ -4,7 +4,7 @@ The oracle is told what each position's block decodes to; that the records have 
 `test_triton_store.py`. Slots of the ring that hold nothing are NaN, free records 0xFF, results NaN.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -316,10 +316,12 @@ def test_planes_of_bfloat16_and_unlike_planes(route: str) -> None:
     check(make(300, kv=BlockLayout(Plane("fp8", 8), Plane("int", 4), 64, 64)), 250, 290, route=route)
 
 
+@pytest.mark.parametrize("beyond", [False, True] if not INTERPRETED else [False])
 @pytest.mark.parametrize("span", [1, 50, 64, 1000])
-def test_spans_of_the_library_route(span: int) -> None:
-    """Spans that end in the middle of blocks and at their edges, and one that holds everything."""
+def test_spans_of_the_library_route(span: int, beyond: bool) -> None:
+    """Spans that end in the middle of blocks and at their edges, and one that holds everything; on a second stream."""
     context = make(330, kv="int8", sink_size=5, retrieval=(True,), group=3)
+    context.cache = replace(context.cache, beyond=beyond)
     start, end = (150, 171) if span == 1 else (290, 325)
     q, _, _ = at(context, start, end)
     out, lse = library_blocks_attention(context.cache, q, start, span=span)
