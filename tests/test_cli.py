@@ -15,7 +15,7 @@ from duolocal import __version__, cli
 from duolocal.documents import Document
 from duolocal.models.registry import DEFAULT_MODEL
 from duolocal.sampling import CHAT_SAMPLING, Sampling
-from duolocal.terminal import bench_view
+from duolocal.terminal import bench_view, chat_options, model_options
 from duolocal.terminal.once import answer_once
 from tests.terminal_fakes import FACTS, FakeSession, Reason
 
@@ -143,7 +143,7 @@ def test_help_names_every_option_and_the_exit_codes(capsys: pytest.CaptureFixtur
 
 
 def test_the_default_model_is_the_registry_s() -> None:
-    assert cli.DEFAULT_MODEL == DEFAULT_MODEL
+    assert model_options.DEFAULT_MODEL == DEFAULT_MODEL
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +183,7 @@ def test_sampling_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     parser, _ = cli.build_parser()
     options = parser.parse_args(["chat", "--temperature", "0", "--max-tokens", "2K", "--seed", "7", "--stop", "a b"])
     expected = replace(CHAT_SAMPLING, temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
-    assert cli._sampling(options) == expected
+    assert chat_options.chosen_sampling(options) == expected
     assert cli.main(["chat", "--prompt", "a", "--top-p", "high"]) == 2
     assert capsys.readouterr().err == "duolocal: --top-p is 'high': give a number between 0 and 1\n"
 
@@ -234,7 +234,7 @@ def test_a_kv_measurement_too_short_to_show_anything_is_refused(capsys: pytest.C
 
 def test_history_goes_to_the_chosen_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
-    assert cli.history_file() == tmp_path / "history"
+    assert chat_options.history_file() == tmp_path / "history"
 
 
 def once(session: Any, **options: Any) -> int:
