@@ -95,16 +95,20 @@ def _learn(
     far = torch.linspace(0, transformer.context - 1, count, device=device).long()
     far = far[torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device)]
     cache = _Moments(transformer, count)
-    for start in range(0, count, _CHUNK):
-        end = min(start + _CHUNK, count)
-        positions = torch.arange(start, end, device=device)
-        cache.far = transformer.rotation(far[start:end])
-        with torch.inference_mode():
-            cache.inner.begin(end - start)
-            transformer.hidden(token_ids[start:end].to(device), positions, cache)
-            cache.inner.commit()
-        if on_progress is not None:
-            on_progress(end, count)
+    chunks = [slice(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    with torch.inference_mode():
+        states = [transformer.embed(token_ids[chunk].to(device)) for chunk in chunks]
+        # Layer by layer: what is held is one layer's keys and values, less than the context that is made room for.
+        for layer in range(config.num_layers):
+            for at, chunk in enumerate(chunks):
+                positions = torch.arange(chunk.start, chunk.stop, device=device)
+                cache.far = transformer.rotation(far[chunk])
+                cache.inner.begin(len(positions))
+                states[at] = transformer.run_layer(layer, states[at], positions, transformer.rotation(positions), cache)
+                cache.inner.commit()
+            cache.inner.reset()
+            if on_progress is not None:
+                on_progress(count * (layer + 1) // config.num_layers, count)
     mean = cache.keys / count
     weight = cache.squared_queries * (cache.squared_keys / count - mean**2)  # [layers, kv_heads, head_dim]
     half, pairs = config.head_dim // 2, digest_channels(config.head_dim) // 2
@@ -114,7 +118,7 @@ def _learn(
 
 
 class _Moments:
-    """A cache that sums up what passes through it: all heads exact, RoPE applied here."""
+    """A cache of one layer at a time that sums up what passes through it: all heads exact, RoPE applied here."""
 
     recordable = False
     rotates = True
@@ -122,7 +126,7 @@ class _Moments:
     def __init__(self, transformer: Transformer, context: int) -> None:
         config = transformer.config
         plan = uniform_plan(
-            num_layers=config.num_layers,
+            num_layers=1,
             num_kv_heads=config.num_kv_heads,
             retrieval=False,
             sink_size=0,
@@ -160,8 +164,8 @@ class _Moments:
         self.keys[layer] += far.to(wide).sum(0)
         self.squared_keys[layer] += far.to(wide).square().sum(0)
         q, k = self._kernels.rotate(q, k, rotation)
-        self.inner.append(layer, k, v)
-        return self.inner.attend(layer, q, positions)
+        self.inner.append(0, k, v)
+        return self.inner.attend(0, q, positions)
 
 
 def _key(source: ModelSource | None, transformer: Transformer) -> str | None:
