@@ -144,14 +144,18 @@ INLINE int listed(const int32_t *list, int64_t count, int64_t block) {
   return low < count && list[low] == block;
 }
 
+// Ask for the listed blocks that have no copy: a page that is faulted in unasked brings megabytes around it along.
+static void ask_for_listed(const layer_cache *c, int64_t row, const int32_t *list, int64_t count) {
+  const int64_t *table = c->table + row * c->table_stride;
+  int64_t home = c->first_home + row * c->table_stride;
+  for (int64_t i = 0; i < count; i++)
+    if (table[list[i]] == home + list[i]) ask_for(c, c->records + table[list[i]] * c->record_bytes, c->record_bytes);
+}
+
 // Copy what will be read from its home to memory, over copies that will not be.
 static void fetch(const layer_cache *c, int64_t row, const int32_t *list, int64_t count) {
   int64_t *table = c->table + row * c->table_stride, *tags = c->tags + row * c->num_slots;
   int64_t home = c->first_home + row * c->table_stride;
-  if (c->advise)
-    for (int64_t i = 0; i < count; i++)
-      if (table[list[i]] == home + list[i])
-        ask_for(c, c->records + table[list[i]] * c->record_bytes, c->record_bytes);
   if (!c->num_slots) return;
   for (int64_t i = 0; i < count; i++) {
     int64_t block = list[i], slot = block % c->num_slots, old = tags[slot];
@@ -174,13 +178,18 @@ static void run_choose_blocks(const void *args, pool *p, int64_t thread) {
   if (!count) return;
   for (int64_t head; (head = next_item(p)) < c->kv_heads;) {
     int64_t row = c->rows[head];
-    if (row < 0 || s->made_at[row] == now) continue;
+    if (row < 0) continue;
     int32_t *list = s->lists + row * (s->budget + 1);
+    if (s->made_at[row] == now) {
+      if (c->advise) ask_for_listed(c, row, list, count);
+      continue;
+    }
     if (seen.newest - seen.first <= s->budget)
       for (int64_t i = 0; i + 1 < count; i++) list[i] = (int32_t)(seen.first + i);
     else largest(s->scores + head * c->table_stride, seen.newest - seen.first, s->budget, (int32_t)seen.first, list);
     list[count - 1] = (int32_t)seen.newest;
     s->made_at[row] = now;
+    if (c->advise) ask_for_listed(c, row, list, count);
     if (c->tags) fetch(c, row, list, count);
   }
 }
