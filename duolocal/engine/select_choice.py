@@ -31,6 +31,7 @@ AUTO_BUDGET = 2048  # tokens: up to the window of SmolLM2 it answers as reading 
 AUTO_LEAST_CONTEXT = 32 * 1024  # tokens; in a shorter context reading everything costs little
 LEARNT_TOKENS = 1024
 _CHUNK = 256  # tokens
+_CHARACTERS_PER_TOKEN = 8  # of English no tokenizer makes fewer tokens
 
 
 def selection_budget(select: str, context: int) -> int | None:
@@ -90,7 +91,8 @@ def _learn(
     if source is None:  # a model without a tokenizer, as benchmarks make them
         token_ids = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
     else:
-        token_ids = torch.tensor(load_tokenizer(source).encode(sample_text())[:count])
+        text = sample_text()[: count * _CHARACTERS_PER_TOKEN]
+        token_ids = torch.tensor(load_tokenizer(source).encode(text)[:count])
     count = len(token_ids)
     far = torch.linspace(0, transformer.context - 1, count, device=device).long()
     far = far[torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device)]
