@@ -4,12 +4,14 @@ import importlib.util
 import os
 
 # Before torch loads: threads that wander between cores make timings and the CPU kernels several times slower. Each of
-# several pytest workers (-n) gets a core, where all of them would be bound to the first.
-worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-if worker and hasattr(os, "sched_setaffinity"):
-    allowed = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
-    os.environ["OMP_PROC_BIND"] = "false"
+# several pytest workers (-n) gets a core, where all of them would be bound to the first. Which cores there are is noted
+# by the first process: the workers inherit what torch has bound it to.
+if hasattr(os, "sched_setaffinity"):
+    cores = os.environ.setdefault("DUOLOCAL_TEST_CORES", ",".join(map(str, sorted(os.sched_getaffinity(0))))).split(",")
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker:
+        os.sched_setaffinity(0, {int(cores[int(worker.removeprefix("gw")) % len(cores)])})
+        os.environ["OMP_PROC_BIND"] = "false"
 os.environ.setdefault("OMP_PROC_BIND", "true")
 
 from collections.abc import Iterator
