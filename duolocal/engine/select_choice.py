@@ -27,7 +27,7 @@ from duolocal.sample_text import sample_text
 from duolocal.settings import parse_tokens
 from duolocal.tokenizer import load_tokenizer
 
-AUTO_BUDGET = 2048  # tokens: up to the window of SmolLM2 it answers as reading everything does (docs/selection.md)
+AUTO_BUDGET = 2048  # tokens; what it costs: docs/selection.md
 AUTO_LEAST_CONTEXT = 32 * 1024  # tokens; in a shorter context reading everything costs little
 LEARNT_TOKENS = 1024
 _CHUNK = 256  # tokens
