@@ -10,7 +10,6 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from duolocal.cache import DuoCache, Placement
-from duolocal.cache.pool import BlockPool
 from duolocal.cache.selection import SelectionPolicy
 from duolocal.engine.decoder import GpuDecoder
 from duolocal.heads import HeadPlan
@@ -20,6 +19,7 @@ from duolocal.kernels.gpu.operations import TritonKernels
 from duolocal.kernels.interface import Rotation
 from duolocal.quant.kv import kv_layout
 from duolocal.sampling import Sampling
+from tests.pool_checks import check_table
 from tests.test_triton_select import same_digests
 from tests.triton_device import DEVICE, INTERPRETED
 
@@ -89,17 +89,6 @@ def step(caches: list[DuoCache], count: int, *, commit: bool = True) -> bool:
     if ours.pool.tiered:
         check_table(ours.pool)
     return chose
-
-
-def check_table(pool: BlockPool) -> None:
-    for row in range(pool.num_rows):
-        tags = pool.tags[row].tolist()
-        for block in range(pool.num_blocks):
-            slot = block % pool.num_slots
-            home = pool.first_home + row * pool.max_blocks + block
-            there = row * pool.num_slots + slot if tags[slot] == block else home
-            assert int(pool.table[row, block]) == there, (row, block)
-            assert torch.equal(pool.take(pool.table[row, block, None]), pool.take(torch.tensor([home])))
 
 
 def check_digests(cache: DuoCache) -> None:

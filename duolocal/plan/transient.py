@@ -68,11 +68,8 @@ def working_bytes(
     else:
         prefill, decode = _torch(shape), 0
     if sparse:
-        policy, num_heads, num_blocks = (
-            SparsePrefill(),
-            shape.most_retrieval * shape.group,
-            context // layout.block_size,
-        )
+        policy, num_heads = SparsePrefill(), shape.most_retrieval * shape.group
+        num_blocks = context // layout.block_size
         tiles = tiles_at_once(policy, num_heads=num_heads, num_blocks=num_blocks)
         prefill += tiles * num_heads * policy.asked_per_tile * (num_blocks + 1) * 4 * SPARSE_COPIES
     sampling = config.vocab_size * 8 * _SAMPLING_COPIES
