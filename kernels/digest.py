@@ -1,10 +1,10 @@
 """Digests of blocks: what decode looks at to choose the blocks that it reads.
 
-A digest stands for the keys of one block, a few channels of them: per 16 tokens the middle of the range of each channel
-and half its width, each such vector in 4 bits with a scale and a minimum in float16. A query's score of a block is the
-highest, over its runs of 16 tokens, of q · middle + REACH · |q| · half width: between the score of a mean key (reach 0)
-and the bound that no key exceeds (reach 1, Quest, arXiv 2406.10774). The query heads of a KV head choose together, by
-the sum of their queries. Which channels, and why these numbers: docs/selection.md.
+A digest stands for the keys of one block, a few channels of them: per 8 tokens the middle of the range of each channel
+and half its width, each such vector in 4 bits with a scale and a minimum in float16. A query's score of a run of 8 is
+q · middle + |q| · half width, the bound that no key of it exceeds in those channels (Quest, arXiv 2406.10774); a block's
+is the highest over its runs and over the query heads of its KV head. Which channels, and why these numbers:
+docs/selection.md.
 
 A digest depends on the record alone, so it is the same for a context that was computed and for one that was read back.
 """
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from duolocal.kernels.blocks import BlockLayout, decode_blocks, hadamard
 
-RUN = 16  # tokens
-REACH = 0.5
+RUN = 8  # tokens
 MAX_CHANNELS = 32
 
 
@@ -25,8 +24,8 @@ MAX_CHANNELS = 32
 class DigestChannels:
     """The channels of each row of the block table that digests hold, and what is subtracted from the middles.
 
-    channels: int32 [num_rows, num_channels], an even number; centre: float32 [num_rows, num_channels], which changes no
-    choice and leaves more of the 4 bits for what differs between blocks.
+    channels: int32 [num_rows, num_channels], an even number; centre: float32 [num_rows, num_channels], about the mean
+    key: a score says how far above an ordinary key's a block is, so that query heads can be compared.
     """
 
     channels: Tensor
@@ -77,7 +76,7 @@ def score_digests(q: Tensor, digests: Tensor, channels: Tensor, *, block_size: i
     picked = q[:, channels.long()].float()
     runs = digests.unflatten(1, (num_runs(block_size), 2, -1))  # [n, runs, middle or width, bytes]
     middle, width = (_decode(runs[:, :, part]) for part in (0, 1))
-    return (middle @ picked.sum(0) + REACH * (width @ picked.abs().sum(0))).amax(1)
+    return (middle @ picked.mT + width @ picked.abs().mT).amax((1, 2))
 
 
 def _encode(x: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from duolocal.cache.pool import BlockPool
 from duolocal.cache.selection import occasion
 from duolocal.kernels.blocks import decode_blocks, encode_blocks, hadamard
 from duolocal.kernels.digest import (
-    REACH,
     RUN,
     digest_bytes,
     digest_channels,
@@ -118,8 +117,8 @@ def test_a_digest_encloses_its_keys() -> None:
     cache = selecting(cache, budget=1)
     selection = selection_of(cache)
     digest_blocks(cache, 0, 2)
-    keys = k[:128, 0].cpu()[:, selection.channels[0].cpu().long()].view(2, 4, RUN, -1)
-    vectors = selection.digests[0, :2].cpu().view(2, 4, 2, -1)
+    keys = k[:128, 0].cpu()[:, selection.channels[0].cpu().long()].view(2, 8, RUN, -1)
+    vectors = selection.digests[0, :2].cpu().view(2, 8, 2, -1)
     codes = torch.cat((vectors[..., :16] & 15, vectors[..., :16] >> 4), -1).float()
     scale, low = (vectors[..., at : at + 2].contiguous().view(torch.float16).float() for at in (16, 18))
     middle, width = (codes * scale + low).unbind(2)
@@ -143,7 +142,7 @@ def scores_of(cache: LayerCache, q: Tensor, row: int) -> Tensor:
     middle, width = (codes * scale + low).unbind(2)
     head = int(cache.retrieval_heads[row])
     picked = q[0, head * group : (head + 1) * group, selection.channels[row].long()].cpu().double()
-    return (middle @ picked.sum(0) + REACH * (width @ picked.abs().sum(0))).amax(1)
+    return (middle @ picked.mT + width @ picked.abs().mT).amax((1, 2))
 
 
 def check_lists(cache: LayerCache, q: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from duolocal.kernels.blocks import BlockLayout
 from duolocal.kernels.digest import DigestChannels, digest_bytes
 
-REUSE = 4  # steps
+REUSE = 2  # steps
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ Work of a decode step: every matrix but the embedding and every block is read on
 from dataclasses import dataclass
 
 from duolocal.cache.cache import exact_recent_size
+from duolocal.cache.selection import REUSE
 from duolocal.plan.memory import MemoryPlan, Request, bytes_per_token
 
 # Neither measured nor published: blocks that lie in a file are read at the speed of an ordinary solid-state disk.
 DISK_BYTES_PER_S = 1e9
-REUSE = 4  # decode steps that share a selection, about
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duolocal.kernels.digest import REACH, RUN, digest_bytes, num_runs
+from duolocal.kernels.digest import RUN, digest_bytes, num_runs
 from duolocal.kernels.gpu.digest import digest_newest, now_and_blocks
 from duolocal.kernels.gpu.layer_cache import LayerCache
 
@@ -43,11 +43,9 @@ def score_blocks_kernel(
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
     RUNS: tl.constexpr,
-    REACH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,  # blocks
 ):
@@ -59,9 +57,8 @@ def score_blocks_kernel(
         # A vector is CHANNELS / 8 words of codes, then scale and minimum in one; a run is two vectors.
         words: tl.constexpr = CHANNELS // 8
         half: tl.constexpr = CHANNELS // 2
-        members = tl.arange(0, GROUP_PAD)
         word = tl.arange(0, words)
-        query = q + (tl.load(retrieval_heads + row) * GROUP + members)[:, None] * DIM
+        query = q + tl.load(retrieval_heads + row) * GROUP * DIM
         runs = tl.arange(0, TILE * RUNS)
         inside = at + runs // RUNS < count
         base = (digests + (row.to(tl.int64) * max_blocks + first + at) * (RUNS * (CHANNELS + 8))).to(
@@ -73,21 +70,23 @@ def score_blocks_kernel(
         width_codes = tl.load(widths[:, None] + word[None, :], mask=inside[:, None], other=0)
         middle_ends = tl.load(middles + words, mask=inside, other=0)
         width_ends = tl.load(widths + words, mask=inside, other=0)
-        middle_sums = tl.zeros([TILE * RUNS, words], tl.float32)
-        width_sums = middle_sums
-        all_q = tl.zeros([words], tl.float32)
-        all_sizes = all_q
-        for nibble in tl.static_range(8):
-            # Byte c of a vector holds channel c in its low half, and channel c + CHANNELS / 2.
-            channel = tl.load(channels + row * CHANNELS + 4 * word + nibble // 2 + half * (nibble % 2))
-            x = tl.load(query + channel[None, :], mask=(members < GROUP)[:, None], other=0.0).to(tl.float32)
-            total, size = tl.sum(x, 0), tl.sum(tl.abs(x), 0) * REACH
-            all_q += total
-            all_sizes += size
-            middle_sums += ((middle_codes >> (4 * nibble)) & 15).to(tl.float32) * total[None, :]
-            width_sums += ((width_codes >> (4 * nibble)) & 15).to(tl.float32) * size[None, :]
-        score = tl.sum(middle_sums, 1) * _scale(middle_ends) + _minimum(middle_ends) * tl.sum(all_q, 0)
-        score += tl.sum(width_sums, 1) * _scale(width_ends) + _minimum(width_ends) * tl.sum(all_sizes, 0)
+        score = tl.full([TILE * RUNS], float("-inf"), tl.float32)
+        for member in tl.static_range(GROUP):
+            middle_sums = tl.zeros([TILE * RUNS, words], tl.float32)
+            width_sums = middle_sums
+            all_q = tl.zeros([words], tl.float32)
+            all_sizes = all_q
+            for nibble in tl.static_range(8):
+                # Byte c of a vector holds channel c in its low half, and channel c + CHANNELS / 2.
+                channel = tl.load(channels + row * CHANNELS + 4 * word + nibble // 2 + half * (nibble % 2))
+                x = tl.load(query + member * DIM + channel).to(tl.float32)
+                all_q += x
+                all_sizes += tl.abs(x)
+                middle_sums += ((middle_codes >> (4 * nibble)) & 15).to(tl.float32) * x[None, :]
+                width_sums += ((width_codes >> (4 * nibble)) & 15).to(tl.float32) * tl.abs(x)[None, :]
+            bound = tl.sum(middle_sums, 1) * _scale(middle_ends) + _minimum(middle_ends) * tl.sum(all_q, 0)
+            bound += tl.sum(width_sums, 1) * _scale(width_ends) + _minimum(width_ends) * tl.sum(all_sizes, 0)
+            score = tl.maximum(score, bound)
         best = tl.max(tl.reshape(score, (TILE, RUNS)), 1)
         block = at + tl.arange(0, TILE)
         tl.store(scores + row.to(tl.int64) * max_blocks + block, best, mask=block < count)
@@ -264,11 +263,9 @@ def select_blocks(cache: LayerCache, q_rotated: Tensor) -> None:
         selection.reuse,
         **sizes,
         GROUP=cache.query_group,
-        GROUP_PAD=triton.next_power_of_2(cache.query_group),
         DIM=cache.head_dim,
         CHANNELS=num_channels,
         RUNS=runs,
-        REACH=REACH,
         TILE=tile,
         num_warps=SCORE_WARPS,
     )

@@ -2,8 +2,7 @@
 #pragma once
 #include "cache.h"
 
-#define RUN 16  // tokens
-#define REACH 0.5f
+#define RUN 8  // tokens
 #define MAX_CHANNELS 64
 
 INLINE int64_t vector_bytes(int64_t channels) { return channels / 2 + 4; }
@@ -49,44 +48,73 @@ static void make_digest(const layer_cache *c, const uint8_t *record, const int32
   }
 }
 
-// sum over channels of q * codes
-INLINE float dot_codes(const uint8_t *codes, const float *q, int64_t channels) {
+// A query head's part of a score: q of the picked channels, once as it is, once without its signs.
+typedef struct {
+  float q[MAX_CHANNELS], size[MAX_CHANNELS];
+} picked_query;
+
+// sums [rows]: add q · x over the channels of a vector, for `rows` query heads; what is left over goes into `rest`.
+INLINE void add_vector(int rows, const uint8_t *stored, const picked_query *queries, int sizes, int64_t channels,
+                       vf *sums, float *rest) {
   int64_t half = channels / 2, i = 0;
-  vf low = {0}, high = {0};
+  float scale = half_at(stored + half), low = half_at(stored + half + 2);
   for (; i + LANES <= half; i += LANES) {
-    vi packed = __builtin_convertvector(*(const vb_u *)(codes + i), vi);
-    low += __builtin_convertvector(packed & 15, vf) * load(q + i);
-    high += __builtin_convertvector(packed >> 4, vf) * load(q + half + i);
+    vi packed = __builtin_convertvector(*(const vb_u *)(stored + i), vi);
+    vf first = __builtin_convertvector(packed & 15, vf) * scale + low;
+    vf second = __builtin_convertvector(packed >> 4, vf) * scale + low;
+    for (int g = 0; g < rows; g++) {
+      const float *q = sizes ? queries[g].size : queries[g].q;
+      sums[g] += first * load(q + i) + second * load(q + half + i);
+    }
   }
-  float total = sum(low + high);
-  for (; i < half; i++) total += (float)(codes[i] & 15) * q[i] + (float)(codes[i] >> 4) * q[half + i];
-  return total;
+  for (; i < half; i++)
+    for (int g = 0; g < rows; g++) {
+      const float *q = sizes ? queries[g].size : queries[g].q;
+      rest[g] += ((float)(stored[i] & 15) * scale + low) * q[i] + ((float)(stored[i] >> 4) * scale + low) * q[half + i];
+    }
+}
+
+// The highest score of the runs of a block, for `rows` query heads.
+INLINE float score_block(int rows, const uint8_t *digest, const picked_query *queries, int64_t channels, int64_t runs) {
+  int64_t bytes = vector_bytes(channels);
+  vf best = splat(-__builtin_inff());
+  for (int64_t first = 0; first < runs; first += LANES) {
+    vf sums[4][LANES];
+    for (int r = 0; r < LANES; r++) {
+      vf here[4] = {0};
+      float rest[4] = {0};
+      const uint8_t *run = digest + least(first + r, runs - 1) * 2 * bytes;
+      add_vector(rows, run, queries, 0, channels, here, rest);
+      add_vector(rows, run + bytes, queries, 1, channels, here, rest);
+      for (int g = 0; g < rows; g++) {
+        here[g][0] += rest[g];
+        sums[g][r] = here[g];
+      }
+    }
+    for (int g = 0; g < rows; g++) best = vmax(best, sum_each(sums[g]));
+  }
+  return max_of(best);
 }
 
 // scores [count] of blocks for the queries [group][dim] of a head, from their digests, which stand one after the other.
-static void score_digests(const layer_cache *c, const float *queries, const int32_t *channels, int64_t num_channels,
+static void score_digests(const layer_cache *c, const float *q, const int32_t *channels, int64_t num_channels,
                           const uint8_t *digests, int64_t count, float *scores) {
-  float q[MAX_CHANNELS], size[MAX_CHANNELS], all = 0, all_sizes = 0;
-  for (int64_t i = 0; i < num_channels; i++) {
-    q[i] = size[i] = 0;
-    for (int64_t g = 0; g < c->query_group; g++) {
-      float x = queries[g * c->dim + channels[i]];
-      q[i] += x;
-      size[i] += __builtin_fabsf(x);
+  picked_query queries[MAX_GROUP];
+  int64_t group = c->query_group, runs = most(1, c->block_size / RUN), bytes = runs * 2 * vector_bytes(num_channels);
+  for (int64_t g = 0; g < group; g++)
+    for (int64_t i = 0; i < num_channels; i++) {
+      queries[g].q[i] = q[g * c->dim + channels[i]];
+      queries[g].size[i] = __builtin_fabsf(queries[g].q[i]);
     }
-    size[i] *= REACH;
-    all += q[i];
-    all_sizes += size[i];
-  }
-  int64_t runs = most(1, c->block_size / RUN), bytes = vector_bytes(num_channels);
-  for (int64_t block = 0; block < count; block++) {
+  for (int64_t block = 0; block < count; block++, digests += bytes) {
     float best = -__builtin_inff();
-    for (int64_t r = 0; r < runs; r++, digests += 2 * bytes) {
-      const uint8_t *width = digests + bytes;
-      float score = dot_codes(digests, q, num_channels) * half_at(digests + num_channels / 2) +
-                    half_at(digests + num_channels / 2 + 2) * all;
-      score += dot_codes(width, size, num_channels) * half_at(width + num_channels / 2) +
-               half_at(width + num_channels / 2 + 2) * all_sizes;
+    for (int64_t g = 0; g < group; g += 4) {
+      const picked_query *part = queries + g;
+      int64_t rows = group - g;
+      float score = rows >= 4   ? score_block(4, digests, part, num_channels, runs)
+                    : rows == 3 ? score_block(3, digests, part, num_channels, runs)
+                    : rows == 2 ? score_block(2, digests, part, num_channels, runs)
+                                : score_block(1, digests, part, num_channels, runs);
       best = score > best ? score : best;
     }
     scores[block] = best;
