@@ -2,8 +2,8 @@
 
 A digest stands for the keys of one block, a few channels of them: per 8 tokens the middle of the range of each channel
 and half its width, each such vector in 4 bits with a scale and a minimum in float16. A query's score of a run of 8 is
-q · middle + |q| · half width, the bound that no key of it exceeds in those channels (Quest, arXiv 2406.10774); a block's
-is the highest over its runs and over the query heads of its KV head. Which channels, and why these numbers:
+q · middle + |q| · half width, the bound that no key of it exceeds in those channels (Quest, arXiv 2406.10774). A
+block's is the highest over its runs and over the query heads of its KV head. Which channels, and why these numbers:
 docs/selection.md.
 
 A digest depends on the record alone, so it is the same for a context that was computed and for one that was read back.

@@ -35,16 +35,6 @@ def _with_window(scores: Tensor, window: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A way to really decode: what is chosen by, how much, and for how many steps."""
-
-    digest: Digest | None  # None: the true mass
-    combined: str
-    budget: int
-    reuse: int = 1
-
-
-@dataclass(frozen=True)
 class Step:
     """Attention of retrieval heads in one layer at all decode steps of a prompt."""
 
@@ -69,6 +59,24 @@ class Step:
         return self.mass.gather(-1, order[:, None].expand_as(self.mass)).cumsum(-1)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A way to really decode: what is chosen by, how much, and for how many steps."""
+
+    digest: Digest | None  # None: the true mass
+    combined: str
+    budget: int
+    reuse: int = 1
+
+    def __call__(self, step: Step) -> Tensor:
+        """Return which blocks each KV head reads at each step: bool [heads, steps, blocks]."""
+        order = step.order(self.digest, self.combined)[..., : self.budget // BLOCK]
+        reads = torch.zeros(order.shape[0], *step.can.shape, dtype=torch.bool).scatter_(-1, order, True)
+        reads |= ~step.can  # the window, and at later steps what has left it since
+        made = torch.arange(step.can.shape[0])
+        return reads[:, made - made % self.reuse]
+
+
 class Reading:
     """A cache that reads through another and keeps all keys and values; then the last tokens attend in plain torch.
 
@@ -87,7 +95,7 @@ class Reading:
         self.moments = torch.zeros(plan.num_layers, plan.num_kv_heads, *[cache.layout.head_dim] * 2)
         self._start = 0
         self.listen: Callable[[Step], None] | None = None
-        self.choice: Choice | None = None
+        self.choice: Callable[[Step], Tensor] | None = None  # to which blocks are read: bool [heads, steps, blocks]
 
     def start(self, position: int) -> None:
         """Say which position the next tokens begin at."""
@@ -120,7 +128,7 @@ class Reading:
             if self.listen:
                 self.listen(step)
             if self.choice:
-                hidden = ~self._reads(step, self.choice)  # [heads, steps, blocks]
+                hidden = ~self.choice(step)
                 hidden = hidden.repeat_interleave(BLOCK, -1)
                 logits[heads, :, :, : hidden.shape[-1]] = logits[heads, :, :, : hidden.shape[-1]].masked_fill(
                     hidden[:, None], -torch.inf
@@ -141,14 +149,6 @@ class Reading:
         keys = self.keys[layer, heads, :end].unflatten(1, (num_blocks, BLOCK))
         early = Early(self.early.keys[layer, heads, :EARLY], self.early.moments[layer, heads])
         return Step(layer, heads, keys, q, early, mass, can, whole + rest)
-
-    def _reads(self, step: Step, choice: Choice) -> Tensor:
-        """Return which blocks each KV head reads at each step: bool [heads, steps, blocks]."""
-        order = step.order(choice.digest, choice.combined)[..., : choice.budget // BLOCK]
-        reads = torch.zeros(order.shape[0], *step.can.shape, dtype=torch.bool).scatter_(-1, order, True)
-        reads |= ~step.can  # the window, and at later steps what has left it since
-        made = torch.arange(step.can.shape[0])
-        return reads[:, made - made % choice.reuse]
 
 
 @torch.inference_mode()

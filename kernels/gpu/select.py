@@ -43,8 +43,10 @@ def score_blocks_kernel(
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
+    HALF_PAD: tl.constexpr,
     RUNS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,  # blocks
@@ -54,52 +56,59 @@ def score_blocks_kernel(
     now, first, newest = now_and_blocks(tl.load(start), reuse, SINK, RECENT, BLOCK_SIZE)
     count = newest - first  # the newest is read in any case
     if (count > BUDGET) & (at < count) & (tl.load(made_at + row) != now):
-        # A vector is CHANNELS / 8 words of codes, then scale and minimum in one; a run is two vectors.
-        words: tl.constexpr = CHANNELS // 8
+        # A vector is CHANNELS / 2 bytes of codes (byte c: channel c, and above it channel c + CHANNELS / 2), then scale
+        # and minimum in a word; a run is two vectors.
         half: tl.constexpr = CHANNELS // 2
-        word = tl.arange(0, words)
-        query = q + tl.load(retrieval_heads + row) * GROUP * DIM
         runs = tl.arange(0, TILE * RUNS)
         inside = at + runs // RUNS < count
-        base = (digests + (row.to(tl.int64) * max_blocks + first + at) * (RUNS * (CHANNELS + 8))).to(
-            tl.pointer_type(tl.uint32)
+        middles = (
+            digests + (row.to(tl.int64) * max_blocks + first + at) * (RUNS * (CHANNELS + 8)) + runs * (CHANNELS + 8)
         )
-        middles = base + runs * (2 * words + 2)
-        widths = middles + (words + 1)
-        middle_codes = tl.load(middles[:, None] + word[None, :], mask=inside[:, None], other=0)
-        width_codes = tl.load(widths[:, None] + word[None, :], mask=inside[:, None], other=0)
-        middle_ends = tl.load(middles + words, mask=inside, other=0)
-        width_ends = tl.load(widths + words, mask=inside, other=0)
-        score = tl.full([TILE * RUNS], float("-inf"), tl.float32)
-        for member in tl.static_range(GROUP):
-            middle_sums = tl.zeros([TILE * RUNS, words], tl.float32)
-            width_sums = middle_sums
-            all_q = tl.zeros([words], tl.float32)
-            all_sizes = all_q
-            for nibble in tl.static_range(8):
-                # Byte c of a vector holds channel c in its low half, and channel c + CHANNELS / 2.
-                channel = tl.load(channels + row * CHANNELS + 4 * word + nibble // 2 + half * (nibble % 2))
-                x = tl.load(query + member * DIM + channel).to(tl.float32)
-                all_q += x
-                all_sizes += tl.abs(x)
-                middle_sums += ((middle_codes >> (4 * nibble)) & 15).to(tl.float32) * x[None, :]
-                width_sums += ((width_codes >> (4 * nibble)) & 15).to(tl.float32) * tl.abs(x)[None, :]
-            bound = tl.sum(middle_sums, 1) * _scale(middle_ends) + _minimum(middle_ends) * tl.sum(all_q, 0)
-            bound += tl.sum(width_sums, 1) * _scale(width_ends) + _minimum(width_ends) * tl.sum(all_sizes, 0)
-            score = tl.maximum(score, bound)
+        members = tl.arange(0, GROUP_PAD)
+        query = q + (tl.load(retrieval_heads + row) * GROUP + members) * DIM
+        low, high = _picked(query, channels + row * CHANNELS, members < GROUP, half, HALF_PAD)
+        bound = _products(middles, low, high, inside, half, HALF_PAD)
+        low, high = _size(low), _size(high)
+        bound += _products(middles + half + 4, low, high, inside, half, HALF_PAD)
+        score = tl.max(tl.where((members < GROUP)[None, :], bound, float("-inf")), 1)
         best = tl.max(tl.reshape(score, (TILE, RUNS)), 1)
         block = at + tl.arange(0, TILE)
         tl.store(scores + row.to(tl.int64) * max_blocks + block, best, mask=block < count)
 
 
 @triton.jit
-def _scale(ends):
-    return (ends & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+def _picked(query, channels, members, HALF: tl.constexpr, PAD: tl.constexpr):
+    """Load the two halves of the picked channels of queries: [PAD, members] each, 0 beyond."""
+    column = tl.arange(0, PAD)
+    inside = column < HALF
+    mask = inside[:, None] & members[None, :]
+    low = tl.load(query[None, :] + tl.load(channels + column, mask=inside, other=0)[:, None], mask=mask, other=0.0)
+    high = tl.load(
+        query[None, :] + tl.load(channels + HALF + column, mask=inside, other=0)[:, None], mask=mask, other=0.0
+    )
+    return low, high
 
 
 @triton.jit
-def _minimum(ends):
-    return (ends >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+def _size(q):
+    return tl.abs(q.to(tl.float32)).to(q.dtype)
+
+
+@triton.jit
+def _products(vectors, low, high, inside, HALF: tl.constexpr, PAD: tl.constexpr):
+    """Multiply stored vectors with queries, given as two halves of channels: float32 [vectors, members].
+
+    Codes are exact in every dtype of q.
+    """
+    column = tl.arange(0, PAD)
+    codes = tl.load(vectors[:, None] + column[None, :], mask=inside[:, None] & (column < HALF)[None, :], other=0)
+    sums = tl.dot((codes & 15).to(low.dtype), low, input_precision="ieee")
+    sums = tl.dot((codes >> 4).to(low.dtype), high, sums, input_precision="ieee")
+    ends = tl.load((vectors + HALF).to(tl.pointer_type(tl.uint32)), mask=inside, other=0)
+    scale = (ends & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    minimum = (ends >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    whole = tl.sum(low.to(tl.float32) + high.to(tl.float32), 0)
+    return sums * scale[:, None] + minimum[:, None] * whole[None, :]
 
 
 @triton.jit
@@ -263,8 +272,10 @@ def select_blocks(cache: LayerCache, q_rotated: Tensor) -> None:
         selection.reuse,
         **sizes,
         GROUP=cache.query_group,
+        GROUP_PAD=max(16, triton.next_power_of_2(cache.query_group)),  # the least that tensor cores take
         DIM=cache.head_dim,
         CHANNELS=num_channels,
+        HALF_PAD=max(16, num_channels // 2),
         RUNS=runs,
         TILE=tile,
         num_warps=SCORE_WARPS,
