@@ -29,7 +29,7 @@ from torch import Tensor
 from duolocal.engine.engine import Engine
 from duolocal.evaluate.passkey import passkey_prompts
 from duolocal.evaluate.prompts import Prompt
-from duolocal.evaluate.tasks import variables_prompts
+from duolocal.evaluate.tasks import needles_prompts, recall_prompts, variables_prompts
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
 from duolocal.sample_text import sample_text
@@ -108,8 +108,8 @@ def prompts_of(part: str, tokenizer: Tokenizer, count: int, seed: int) -> list[P
     if kind == "passkey":
         depths = [(at + 0.5) / count for at in range(count)]
         return list(passkey_prompts(tokenizer, sample_text(), num_tokens=size, depths=depths, seed=seed))
-    assert kind == "variables", kind
-    return list(variables_prompts(tokenizer, sample_text(), num_tokens=size, samples=count, seed=seed))
+    make = {"needles": needles_prompts, "variables": variables_prompts, "recall": recall_prompts}[kind]
+    return list(make(tokenizer, sample_text(), num_tokens=size, samples=count, seed=seed))
 
 
 def main() -> None:
