@@ -1,4 +1,4 @@
-"""Digests of blocks: what decode looks at to choose the blocks that it reads.
+"""Which blocks a decode step reads: by digests of all of them, then by the keys of the best.
 
 A digest stands for the keys of one block, a few channels of them: per 8 tokens the middle of the range of each channel
 and half its width, each such vector in 4 bits with a scale and a minimum in float16. A query's score of a run of 8 is
@@ -6,9 +6,13 @@ q · middle + |q| · half width, the bound that no key of it exceeds in those ch
 block's is the highest over its runs and over the query heads of its KV head. Which channels, and why these numbers:
 docs/selection.md.
 
+The blocks with the highest scores, CANDIDATES times as many as will be read, are candidates. Their keys are looked at:
+those are read that have the most attention among the candidates, by the sum over the query heads.
+
 A digest depends on the record alone, so it is the same for a context that was computed and for one that was read back.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor
 from duolocal.kernels.blocks import BlockLayout, decode_blocks, hadamard
 
 RUN = 8  # tokens
+CANDIDATES = 2  # times the blocks that are read
 MAX_CHANNELS = 32
 
 
@@ -77,6 +82,50 @@ def score_digests(q: Tensor, digests: Tensor, channels: Tensor, *, block_size: i
     runs = digests.unflatten(1, (num_runs(block_size), 2, -1))  # [n, runs, middle or width, bytes]
     middle, width = (_decode(runs[:, :, part]) for part in (0, 1))
     return (middle @ picked.mT + width @ picked.abs().mT).amax((1, 2))
+
+
+def weigh_blocks(q: Tensor, records: Tensor, layout: BlockLayout, *, hidden: int = 0) -> Tensor:
+    """Return the weights [n] of candidates: their shares of each query head's attention among them, added up.
+
+    q: [group, head_dim], RoPE applied; records: [n, record_bytes]; hidden: leading tokens of the first block that are
+    not read from it (sinks).
+    """
+    keys = decode_blocks(records, layout, "key", dtype=torch.float32)
+    if layout.key.rotate:
+        keys = hadamard(keys)
+    logits = torch.einsum("gd,ntd->gnt", q.float(), keys) * q.shape[1] ** -0.5
+    logits[:, 0, :hidden] = -torch.inf
+    return logits.logsumexp(-1).softmax(-1).sum(0)
+
+
+def choose_blocks(
+    q: Tensor,
+    digests: Tensor,
+    records: Callable[[Tensor], Tensor],
+    layout: BlockLayout,
+    channels: Tensor,
+    *,
+    budget: int,
+    hidden: int = 0,
+) -> Tensor:
+    """Return which of n blocks are read for the queries q [group, head_dim] of a KV head: int64 [budget], rising.
+
+    digests: uint8 [n, digest_bytes]; records: from numbers of blocks to their records; channels: of the head's row;
+    hidden: leading tokens of block 0 that are not read from it. Of equal ones the older. All of them where they are no
+    more than `budget`.
+    """
+    numbers = torch.arange(len(digests), device=digests.device)
+    if len(numbers) > CANDIDATES * budget:
+        scores = score_digests(q, digests, channels, block_size=layout.block_size)
+        numbers = _largest(scores, CANDIDATES * budget)
+    if len(numbers) > budget:
+        weights = weigh_blocks(q, records(numbers), layout, hidden=0 if int(numbers[0]) else hidden)
+        numbers = numbers[_largest(weights, budget)]
+    return numbers
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    return x.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _encode(x: Tensor) -> Tensor:

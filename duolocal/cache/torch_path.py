@@ -9,7 +9,7 @@ from duolocal.cache.path import Step
 from duolocal.cache.selection import occasion
 from duolocal.kernels.attention import block_attention, merge, window_attention
 from duolocal.kernels.blocks import encode_blocks
-from duolocal.kernels.digest import make_digests, score_digests
+from duolocal.kernels.digest import choose_blocks, make_digests
 from duolocal.kernels.interface import Rotation
 from duolocal.kernels.sparse import chosen_block_attention, sparse_block_attention
 
@@ -138,11 +138,17 @@ class TorchPath:
         for number, row in enumerate(range(self._rows[layer].start, self._rows[layer].stop)):
             count = min(newest - first, selection.budget_blocks)
             if int(selection.made_at[row]) != now:
-                scores = score_digests(
-                    q[number], selection.digests[row, first:newest], selection.channels[row], block_size=size
+                table = cache.pool.table[row, first:newest]
+                best = choose_blocks(
+                    q[number],
+                    selection.digests[row, first:newest],
+                    lambda numbers, table=table: cache.pool.take(table[numbers]),
+                    cache.layout,
+                    selection.channels[row],
+                    budget=selection.budget_blocks,
+                    hidden=cache.plan.sink_size - first * size,
                 )
-                best = scores.argsort(descending=True, stable=True)[:count].sort().values + first
-                selection.lists[row, : count + 1] = torch.cat((best, best.new_tensor([newest])))
+                selection.lists[row, : count + 1] = torch.cat((best + first, best.new_tensor([newest])))
                 selection.made_at[row] = now
             read[number, 0, selection.lists[row, : count + 1].long()] = True
         return read
