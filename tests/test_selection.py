@@ -150,18 +150,45 @@ def test_both_paths_choose_and_compute_alike(before: int, steps: int, budget: in
         torch.testing.assert_close(outs[0][-1], outs[1][-1], rtol=1e-4, atol=1e-4)
 
 
-def test_lists_hold_the_best_scores() -> None:
-    cache = make_cache(256)
-    feed(cache, [1600, 1])
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kv", ["int4", "k8v4", "16"])
+@pytest.mark.parametrize("tokens", [600, 900, 1600])  # as many blocks as are read or fewer, as candidates, and more
+def test_lists_hold_what_is_seen_most_among_the_best_scores(kernels: str, kv: str, tokens: int) -> None:
+    cache = make_cache(256, kernels, kv=kv)
+    feed(cache, [tokens, 1])
     assert cache.selection is not None
-    q, _, _ = inputs(1600, 1)
-    first, newest = 0, (1600 - cache.exact_recent) // 64
+    q, _, _ = inputs(tokens, 1)
+    newest = (tokens - cache.exact_recent) // 64
     for row, (layer, head) in enumerate(((0, 0), (0, 2), (1, 1))):
         group = q[0, layer, head * GROUP : (head + 1) * GROUP]
-        scores = score_digests(
-            group, cache.selection.digests[row, first:newest], cache.selection.channels[row], block_size=64
-        )
-        assert cache.selection.lists[row].tolist() == [*sorted(scores.topk(4).indices.tolist()), newest]
+        picked = cache.selection.channels[row]
+        scores = score_digests(group, cache.selection.digests[row, :newest], picked, block_size=64)
+        candidates = scores.topk(min(newest, 8)).indices.sort().values
+        keys = torch.stack([keys_of(cache, row, block) for block in candidates.tolist()]).double()
+        logits = torch.einsum("gd,ntd->gnt", group.double(), keys) / HEAD_DIM**0.5
+        if int(candidates[0]) == 0:
+            logits[:, 0, : PLAN.sink_size] = -torch.inf
+        attention = logits.flatten(1).softmax(1).view(GROUP, len(candidates), 64).sum((0, 2))
+        best = candidates[attention.topk(min(newest, 4)).indices]
+        assert cache.selection.lists[row, : min(newest, 4) + 1].tolist() == [*sorted(best.tolist()), newest]
+
+
+def test_sinks_do_not_speak_for_the_first_block() -> None:
+    """A sink that a head looks at is read from the ring: its block is not chosen for it."""
+    cache = make_cache(64)
+    q, k, v = inputs(0, 1600)
+    k[: PLAN.sink_size, 0, 0] = q[1599, 0, 0] * 3
+    for start, end in ((0, 1599), (1599, 1600)):
+        cache.begin(end - start)
+        for layer in range(2):
+            span = slice(start, end)
+            cache.append(layer, k[span, layer].contiguous(), v[span, layer].contiguous())
+            cache.attend(layer, q[span, layer].contiguous(), torch.arange(start, end))
+        cache.commit()
+    assert cache.selection is not None
+    digests = cache.selection.digests[0, :22]
+    scores = score_digests(q[1599, 0, :GROUP], digests, cache.selection.channels[0], block_size=64)
+    assert int(scores.argmax()) == 0 and int(cache.selection.lists[0, 0]) != 0
 
 
 def test_a_needle_is_found_among_many_blocks() -> None:

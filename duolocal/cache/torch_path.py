@@ -1,5 +1,6 @@
 """The cache's arithmetic in plain torch: any device, any compute type; the reference of the compiled path."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -138,11 +139,10 @@ class TorchPath:
         for number, row in enumerate(range(self._rows[layer].start, self._rows[layer].stop)):
             count = min(newest - first, selection.budget_blocks)
             if int(selection.made_at[row]) != now:
-                table = cache.pool.table[row, first:newest]
                 best = choose_blocks(
                     q[number],
                     selection.digests[row, first:newest],
-                    lambda numbers, table=table: cache.pool.take(table[numbers]),
+                    partial(self._records, row, first),
                     cache.layout,
                     selection.channels[row],
                     budget=selection.budget_blocks,
@@ -152,6 +152,11 @@ class TorchPath:
                 selection.made_at[row] = now
             read[number, 0, selection.lists[row, : count + 1].long()] = True
         return read
+
+    def _records(self, row: int, first: int, numbers: Tensor) -> Tensor:
+        """Return the records of some blocks of a row, numbered from `first` on."""
+        pool = self._cache.pool
+        return pool.take(pool.table[row, first + numbers])
 
     def _window(self, layer: int, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys and values [num_kv_heads, kv_len, head_dim] of ring and chunk, and their positions."""

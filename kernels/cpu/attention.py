@@ -30,6 +30,7 @@ from duolocal.kernels.cpu.structs import (
     SelectionArgs,
     StoreArgs,
 )
+from duolocal.kernels.digest import CANDIDATES
 from duolocal.kernels.sparse import Chosen
 
 TILE_ROWS = 192  # (query, query head) pairs that an item of prefill works on
@@ -165,8 +166,8 @@ class CpuAttention:
         out = torch.empty_like(q)
         if self._selection is not None:
             select = SelectArgs(self._address(layer), q.data_ptr())
-            self._kernels.run("score_blocks", select, q, self)
-            self._kernels.run("choose_blocks", select, q, self)
+            for operation in ("score_blocks", "choose_candidates", "weigh_blocks", "choose_blocks"):
+                self._kernels.run(operation, select, q, self)
         args = DecodeArgs(self._address(layer), q.data_ptr(), out.data_ptr(), self._partial.data_ptr(), self._max_spans)
         self._kernels.run("decode_attention", args, q, out, self)
         self._kernels.run("merge", args, q, out, self)
@@ -263,9 +264,13 @@ class CpuAttention:
 
     def _selection_of(self, selected: SelectedBlocks, max_blocks: int) -> SelectionArgs:
         assert selected.channels.shape[1] <= MAX_CHANNELS, selected.channels.shape
+        budget = selected.lists.shape[1] - 1
+        # One layer after the other works in this.
         self._scores = torch.empty(self._heads, max_blocks)
+        self._candidates = torch.empty(self._heads, CANDIDATES * budget, dtype=torch.int32)
+        self._weights = torch.empty(self._heads, self._group, 2, CANDIDATES * budget)
         return SelectionArgs(
-            selected.lists.shape[1] - 1,
+            budget,
             selected.reuse,
             selected.channels.data_ptr(),
             selected.centre.data_ptr(),
@@ -275,6 +280,9 @@ class CpuAttention:
             selected.lists.data_ptr(),
             selected.made_at.data_ptr(),
             self._scores.data_ptr(),
+            self._candidates.shape[1],
+            self._candidates.data_ptr(),
+            self._weights.data_ptr(),
         )
 
     def _address(self, layer: int) -> int:

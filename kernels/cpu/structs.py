@@ -26,6 +26,8 @@ OPERATIONS = (
     "prefill_attention",
     "digest_blocks",
     "score_blocks",
+    "choose_candidates",
+    "weigh_blocks",
     "choose_blocks",
     "estimate_blocks",
 )
@@ -215,6 +217,9 @@ class SelectionArgs(ctypes.Structure):
         ("lists", c_void_p),
         ("made_at", c_void_p),
         ("scores", c_void_p),
+        ("num_candidates", c_int64),
+        ("candidates", c_void_p),
+        ("weights", c_void_p),
     )
 
 

@@ -6,16 +6,17 @@
 #include "pool.h"
 #include "select.h"
 #include "sparse.h"
+#include "weigh.h"
 #include "weights.h"
 
 enum operation_id { RMS_NORM, LINEAR, ROPE, SILU_MUL, EMBED, CLOSE_BLOCKS, WRITE_RING, DECODE_ATTENTION, MERGE, PREFILL_ATTENTION,
-                    DIGEST_BLOCKS, SCORE_BLOCKS, CHOOSE_BLOCKS, ESTIMATE_BLOCKS };
+                    DIGEST_BLOCKS, SCORE_BLOCKS, CHOOSE_CANDIDATES, WEIGH_BLOCKS, CHOOSE_BLOCKS, ESTIMATE_BLOCKS };
 
 void *duo_operation(int64_t id) {
   static const operation table[] = {run_rms_norm,     run_linear,     run_rope,             run_silu_mul, run_embed,
                                     run_close_blocks, run_write_ring, run_decode_attention, run_merge,    run_prefill_attention,
-                                    run_digest_blocks, run_score_blocks, run_choose_blocks,
-                                    run_estimate_blocks};
+                                    run_digest_blocks, run_score_blocks, run_choose_candidates,
+                                    run_weigh_blocks,  run_choose_blocks, run_estimate_blocks};
   return (void *)table[id];
 }
 

@@ -1,4 +1,5 @@
-// Which blocks a decode step reads: digests of blocks, scores of all of them, and the best under a budget.
+// Which blocks a decode step reads: digests of blocks, scores of all of them, the candidates that have the best, and
+// those of them that are read, by the weights that weigh.h gives them. The rules are those of kernels/digest.py.
 //
 // A list holds the blocks of one row of the table in rising order; the last is the newest that is seen at all, which is
 // always read. It is made anew at positions that are multiples of `reuse`, where a new block comes into sight, and where
@@ -18,6 +19,10 @@ struct selection {
   int32_t *lists;     // [rows of the table, budget + 1]
   int64_t *made_at;   // [rows of the table]: what `occasion` was; -1 for no list
   float *scores;      // [kv_heads, table_stride]
+  int64_t num_candidates;
+  int32_t *candidates;  // [kv_heads, num_candidates], rising
+  float *weights;       // [kv_heads, query_group, 2, num_candidates]: of each candidate the largest score of its keys,
+                        // and the sum of e^(score - largest)
 };
 
 // The blocks that a query at `position` sees: whole ones from `first` on, and `newest`.
@@ -83,7 +88,7 @@ static void run_score_blocks(const void *args, pool *p, int64_t thread) {
   const selection *s = c->selection;
   seen_blocks seen = blocks_seen(c, block_tokens(c, *c->start));
   int64_t blocks = seen.newest - seen.first, now = occasion(s, *c->start, seen);  // the newest needs no score
-  if (blocks <= s->budget) return;
+  if (blocks <= s->num_candidates) return;
   int64_t parts = (blocks + SCORED_TOGETHER - 1) / SCORED_TOGETHER;
   for (int64_t item; (item = next_item(p)) < parts * c->kv_heads;) {
     int64_t head = item % c->kv_heads, row = c->rows[head], from = item / c->kv_heads * SCORED_TOGETHER;
@@ -134,6 +139,10 @@ static void largest(const float *scores, int64_t count, int64_t wanted, int32_t 
   for (int64_t i = 0; i < held; i++) list[i] += first;
 }
 
+INLINE void number_blocks(int32_t *list, int64_t count, int64_t first) {
+  for (int64_t i = 0; i < count; i++) list[i] = (int32_t)(first + i);
+}
+
 INLINE int listed(const int32_t *list, int64_t count, int64_t block) {
   int64_t low = 0, high = count;
   while (low < high) {
@@ -169,6 +178,41 @@ static void fetch(const layer_cache *c, int64_t row, const int32_t *list, int64_
   }
 }
 
+static void run_choose_candidates(const void *args, pool *p, int64_t thread) {
+  const select_args *a = args;
+  const layer_cache *c = a->cache;
+  const selection *s = c->selection;
+  seen_blocks seen = blocks_seen(c, block_tokens(c, *c->start));
+  int64_t blocks = seen.newest - seen.first, count = least(blocks, s->num_candidates);
+  if (blocks <= s->budget) return;
+  for (int64_t head; (head = next_item(p)) < c->kv_heads;) {
+    int64_t row = c->rows[head];
+    if (row < 0 || s->made_at[row] == occasion(s, *c->start, seen)) continue;
+    int32_t *candidates = s->candidates + head * s->num_candidates;
+    if (blocks == count) number_blocks(candidates, count, seen.first);
+    else largest(s->scores + head * c->table_stride, blocks, count, (int32_t)seen.first, candidates);
+    if (c->advise) ask_for_listed(c, row, candidates, count);
+  }
+}
+
+// The candidates of which a head's queries see most, rising: its list but for the newest.
+static void choose_among(const layer_cache *c, int64_t head, int64_t count, int32_t *list) {
+  const selection *s = c->selection;
+  const int32_t *candidates = s->candidates + head * s->num_candidates;
+  float *shares = s->scores + head * c->table_stride;
+  for (int64_t i = 0; i < count; i++) shares[i] = 0;
+  for (int64_t g = 0; g < c->query_group; g++) {
+    const float *tops = s->weights + (head * c->query_group + g) * 2 * s->num_candidates;
+    const float *totals = tops + s->num_candidates;
+    float top = tops[0], whole = 0;
+    for (int64_t i = 1; i < count; i++) top = tops[i] > top ? tops[i] : top;
+    for (int64_t i = 0; i < count; i++) whole += totals[i] * exp1(tops[i] - top);
+    for (int64_t i = 0; i < count; i++) shares[i] += totals[i] * exp1(tops[i] - top) / whole;
+  }
+  largest(shares, count, s->budget, 0, list);
+  for (int64_t i = 0; i < s->budget; i++) list[i] = candidates[list[i]];
+}
+
 static void run_choose_blocks(const void *args, pool *p, int64_t thread) {
   const select_args *a = args;
   const layer_cache *c = a->cache;
@@ -184,9 +228,9 @@ static void run_choose_blocks(const void *args, pool *p, int64_t thread) {
       if (c->advise) ask_for_listed(c, row, list, count);
       continue;
     }
-    if (seen.newest - seen.first <= s->budget)
-      for (int64_t i = 0; i + 1 < count; i++) list[i] = (int32_t)(seen.first + i);
-    else largest(s->scores + head * c->table_stride, seen.newest - seen.first, s->budget, (int32_t)seen.first, list);
+    int64_t blocks = seen.newest - seen.first;
+    if (blocks <= s->budget) number_blocks(list, blocks, seen.first);
+    else choose_among(c, head, least(blocks, s->num_candidates), list);
     list[count - 1] = (int32_t)seen.newest;
     s->made_at[row] = now;
     if (c->advise) ask_for_listed(c, row, list, count);
