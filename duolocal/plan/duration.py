@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from duolocal.cache.cache import exact_recent_size
 from duolocal.cache.selection import REUSE
+from duolocal.kernels.blocks import BlockLayout
+from duolocal.kernels.digest import CANDIDATES
 from duolocal.plan.memory import MemoryPlan, Request, bytes_per_token
 
 # Neither measured nor published: blocks that lie in a file are read at the speed of an ordinary solid-state disk.
@@ -64,7 +66,10 @@ def work_of(request: Request, plan: MemoryPlan) -> Work:
     recent = heads.sink_size + exact_recent_size(heads)
     window = _pairs(n, heads.sink_size + heads.recent_size)
     pairs = heads.num_retrieval * n * (n + 1) / 2 + heads.num_streaming * window
-    read = min(n, request.select + recent) if request.select is not None else n
+    read = float(n)
+    if request.select is not None:
+        looked_at = min(n, CANDIDATES * request.select) / REUSE  # of which only the keys
+        read = min(n, request.select + recent) + looked_at * _key_share(request.layout)
     blocks = int(read * bytes_per_token(request))
     moved = 0
     if plan.offloaded and plan.max_blocks:
@@ -91,6 +96,11 @@ def duration_of(request: Request, plan: MemoryPlan, rates: Rates) -> Duration:
         decode_s=max(read_s, moved_s) + rates.step_s,
         floor_s=read_s,
     )
+
+
+def _key_share(layout: BlockLayout) -> float:
+    """Return how much of a block is keys."""
+    return sum(span.stop - span.start for span in layout.spans("key")) / layout.record_bytes
 
 
 def _pairs(n: int, window: int) -> float:
