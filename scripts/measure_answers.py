@@ -3,10 +3,12 @@
     .venv/bin/python scripts/measure_answers.py [--model MODEL] [--parts passkey-4K,...] [--budgets 1024]
         [--count N] [--seed N] [--json FILE]
 
-Prompts are read with the whole context; then each right answer is decoded once per way, reading what that way chooses
-of the blocks behind the window. Everything is in float32 and on keys as computed. Printed for each way: how many
-answers are right token by token, and the negative log-likelihood per token, mean and of each prompt. Prompts that the
-model fails with everything read (more than 2 nats per token) say nothing and are left out.
+Prompts are read with the whole context; then each right answer, or the last 64 tokens of a text ("prose"), is decoded
+once per way, reading what that way chooses of the blocks behind the window. Everything is in float32 and on keys as
+computed. Printed for each way: how many answers are right token by token; the negative log-likelihood per token, mean
+and of each prompt; the KL divergence from reading everything, nats per token; and the share of all attention, window
+included, on blocks that are not read. Prompts that the model fails with everything read (more than 2 nats per token)
+say nothing and are left out.
 
 "oracle" chooses by the true attention. "a, then b" ranks by a and chooses by the true attention among the first b times
 as many blocks.
@@ -16,7 +18,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # two threads on one core would take forty times as long
@@ -28,16 +30,16 @@ from torch import Tensor
 
 from duolocal.engine.engine import Engine
 from duolocal.evaluate.passkey import passkey_prompts
-from duolocal.evaluate.prompts import Prompt
-from duolocal.evaluate.tasks import needles_prompts, recall_prompts, variables_prompts
+from duolocal.evaluate.tasks import TASKS
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
-from duolocal.sample_text import sample_text
+from duolocal.sample_text import license_text, sample_text
 from duolocal.settings import parse_tokens
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 MOST_NLL = 2.0  # nats per token, everything read
 REUSES = (1, 2, 4)  # steps
+PROSE_STEPS = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Chooser:
 
     def __init__(self, made: dict[tuple[str, int], Callable[[Tensor], Tensor]], way: Way, budget: int, reuse: int):
         self._made, self._way, self._budget, self._reuse = made, way, budget, reuse
+        self.lost: list[float] = []  # per layer
 
     def __call__(self, step: Step) -> Tensor:
         """Return which blocks each KV head reads: bool [heads, steps, blocks]."""
@@ -94,7 +97,9 @@ class Chooser:
             else:
                 rank = rank.masked_fill(~_first(found, way.among * count), -1.0)
         made = torch.arange(step.can.shape[0])
-        return (_first(rank, count) | ~step.can)[:, made - made % self._reuse]
+        reads = (_first(rank, count) | ~step.can)[:, made - made % self._reuse]
+        self.lost.append(float(step.mass.masked_fill(reads[:, None], 0.0).sum(-1).mean()))
+        return reads
 
 
 def _first(rank: Tensor, count: int) -> Tensor:
@@ -102,14 +107,34 @@ def _first(rank: Tensor, count: int) -> Tensor:
     return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, best, True)
 
 
-def prompts_of(part: str, tokenizer: Tokenizer, count: int, seed: int) -> list[Prompt]:
+@dataclass
+class Outcomes:
+    """What came of one way, per prompt; lost: per layer of each."""
+
+    right: int = 0
+    nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    lost: list[float] = field(default_factory=list)
+
+    def row(self) -> dict[str, object]:
+        means = {name: sum(x) / len(x) if x else 0.0 for name, x in vars(self).items() if name != "right"}
+        return {"right": self.right, "prompts": len(self.nll)} | {name: round(x, 5) for name, x in means.items()}
+
+
+def prompts_of(part: str, tokenizer: Tokenizer, count: int, seed: int) -> list[tuple[list[int], int]]:
+    """Return token ids, and how many of the last ones are decoded."""
     kind, _, length = part.partition("-")
     size = parse_tokens(length)
+    if kind == "prose":
+        ids = tokenizer.encode(license_text())
+        starts = [at * (len(ids) - size) // max(1, count - 1) for at in range(count)]
+        return [(ids[start : start + size], PROSE_STEPS) for start in starts]
     if kind == "passkey":
         depths = [(at + 0.5) / count for at in range(count)]
-        return list(passkey_prompts(tokenizer, sample_text(), num_tokens=size, depths=depths, seed=seed))
-    make = {"needles": needles_prompts, "variables": variables_prompts, "recall": recall_prompts}[kind]
-    return list(make(tokenizer, sample_text(), num_tokens=size, samples=count, seed=seed))
+        made = passkey_prompts(tokenizer, sample_text(), num_tokens=size, depths=depths, seed=seed)
+    else:
+        made = TASKS[kind](tokenizer, sample_text(), num_tokens=size, samples=count, seed=seed)
+    return [([*prompt.token_ids, *prompt.answer_ids], len(prompt.answer_ids)) for prompt in made]
 
 
 def main() -> None:
@@ -131,27 +156,28 @@ def main() -> None:
     for part in parts:
         tried = [(way, budget, reuse) for budget in budgets for way in ways() for reuse in way.reuses]
         names = [f"{budget} {way.name}, {reuse} steps" for way, budget, reuse in tried]
-        nll: dict[str, list[float]] = {name: [] for name in ("everything read", *names)}
-        right: dict[str, int] = dict.fromkeys(nll, 0)
-        for number, prompt in enumerate(prompts_of(part, tokenizer, options.count, options.seed)):
-            ids, cut = [*prompt.token_ids, *prompt.answer_ids], prompt.num_tokens - 1
-            wanted = torch.tensor(prompt.answer_ids)
+        outcomes = {name: Outcomes() for name in ("everything read", *names)}
+        for number, (ids, answer) in enumerate(prompts_of(part, tokenizer, options.count, options.seed)):
+            cut, wanted = len(ids) - answer - 1, torch.tensor(ids[-answer:])
             reading = read(engine, ids, cut)
             made: dict[tuple[str, int], Callable[[Tensor], Tensor]] = {}
             choosers = [None, *(Chooser(made, *each) for each in tried)]
-            for name, chooser in zip(nll, choosers, strict=True):
+            dense = torch.empty(0)
+            for outcome, chooser in zip(outcomes.values(), choosers, strict=True):
                 reading.choice = chooser
-                found = decode(engine, reading, ids, cut)[: len(wanted)]
+                found = decode(engine, reading, ids, cut)[:answer]
+                dense = found if chooser is None else dense
                 loss = -float(found.gather(1, wanted[:, None]).mean())
-                if chooser is None and loss > MOST_NLL:
+                if chooser is None and loss > MOST_NLL and not part.startswith("prose"):
                     break
-                nll[name].append(loss)
-                right[name] += bool((found.argmax(-1) == wanted).all())
-            print(f"{part}: prompt {number + 1}, {len(nll['everything read'])} counted", flush=True)
-        for name, losses in nll.items():
-            mean = sum(losses) / max(1, len(losses))
-            print(f"{right[name]:3} of {len(losses)} {mean:.3f} {name}: " + " ".join(f"{x:.2f}" for x in losses))
-        out[part] = {name: {"right": right[name], "nll": [round(x, 4) for x in nll[name]]} for name in nll}
+                outcome.nll.append(loss)
+                outcome.kl.append(float((dense.exp() * (dense - found)).sum(-1).mean()))
+                outcome.right += bool((found.argmax(-1) == wanted).all())
+                outcome.lost += [] if chooser is None else chooser.lost
+            print(f"{part}: prompt {number + 1}", flush=True)
+        for name, outcome in outcomes.items():
+            print(f"{name}: {outcome.row()}: " + " ".join(f"{x:.2f}" for x in outcome.nll), flush=True)
+        out[part] = {name: outcome.row() | {"nlls": outcome.nll} for name, outcome in outcomes.items()}
         if options.json:  # after each part: the whole takes long
             setting = {"model": options.model, "heads": engine.plan.source, "seed": options.seed, "parts": out}
             options.json.write_text(json.dumps(setting), encoding="utf-8")

@@ -1,10 +1,12 @@
 """Selected decode on the GPU: digests, scores, lists, copies and attention, each against what defines it.
 
-Digests are judged by `make_digests` and by the keys themselves, lists by sorting float64 scores, copies by the records
-in their homes, attention by the dense float64 oracle of test_triton_decode.py over the listed blocks only.
+Digests are judged by `make_digests` and by the keys themselves, candidates by sorting float64 scores, lists by float64
+softmaxes over the candidates' keys, copies by the records in their homes, attention by the dense float64 oracle of
+test_triton_decode.py over the listed blocks only.
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -19,12 +21,14 @@ from duolocal.cache.pool import BlockPool
 from duolocal.cache.selection import occasion
 from duolocal.kernels.blocks import decode_blocks, encode_blocks, hadamard
 from duolocal.kernels.digest import (
+    CANDIDATES,
     RUN,
     digest_bytes,
     digest_channels,
     make_digests,
     num_runs,
     score_digests,
+    weigh_blocks,
 )
 from duolocal.kernels.gpu import select
 from duolocal.kernels.gpu.decode import decode_attention, partial_shape
@@ -33,7 +37,6 @@ from duolocal.kernels.gpu.layer_cache import LayerCache, LayerSelection
 from duolocal.kernels.gpu.select import select_blocks
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from tests.pool_checks import check_table
-from tests.test_triton_append import normal
 from tests.test_triton_decode import make_queries, make_state, oracle, store
 from tests.triton_device import COMPUTE_DTYPES, DEVICE, INTERPRETED
 
@@ -47,7 +50,7 @@ def selecting(cache: LayerCache, *, budget: int, reuse: int = 4, seed: int = 7) 
     count = digest_channels(dim)
     generator = torch.Generator().manual_seed(seed)
     channels = torch.stack([torch.randperm(dim, generator=generator)[:count] for _ in range(rows)])
-    size = digest_bytes(cache.layout.block_size, count)
+    size, group = digest_bytes(cache.layout.block_size, count), cache.query_group
     selection = LayerSelection(
         digests=torch.full((rows, blocks, size), 0xFF, dtype=torch.uint8, device=DEVICE),
         lists=torch.full((rows, budget + 1), -(10**6), dtype=torch.int32, device=DEVICE),
@@ -55,6 +58,8 @@ def selecting(cache: LayerCache, *, budget: int, reuse: int = 4, seed: int = 7) 
         channels=channels.int().to(DEVICE),
         centre=torch.randn(rows, count, generator=generator).to(DEVICE),
         scores=torch.full((rows + 1, blocks), float("nan"), device=DEVICE),
+        candidates=torch.full((rows + 1, CANDIDATES * budget), -(10**6), dtype=torch.int32, device=DEVICE),
+        weights=torch.full((rows + 1, group, CANDIDATES * budget), float("nan"), device=DEVICE),
         reuse=reuse,
     )
     return dataclasses.replace(cache, selection=selection)
@@ -145,30 +150,75 @@ def scores_of(cache: LayerCache, q: Tensor, row: int) -> Tensor:
     return (middle @ picked.mT + width @ picked.abs().mT).amax((1, 2))
 
 
-def check_lists(cache: LayerCache, q: Tensor) -> None:
-    """Judge every list by float64 scores; where two are nearly equal, either block may be taken."""
+def keys_of(cache: LayerCache, row: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the float64 keys [blocks, block_size, head_dim] of a row, as its records have them, and which are seen."""
+    size = cache.layout.block_size
+    keys = decode_blocks(cache.records[cache.table[row, blocks]].cpu(), cache.layout, "key", dtype=torch.float64)
+    return keys, blocks.cpu()[:, None] * size + torch.arange(size) >= cache.sink_size
+
+
+def queries_of(cache: LayerCache, q: Tensor, row: int) -> Tensor:
+    """Return the queries [group, head_dim] of a row."""
+    head, group = int(cache.retrieval_heads[row]), cache.query_group
+    return q.view(cache.num_heads, -1)[head * group : (head + 1) * group].cpu()
+
+
+def check_lists(cache: LayerCache, q: Tensor, q_blocks: Tensor) -> None:
+    """Judge candidates and lists by float64 numbers; where two are nearly equal, either block may be taken."""
     selection = selection_of(cache)
     first, newest = seen_blocks(cache)
-    count = min(newest - first, selection.budget)
+    count = newest - first
+    kept = min(count, selection.budget)
     for row in range(cache.num_retrieval):
-        listed = selection.lists[row, : count + 1].tolist()
-        assert listed == sorted(set(listed)) and listed[-1] == newest, listed
-        assert len(listed) == count + 1 and listed[0] >= first
-        scores = scores_of(cache, q, row)
-        chosen = torch.tensor(listed[:-1], dtype=torch.int64) - first
-        least = scores.sort(descending=True).values[count - 1]
-        assert bool((scores[chosen] >= least - 1e-5 * scores.abs().max()).all())
-        ours = selection.scores[row, : newest - first].cpu()
-        if newest - first > selection.budget:
-            assert bool(((ours - scores).abs() <= 1e-5 * scores.abs().max()).all())
-            head, group = int(cache.retrieval_heads[row]), cache.query_group
-            reference = score_digests(
-                q[0, head * group : (head + 1) * group].cpu(),
-                selection.digests[row, first:newest].cpu(),
-                selection.channels[row].cpu(),
-                block_size=cache.layout.block_size,
-            )
-            assert bool(((ours - reference).abs() <= 1e-5 * scores.abs().max()).all())
+        found = selection.candidates[row, :count].long()
+        assert rising(found, first, newest)
+        if count > selection.num_candidates:
+            check_candidates(cache, q, row, found.cpu() - first)
+        listed = selection.lists[row, : kept + 1].long()
+        assert rising(listed, first, newest + 1) and int(listed[-1]) == newest
+        assert bool(torch.isin(listed[:-1], found).all())
+        if count > kept:
+            taken = torch.isin(found, listed[:-1]).cpu()
+            weights = check_weights(cache, q, q_blocks, row, found)
+            assert bool((weights[taken] >= weights.sort(descending=True).values[kept - 1] * (1 - 1e-4)).all())
+
+
+def rising(numbers: Tensor, low: int, high: int) -> bool:
+    """Whether numbers rise within low..high-1."""
+    edges = torch.tensor([low - 1, *numbers.tolist(), high])
+    return bool((edges.diff() > 0).all())
+
+
+def check_candidates(cache: LayerCache, q: Tensor, row: int, found: Tensor) -> None:
+    """Judge scores, and the candidates, which are counted from the first visible block."""
+    selection = selection_of(cache)
+    first, newest = seen_blocks(cache)
+    scores = scores_of(cache, q, row)
+    near = 1e-5 * scores.abs().max()
+    assert bool((scores[found] >= scores.sort(descending=True).values[len(found) - 1] - near).all())
+    ours = selection.scores[row, : newest - first].cpu()
+    reference = score_digests(
+        queries_of(cache, q, row),
+        selection.digests[row, first:newest].cpu(),
+        selection.channels[row].cpu(),
+        block_size=cache.layout.block_size,
+    )
+    assert bool(((ours - scores).abs() <= near).all()) and bool(((ours - reference).abs() <= near).all())
+
+
+def check_weights(cache: LayerCache, q: Tensor, q_blocks: Tensor, row: int, found: Tensor) -> Tensor:
+    """Judge the weights of candidates by query head; return their shares of attention, added up, float64."""
+    keys, seen = keys_of(cache, row, found)
+    logits = torch.einsum("gd,ntd->gnt", queries_of(cache, q_blocks, row).double(), keys) / cache.head_dim**0.5
+    wanted = logits.masked_fill(~seen, float("-inf")).exp().sum(-1).log()
+    ours = selection_of(cache).weights[row, :, : len(found)].cpu() * math.log(2)
+    assert bool(((ours - wanted).abs() <= 1e-5 * (1 + logits.abs().max())).all()), (ours - wanted).abs().max()
+    weights = torch.stack([torch.exp(x) / torch.exp(x).sum() for x in wanted]).sum(0)
+    records = cache.records[cache.table[row, found]].cpu()
+    hidden = int((~seen[0]).sum())
+    reference = weigh_blocks(queries_of(cache, q, row), records, cache.layout, hidden=hidden)
+    assert bool(((weights - reference).abs() <= 2e-2 * weights).all())  # q_blocks is rounded once more
+    return weights
 
 
 @pytest.mark.parametrize(
@@ -179,6 +229,8 @@ def check_lists(cache: LayerCache, q: Tensor) -> None:
         ("16", 80, 16, 3, 0, 330, 7),
         ("int8", 16, 16, 1, 33, 500, 1),
         ("fp8", 64, 32, 16, 64, 480, 40),
+        ("fp8", 64, 32, 3, 40, 400, 3),
+        ("k8v4", 16, 128, 4, 70, 700, 1),  # the first tile of tokens is all sinks
     ],
 )
 def test_lists_hold_the_best(
@@ -194,103 +246,190 @@ def test_lists_hold_the_best(
         block_size=block_size,
     )
     cache = digested(cache, budget=budget)
-    q, _ = make_queries(cache)
-    select_blocks(cache, q)
-    check_lists(cache, q)
+    q, q_blocks = make_queries(cache)
+    select_blocks(cache, q, q_blocks)
+    check_lists(cache, q, q_blocks)
+    selection, rows = selection_of(cache), cache.num_retrieval
     first, newest = seen_blocks(cache)
-    count = min(newest - first, budget)
-    assert bool((selection_of(cache).lists[:, count + 1 :] == -(10**6)).all())
-    assert selection_of(cache).made_at.tolist() == [occasion(start, newest, reuse=4)] * cache.num_retrieval
+    count = newest - first
+    assert bool((selection.lists[:, min(count, budget) + 1 :] == -(10**6)).all())
+    assert bool((selection.candidates[:, count:] == -(10**6)).all())
+    assert selection.made_at.tolist() == [occasion(start, newest, reuse=4)] * rows
+    # What is not needed is not worked out.
+    assert bool(selection.scores[:rows, :count].isnan().all()) == (count <= selection.num_candidates)
+    assert bool(selection.weights[:rows, :, :count].isnan().all()) == (count <= budget)
+    assert bool(selection.weights[:rows, :, count:].isnan().all())
+
+
+def test_only_candidates_are_looked_at() -> None:
+    """The records of all others are poison, and the list stays."""
+    cache, _, _ = make_state(
+        "int4", head_dim=16, start=400, dtype=COMPUTE_DTYPES[0], group=1, block_size=16, retrieval=(False, True)
+    )
+    cache = digested(cache, budget=2)
+    q, q_blocks = make_queries(cache)
+    select_blocks(cache, q, q_blocks)
+    selection = selection_of(cache)
+    first, newest = seen_blocks(cache)
+    lists, found = selection.lists.clone(), selection.candidates[0].tolist()
+    others = [block for block in range(first, newest + 1) if block not in found]
+    assert len(found) == 4 and len(others) == newest - first - 3
+    cache.records[cache.table[0, others]] = 0xFF
+    selection.made_at.fill_(-1)
+    selection.lists.fill_(-1)
+    select_blocks(cache, q, q_blocks)
+    assert torch.equal(lists, selection.lists)
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_sinks_in_the_first_block_do_not_weigh(hidden: bool) -> None:
+    """What the query is after lies in the first block: before the last sink, where the ring has it, or behind."""
+    cache, k, v = make_state("int8", head_dim=16, start=330, dtype=COMPUTE_DTYPES[0], group=1, sink_size=50)
+    q, q_blocks = make_queries(cache)
+    for head in cache.retrieval_heads.tolist():
+        k[50:, head] *= 0.1
+        k[49 if hidden else 50, head] = (q[0, head].float() * 3).to(k.dtype)
+    store(cache, k, v)
+    cache = digested(cache, budget=1)
+    select_blocks(cache, q, q_blocks)
+    check_lists(cache, q, q_blocks)
+    assert bool((selection_of(cache).lists[:, 0] == 0).all()) != hidden
 
 
 @pytest.mark.parametrize("chunk", [select.CHUNK, 8])
 @settings(max_examples=12 if INTERPRETED else 100, deadline=None)
 @given(data=st.data())
 def test_of_equal_scores_the_older_and_rising(chunk: int, data: st.DataObject) -> None:
-    """The list alone, of scores given, with many ties, signs and zeros; also where a row takes several chunks."""
+    """Candidates alone, of scores given, with many ties, signs and zeros; also where a row takes several chunks."""
     count = data.draw(st.integers(1, 30), label="blocks")
-    budget = data.draw(st.integers(1, 12), label="budget")
+    budget = data.draw(st.integers(1, 6), label="budget")
     values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-40, -3e38, 3e38, 2.5])
     scores = torch.tensor(data.draw(st.lists(values, min_size=count, max_size=count), label="scores"))
-    cache, _, _ = make_state("int4", head_dim=16, start=0, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=0)
-    start = 128 + 16 * count
-    cache = dataclasses.replace(cache, start=torch.tensor([start], device=DEVICE), table=torch.zeros(1, 33).long())
-    cache = selecting(dataclasses.replace(cache, table=cache.table.to(DEVICE)), budget=budget)
+    cache = one_row(count, budget=budget)
     selection = selection_of(cache)
     selection.scores[0, :count] = scores.to(DEVICE)
-    sizes = {"BUDGET": budget, "SINK": 0, "RECENT": 128, "BLOCK_SIZE": 16}
     chunk = min(chunk, 64)
     select.choose_blocks_kernel[(1,)](
         selection.scores,
-        selection.lists,
+        selection.candidates,
         selection.made_at,
         cache.start,
         33,
         4,
-        **sizes,
+        **SIZES,
+        NUM_CANDIDATES=selection.num_candidates,
         CHUNK=chunk,
         WHOLE=chunk >= 33,
         TILE=8,
     )
     # -0.0 and 0.0 are told apart by their bits, and the order of both is one that sorting may have.
     key = torch.where(scores == 0, torch.where(torch.signbit(scores), -1e-45, 0.0), scores.double())
-    order = sorted(range(count), key=lambda block: (-float(key[block]), block))[:budget]
+    order = sorted(range(count), key=lambda block: (-float(key[block]), block))[: CANDIDATES * budget]
+    assert selection.candidates[0, : len(order)].tolist() == sorted(order)
+    assert bool((selection.candidates[0, len(order) :] == -(10**6)).all()) and int(selection.made_at) == -1
+
+
+SIZES = {"SINK": 0, "RECENT": 128, "BLOCK_SIZE": 16}
+
+
+def one_row(count: int, *, budget: int) -> LayerCache:
+    """Return a cache of one row and two query heads that sees `count` blocks and the newest; nothing is in it."""
+    cache, _, _ = make_state("int4", head_dim=16, start=0, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=0)
+    start, table = torch.tensor([128 + 16 * count]), torch.zeros(1, 33, dtype=torch.int64)
+    return selecting(dataclasses.replace(cache, start=start.to(DEVICE), table=table.to(DEVICE)), budget=budget)
+
+
+@settings(max_examples=8 if INTERPRETED else 100, deadline=None)
+@given(data=st.data())
+def test_of_equal_weights_the_older_and_rising(data: st.DataObject) -> None:
+    """The list alone, of weights given, with many ties; the second query head attends to all alike."""
+    count = data.draw(st.integers(1, 14), label="candidates")
+    budget = data.draw(st.integers((count + 1) // CANDIDATES, 9), label="budget")
+    weights = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 2.0, 5.0]), min_size=count, max_size=count))
+    cache = one_row(count, budget=budget)
+    selection = selection_of(cache)
+    numbers = torch.arange(count)
+    selection.candidates[0, :count] = numbers.to(DEVICE)
+    selection.weights[0, :, :count] = torch.stack((torch.tensor(weights) - 300, torch.full((count,), 1e4))).to(DEVICE)
+    select.rank_blocks_kernel[(1,)](
+        selection.candidates,
+        selection.weights,
+        selection.lists,
+        selection.made_at,
+        cache.start,
+        4,
+        **SIZES,
+        BUDGET=budget,
+        NUM_CANDIDATES=selection.num_candidates,
+        GROUP=2,
+        GROUP_PAD=2,
+        WIDTH=32,
+    )
+    order = sorted(range(count), key=lambda block: (-weights[block], block))[:budget]
     assert selection.lists[0, : len(order) + 1].tolist() == [*sorted(order), count]
+    assert int(selection.made_at) == occasion(int(cache.start), count, reuse=4)
 
 
 def test_lists_are_made_anew_when_due() -> None:
     """By position, by a new block in sight, and after `forget`: never otherwise."""
     reuse = 5
-    cache, _, _ = make_state("int4", head_dim=16, start=420, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=4)
-    cache = digested(cache, budget=2, reuse=reuse)
+    cache, _, _ = make_state(
+        "int4", head_dim=16, start=420, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=4, retrieval=(False, True)
+    )
+    cache = selecting(cache, budget=2, reuse=reuse)
     digest_blocks(cache, 0, 20)
     selection = selection_of(cache)
     made = None
     for start in (400, 401, 404, 405, 415, 416):
         cache.start.fill_(start)
-        q, _ = make_queries(cache, seed=start)
-        before = selection.lists.clone()
-        select_blocks(cache, q)
+        q, q_blocks = make_queries(cache, seed=start)
+        worked = [selection.lists, selection.scores, selection.candidates, selection.weights]
+        before = [x.clone() for x in worked]
+        select_blocks(cache, q, q_blocks)
         now = occasion(start, (start - 128) // 16, reuse=reuse)
         if now != made:
-            check_lists(cache, q)
+            check_lists(cache, q, q_blocks)
         else:
-            assert torch.equal(before, selection.lists)
+            assert all(
+                torch.equal(x.view(torch.int32), old.view(torch.int32)) for x, old in zip(worked, before, strict=True)
+            )
         made = now
     selection.made_at.fill_(-1)
     selection.lists.fill_(-1)
-    select_blocks(cache, q)
-    check_lists(cache, q)
+    select_blocks(cache, q, q_blocks)
+    check_lists(cache, q, q_blocks)
 
 
 def test_nothing_is_listed_before_a_block_is_seen() -> None:
     """5 sinks, 128 recent tokens: from position 133 on."""
     cache, _, _ = make_state("int4", head_dim=16, start=140, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=5)
     cache = selecting(cache, budget=2)
-    q, _ = make_queries(cache)
+    q, q_blocks = make_queries(cache)
     for start, listed in ((0, False), (127, False), (132, False), (133, True)):
         cache.start.fill_(start)
-        select_blocks(cache, q)
+        select_blocks(cache, q, q_blocks)
         assert bool((selection_of(cache).made_at >= 0).all()) == listed
     assert selection_of(cache).lists[:, 0].tolist() == [0, 0]
 
 
 def test_the_newest_block_gets_its_digest_when_lists_are_made() -> None:
-    cache, _, _ = make_state("int8", head_dim=16, start=420, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=0)
+    cache, _, _ = make_state(
+        "int8", head_dim=16, start=420, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=0, retrieval=(True,)
+    )
     records = encode_blocks(torch.randn(1, 16, 16), torch.randn(1, 16, 16), cache.layout).to(DEVICE)
     cache.records[cache.table[:, 14]] = records  # of positions 224 .. 239, completed by the step at 239
     cache = selecting(cache, budget=1)
     selection = selection_of(cache)
-    q, _ = make_queries(cache)
+    q, q_blocks = make_queries(cache)
     for start, made in ((238, False), (239, True), (240, True), (254, True)):
         selection.digests[:, 14] = 0xFF
         selection.made_at.fill_(-1)
         cache.start.fill_(start)
-        select_blocks(cache, q)
+        select_blocks(cache, q, q_blocks)
         assert bool((selection.digests[:, 14] != 0xFF).any()) == made
     wanted = selection.digests.clone()
     selection.digests[:, 14] = 0xFF
-    select_blocks(cache, q)  # no list is due
+    select_blocks(cache, q, q_blocks)  # no list is due
     assert bool((selection.digests[:, 14] == 0xFF).all())
     digest_blocks(cache, 14, 15)
     assert torch.equal(wanted, selection.digests)
@@ -426,7 +565,7 @@ def test_attention_reads_what_is_listed(
     first, newest = seen_blocks(cache)
     cache = digested(cache, budget=budget) if newest >= first else selecting(cache, budget=budget)
     q, q_blocks = make_queries(cache)
-    select_blocks(cache, q)
+    select_blocks(cache, q, q_blocks)
     if start > 400:  # what is not listed is not read
         lists = selection_of(cache).lists
         count = min(newest - first, budget) + 1
@@ -453,7 +592,7 @@ def test_a_budget_for_everything_is_dense_attention() -> None:
     q, q_blocks = make_queries(cache)
     dense = decode_attention(cache, q, q_blocks, block_splits=2)
     chosen = digested(cache, budget=50)
-    select_blocks(chosen, q)
+    select_blocks(chosen, q, q_blocks)
     out = decode_attention(chosen, q, q_blocks, block_splits=2)
     _, size = oracle(cache, q, q_blocks, k, v)
     limit = (torch.finfo(q.dtype).eps + torch.finfo(torch.float16).eps + 5e-6) * size
@@ -463,12 +602,12 @@ def test_a_budget_for_everything_is_dense_attention() -> None:
 def test_the_needle_is_found() -> None:
     """One block of eight holds a key that the query is after: with a budget of one block it is read."""
     cache, k, v = make_state("int4", head_dim=64, start=700, dtype=COMPUTE_DTYPES[0], group=1, sink_size=0)
-    q, _ = make_queries(cache)
+    q, q_blocks = make_queries(cache)
     head = int(cache.retrieval_heads[0])
     k[200, head] = (q[0, head].float() * 3).to(k.dtype)
     store(cache, k, v)
     cache = digested(cache, budget=1)
-    select_blocks(cache, q)
+    select_blocks(cache, q, q_blocks)
     assert selection_of(cache).lists[0].tolist() == [200 // 64, (700 - 128) // 64]
 
 
@@ -477,8 +616,8 @@ def test_more_rows_than_one_layer_of_memory(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(select, "SCORED_BLOCKS", 4)
     monkeypatch.setattr(select, "CHUNK", 8)
     monkeypatch.setattr(select, "PLACED", 4)
-    cache, _, _ = make_state("int4", head_dim=64, start=500, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=5)
-    cache = digested(cache, budget=5)
-    q = normal(1, cache.num_heads, 64, dtype=COMPUTE_DTYPES[0], seed=11)
-    select_blocks(cache, q)
-    check_lists(cache, q)
+    cache, _, _ = make_state("int4", head_dim=64, start=400, dtype=COMPUTE_DTYPES[0], block_size=16, sink_size=5)
+    cache = digested(cache, budget=3)
+    q, q_blocks = make_queries(cache, seed=11)
+    select_blocks(cache, q, q_blocks)
+    check_lists(cache, q, q_blocks)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from duolocal.cache.path import Step
 from duolocal.cache.selection import occasion
+from duolocal.kernels.digest import CANDIDATES
 from duolocal.kernels.gpu.append import append_token
 from duolocal.kernels.gpu.decode import decode_attention
 from duolocal.kernels.gpu.digest import digest_blocks
@@ -40,8 +41,7 @@ class GpuPath:
         self._chooses = False
         self._made_for: tuple[int, int] | None = None
         # One layer after the other works in the same memory.
-        most_rows = max(sum(flags) for flags in plan.retrieval) if cache.selection is not None else 0
-        scores = torch.empty(most_rows, cache.pool.max_blocks, dtype=torch.float32, device=device)
+        memory = _working_memory(cache)
         self._layers: list[LayerCache] = []
         self._rows: list[slice] = []  # of the block table, per layer
         first_row = 0
@@ -63,7 +63,7 @@ class GpuPath:
                     query_group=cache.query_group,
                     sink_size=plan.sink_size,
                     recent_size=cache.exact_recent,
-                    selection=_selection(cache, slice(first_row, first_row + len(heads)), scores),
+                    selection=_selection(cache, slice(first_row, first_row + len(heads)), memory),
                     beyond=cache.pool.tiered,
                 )
             )
@@ -82,7 +82,7 @@ class GpuPath:
         if q.shape[0] == 1:
             q_rotated, q_blocks = append_token(cache, q, k, v, *rotation)
             if self.chooses(step):
-                select_blocks(cache, q_rotated)
+                select_blocks(cache, q_rotated, q_blocks)
             return decode_attention(cache, q_rotated, q_blocks)
         q, k = rotate(q, k, *rotation)
         close_blocks(cache, k, v, step.start)
@@ -136,7 +136,19 @@ class GpuPath:
         return self._chooses
 
 
-def _selection(cache: "DuoCache", rows: slice, scores: Tensor) -> LayerSelection | None:
+def _working_memory(cache: "DuoCache") -> dict[str, Tensor]:
+    """Return what choosing works in, enough for the layer with most rows; see `LayerSelection`."""
+    if cache.selection is None:
+        return {}
+    rows, count = max(map(sum, cache.plan.retrieval)), CANDIDATES * cache.selection.budget_blocks
+    return {
+        "scores": torch.empty(rows, cache.pool.max_blocks, dtype=torch.float32, device=cache.device),
+        "candidates": torch.empty(rows, count, dtype=torch.int32, device=cache.device),
+        "weights": torch.empty(rows, cache.query_group, count, dtype=torch.float32, device=cache.device),
+    }
+
+
+def _selection(cache: "DuoCache", rows: slice, memory: dict[str, Tensor]) -> LayerSelection | None:
     selection, pool = cache.selection, cache.pool
     if selection is None:
         return None
@@ -146,7 +158,7 @@ def _selection(cache: "DuoCache", rows: slice, scores: Tensor) -> LayerSelection
         made_at=selection.made_at[rows],
         channels=selection.channels[rows],
         centre=selection.centre[rows],
-        scores=scores,
+        **memory,
         reuse=selection.policy.reuse,
         tags=pool.tags[rows] if pool.tiered else None,
         first_slot=rows.start * pool.num_slots,

@@ -13,10 +13,11 @@ class LayerSelection:
 
     digests: uint8 [num_retrieval, max_blocks, digest_bytes]; lists: int32 [num_retrieval, budget + 1], the blocks to
     read, rising; made_at: int64 [num_retrieval], the occasion of each list, -1 for none; channels: int32 and centre:
-    float32 [num_retrieval, num_channels], of the digests; scores: float32 [num_retrieval, max_blocks], memory to work
-    in. reuse: steps that share a list. tags: int64 [num_retrieval, num_slots], the block whose copy each slot on the
-    device holds, None where all blocks are there; first_slot, first_home: numbers of the first slot and of the first
-    home of the first row. All tensors are contiguous.
+    float32 [num_retrieval, num_channels], of the digests; scores: float32 [num_retrieval, max_blocks], candidates:
+    int32 [num_retrieval, CANDIDATES · budget] and weights: float32 [num_retrieval, query_group, CANDIDATES · budget],
+    memory to work in, of as many rows or more. reuse: steps that share a list. tags: int64 [num_retrieval, num_slots],
+    the block whose copy each slot on the device holds, None where all blocks are there; first_slot, first_home: numbers
+    of the first slot and of the first home of the first row. All tensors are contiguous.
     """
 
     digests: Tensor
@@ -25,6 +26,8 @@ class LayerSelection:
     channels: Tensor
     centre: Tensor
     scores: Tensor
+    candidates: Tensor
+    weights: Tensor
     reuse: int
     tags: Tensor | None = None
     first_slot: int = 0
@@ -34,6 +37,11 @@ class LayerSelection:
     def budget(self) -> int:
         """Blocks that a row reads beside the newest."""
         return self.lists.shape[1] - 1
+
+    @property
+    def num_candidates(self) -> int:
+        """Blocks of which the budget is chosen."""
+        return self.candidates.shape[1]
 
     @property
     def num_channels(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 import duolocal.kernels.gpu
-from duolocal.kernels.digest import digest_bytes, digest_channels
+from duolocal.kernels.digest import CANDIDATES, digest_bytes, digest_channels
 from duolocal.kernels.gpu.layer_cache import LayerCache, LayerSelection
 from duolocal.kernels.interface import Norm, Rotation
 from duolocal.kernels.matrix import GroupedMatrix
@@ -30,6 +30,7 @@ REGISTER_LIMITS = {
     "merge_splits_kernel": 128,
     "merge_blocks_kernel": 128,
     "score_blocks_kernel": 128,
+    "weigh_blocks_kernel": 128,
     "fetch_blocks_kernel": 64,
     "write_ring_kernel": 128,
     "decode_span_kernel": 96,
@@ -253,6 +254,8 @@ def selecting(cache: LayerCache) -> LayerCache:
         channels=zeros(rows, count, dtype=torch.int32),
         centre=zeros(rows, count, dtype=torch.float32),
         scores=zeros(rows, blocks, dtype=torch.float32),
+        candidates=zeros(rows, CANDIDATES * BUDGET, dtype=torch.int32),
+        weights=zeros(rows, cache.query_group, CANDIDATES * BUDGET, dtype=torch.float32),
         reuse=4,
         tags=zeros(rows, 2 * BUDGET, dtype=torch.int64),
         first_home=12345,
@@ -313,7 +316,7 @@ def decode_selected(model: Model, kv: str, dtype: torch.dtype, max_blocks: int) 
     cache = selecting(layer_cache(model, kv, dtype=dtype, max_blocks=max_blocks))
     digest_blocks(cache, 0, 2048)
     q, q_blocks = append_token(cache, *heads(model, 1, dtype), *angles(model, 1))
-    select_blocks(cache, q)
+    select_blocks(cache, q, q_blocks)
     decode_attention(cache, q, q_blocks)
 
 

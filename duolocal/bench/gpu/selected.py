@@ -156,7 +156,7 @@ def _kernels(bench: Bench, engine: Engine, context: int) -> None:
             selection = layers[layer].selection
             assert selection is not None
             selection.made_at.fill_(-1)  # a list is due; timed with the rest
-            select_blocks(layers[layer], queries[layer][0])
+            select_blocks(layers[layer], *queries[layer])
 
         def attend(layer: int) -> torch.Tensor:
             return decode_attention(layers[layer], *queries[layer])
