@@ -63,6 +63,11 @@ class BlockLayout:
         """Bytes of one token in one KV head, keys and values and scales, padding included."""
         return self.record_bytes / self.block_size
 
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a record that are keys: codes and scales."""
+        return sum(span.stop - span.start for span in self.spans("key"))
+
     def spans(self, which: Literal["key", "value"]) -> tuple[slice, slice]:
         """Return the byte ranges of the codes and of the scales (scales first, then minima) inside a record."""
         n, dim = self.block_size, self.head_dim

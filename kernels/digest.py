@@ -21,7 +21,7 @@ from torch import Tensor
 from duolocal.kernels.blocks import BlockLayout, decode_blocks, hadamard
 
 RUN = 8  # tokens
-CANDIDATES = 2  # times the blocks that are read
+CANDIDATES = 3  # times the blocks that are read
 MAX_CHANNELS = 32
 
 

@@ -69,7 +69,9 @@ def ways() -> list[Way]:
         Way("8 tokens, reach 0.75", boxes(8, 4, CHANNELS, reach=0.75, width_bits=4)),
         Way("8 tokens, sum of p", built, "sum of p"),
         Way("8 tokens", built, reuses=REUSES),
-        Way("8 tokens, then 2", built, among=2, reuses=REUSES),
+        Way("8 tokens, then 2", built, among=2, reuses=(2,)),
+        Way("8 tokens, then 3", built, among=3, reuses=REUSES),
+        Way("8 tokens, sum of p, then 3", built, "sum of p", among=3, reuses=(2,)),
         Way("4 tokens", boxes(4, 4, CHANNELS, width_bits=4)),
         Way("every key", means(1, 4, CHANNELS)),
     ]

@@ -122,7 +122,7 @@ class GpuPath:
     def chooses(self, step: Step) -> bool:
         """Whether this decode step makes its lists anew: a captured graph holds one kind of step.
 
-        The kernels decide the same on the device; the host decides too, so that three steps of four do not launch what
+        The kernels decide the same on the device; the host decides too, so that the steps between do not launch what
         would do nothing.
         """
         cache, selection = self._cache, self._cache.selection

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from duolocal.cache.cache import exact_recent_size
 from duolocal.cache.selection import REUSE
-from duolocal.kernels.blocks import BlockLayout
 from duolocal.kernels.digest import CANDIDATES
 from duolocal.plan.memory import MemoryPlan, Request, bytes_per_token
 
@@ -69,7 +68,7 @@ def work_of(request: Request, plan: MemoryPlan) -> Work:
     read = float(n)
     if request.select is not None:
         looked_at = min(n, CANDIDATES * request.select) / REUSE  # of which only the keys
-        read = min(n, request.select + recent) + looked_at * _key_share(request.layout)
+        read = min(n, request.select + recent) + looked_at * request.layout.key_bytes / request.layout.record_bytes
     blocks = int(read * bytes_per_token(request))
     moved = 0
     if plan.offloaded and plan.max_blocks:
@@ -96,11 +95,6 @@ def duration_of(request: Request, plan: MemoryPlan, rates: Rates) -> Duration:
         decode_s=max(read_s, moved_s) + rates.step_s,
         floor_s=read_s,
     )
-
-
-def _key_share(layout: BlockLayout) -> float:
-    """Return how much of a block is keys."""
-    return sum(span.stop - span.start for span in layout.spans("key")) / layout.record_bytes
 
 
 def _pairs(n: int, window: int) -> float:

@@ -20,7 +20,7 @@ from duolocal.bench.timing import spread
 from duolocal.cache import ON_DEVICE, Placement
 from duolocal.cache.selection import REUSE, SelectionPolicy
 from duolocal.engine.engine import Engine
-from duolocal.kernels.digest import DigestChannels, digest_channels
+from duolocal.kernels.digest import CANDIDATES, DigestChannels, digest_channels
 from duolocal.kernels.gpu.append import append_token
 from duolocal.kernels.gpu.decode import decode_attention
 from duolocal.kernels.gpu.select import select_blocks
@@ -130,7 +130,7 @@ def _copies(engine: Engine, tokens: Iterator[int]) -> float:
 
 
 def _bytes_per_token(engine: Engine) -> int:
-    """Return the bytes that a decoded token must read: where blocks are selected, of digests once in REUSE steps."""
+    """Return the bytes that a decoded token must read: of digests and of candidates' keys once in REUSE steps."""
     selection, layout, plan = engine.cache.selection, engine.cache.layout, engine.plan
     weights, dense = bytes_per_token(engine)
     if selection is None:
@@ -140,7 +140,8 @@ def _bytes_per_token(engine: Engine) -> int:
     read = min(seen, selection.budget_blocks + 1)
     blocks = plan.num_retrieval * layout.record_bytes
     digests = plan.num_retrieval * selection.digests.shape[2] // REUSE
-    return weights + dense - seen * blocks + read * blocks + seen * digests
+    candidates = min(seen, CANDIDATES * selection.budget_blocks) * plan.num_retrieval * layout.key_bytes // REUSE
+    return weights + dense - seen * blocks + read * blocks + seen * digests + candidates
 
 
 def _kernels(bench: Bench, engine: Engine, context: int) -> None:
