@@ -344,7 +344,7 @@ def one_row(count: int, *, budget: int) -> LayerCache:
 def test_of_equal_weights_the_older_and_rising(data: st.DataObject) -> None:
     """The list alone, of weights given, with many ties; the second query head attends to all alike."""
     count = data.draw(st.integers(1, 14), label="candidates")
-    budget = data.draw(st.integers((count + 1) // CANDIDATES, 9), label="budget")
+    budget = data.draw(st.integers(-(-count // CANDIDATES), 9), label="budget")
     weights = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 2.0, 5.0]), min_size=count, max_size=count))
     cache = one_row(count, budget=budget)
     selection = selection_of(cache)
