@@ -74,6 +74,18 @@ def feed(cache: DuoCache, cuts: list[int], seed: int = 1) -> Tensor:
     return torch.cat(seen)
 
 
+def feed_these(cache: DuoCache, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Append tokens given as `inputs` gives them, the last one as a decode step."""
+    count = len(q)
+    for start, end in ((0, count - 1), (count - 1, count)):
+        cache.begin(end - start)
+        for layer in range(2):
+            span = slice(start, end)
+            cache.append(layer, k[span, layer].contiguous(), v[span, layer].contiguous())
+            cache.attend(layer, q[span, layer].contiguous(), torch.arange(start, end))
+        cache.commit()
+
+
 def keys_of(cache: DuoCache, row: int, block: int) -> Tensor:
     record = cache.pool.take(cache.pool.table[row, block : block + 1])
     keys = decode_blocks(record, cache.layout, "key", dtype=torch.float32)[0]
@@ -179,13 +191,7 @@ def test_sinks_do_not_speak_for_the_first_block() -> None:
     q, k, v = inputs(0, 1600)
     k[: PLAN.sink_size, 0, 0] = q[1599, 0, :GROUP].sum(0) * 3
     k[517, 0, 0] = q[1599, 0, :GROUP].sum(0)
-    for start, end in ((0, 1599), (1599, 1600)):
-        cache.begin(end - start)
-        for layer in range(2):
-            span = slice(start, end)
-            cache.append(layer, k[span, layer].contiguous(), v[span, layer].contiguous())
-            cache.attend(layer, q[span, layer].contiguous(), torch.arange(start, end))
-        cache.commit()
+    feed_these(cache, q, k, v)
     assert cache.selection is not None
     digests = cache.selection.digests[0, :22]
     scores = score_digests(q[1599, 0, :GROUP], digests, cache.selection.channels[0], block_size=64)
@@ -200,13 +206,7 @@ def test_a_needle_is_found_among_many_blocks() -> None:
     for row_layer, head in ((0, 0), (0, 2), (1, 1)):
         query = q[1599, row_layer, head * GROUP + 1]  # one of the query heads is enough
         k[needle, row_layer, head] = query / query.norm() * 24
-    for start, end in ((0, 1599), (1599, 1600)):
-        cache.begin(end - start)
-        for layer in range(2):
-            span = slice(start, end)
-            cache.append(layer, k[span, layer].contiguous(), v[span, layer].contiguous())
-            cache.attend(layer, q[span, layer].contiguous(), torch.arange(start, end))
-        cache.commit()
+    feed_these(cache, q, k, v)
     assert cache.selection is not None
     assert cache.selection.lists[:, 0].tolist() == [needle // 64] * 3
 
