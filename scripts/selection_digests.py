@@ -312,7 +312,7 @@ def main_digests() -> list[Digest]:
 
 
 def built_digests() -> list[Digest]:
-    """Return what kernels/digest.py makes, the last one, and the steps to it from the recommended one, the first."""
+    """Return the first way that was built, the last one, and the steps to it from the recommended one, the first."""
     steps: list[dict[str, Any]] = [{}, {"width_bits": 4}, {"together": True}, {"records": True}]
     steps += [{"width_bits": 4, "together": True}, {"width_bits": 4, "together": True, "records": True}]
     return [boxes(16, 4, CHANNELS, reach=0.5, **step) for step in steps]
