@@ -66,9 +66,9 @@ def work_of(request: Request, plan: MemoryPlan) -> Work:
     window = _pairs(n, heads.sink_size + heads.recent_size)
     pairs = heads.num_retrieval * n * (n + 1) / 2 + heads.num_streaming * window
     read = float(n)
-    if request.select is not None:
+    if request.select is not None and request.select + recent < n:
         looked_at = min(n, CANDIDATES * request.select) / REUSE  # of which only the keys
-        read = min(n, request.select + recent) + looked_at * request.layout.key_bytes / request.layout.record_bytes
+        read = request.select + recent + looked_at * request.layout.key_bytes / request.layout.record_bytes
     blocks = int(read * bytes_per_token(request))
     moved = 0
     if plan.offloaded and plan.max_blocks:

@@ -344,7 +344,7 @@ def select_blocks(cache: LayerCache, q_rotated: Tensor, q_blocks: Tensor) -> Non
         **sizes,
         NUM_CANDIDATES=num_candidates,
         GROUP=cache.query_group,
-        GROUP_PAD=max(16, triton.next_power_of_2(cache.query_group)),  # the least that tensor cores take
+        GROUP_PAD=16,  # the least that tensor cores take
         DIM=cache.head_dim,
         CHANNELS=num_channels,
         HALF_PAD=max(16, num_channels // 2),
