@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from duolocal import __version__
 from duolocal.errors import DuoLocalError, SettingsError
-from duolocal.settings import ChatSettings, parse_tokens
+from duolocal.settings import LoadSettings, parse_tokens
 from duolocal.terminal.bench_options import add_bench_parsers, run_bench
 from duolocal.terminal.chat_options import EXIT_CODES, add_chat_options, run_chat
 from duolocal.terminal.clean import clean_line
@@ -220,7 +220,7 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _kv_measure(options: argparse.Namespace) -> int:
-    settings = ChatSettings(
+    settings = LoadSettings(
         model=options.model, device=options.device, threads=chosen_threads(options), kernels=options.kernels
     )
     num_tokens = parse_tokens(options.tokens, "--tokens")

@@ -72,7 +72,7 @@ def format_tokens(count: int) -> str:
 
 
 @dataclass(frozen=True)
-class ChatSettings:
+class LoadSettings:
     """What has to be known before a model is loaded; None leaves the choice to the engine."""
 
     model: str

@@ -12,7 +12,7 @@ from duolocal.engine.engine import EngineMemory
 from duolocal.engine.session import ContextItem, Event, Finished, Prefilled, Text
 from duolocal.errors import ContextOverflowError
 from duolocal.sampling import Sampling
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.views import Facts
 from duolocal.tokenizer import Message
@@ -161,7 +161,7 @@ def make_chat(session: FakeSession | None = None, *, columns: int = 80) -> tuple
         console,
         session or FakeSession(),  # type: ignore[arg-type]
         FACTS,
-        ChatSettings(model="tiny", kv="int8"),
+        LoadSettings(model="tiny", kv="int8"),
         Sampling(),
     )
     return chat, output

@@ -34,7 +34,7 @@ from duolocal.engine.engine import Engine
 from duolocal.errors import DuoLocalError, MemoryLimitError, SettingsError
 from duolocal.models.loader import open_model
 from duolocal.sampling import Sampling
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal import bench_peers_view
 from duolocal.tokenizer import load_tokenizer
 from tests.model_files import write_gguf
@@ -204,7 +204,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def specs_of(path: Path, choice: PeerChoice, **settings: Any) -> list[RunnerSpec]:
-    chosen = ChatSettings(model="tiny", heads="0.5", **settings)
+    chosen = LoadSettings(model="tiny", heads="0.5", **settings)
     return runner_specs(
         open_model(path), chosen, choice, [16, 48], threads=3, decode_tokens=8, q4_0=Path("/cache/q4_0.gguf")
     )

@@ -25,7 +25,7 @@ from duolocal.quant import bitsandbytes as ours
 from duolocal.quant.awq import AWQWeight
 from duolocal.quant.bitsandbytes import KINDS, InRows, Int8Weight, Kind, NF4Weight, in_rows, quantize, quantized_bytes
 from duolocal.quant.weight import DenseWeight, Linear, Weight
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from tests.compiled import compiled, compiled_kernels
 from tests.loading import LINEARS
 from tests.model_files import random_awq, write_gguf
@@ -473,6 +473,6 @@ def test_names(folder: Path) -> None:
     with pytest.raises(SettingsError, match="--weights is 'nf5': give one of auto, nf4, int8"):
         quantize_on_load(plain, "nf5")
     with pytest.raises(SettingsError, match="--weights is 'nf5': give one of auto, nf4, int8"):
-        ChatSettings(model="a", weights="nf5")
-    assert ChatSettings(model="a", weights="nf4").options() == ["--model", "a", "--weights", "nf4"]
+        LoadSettings(model="a", weights="nf5")
+    assert LoadSettings(model="a", weights="nf4").options() == ["--model", "a", "--weights", "nf4"]
     assert arrangement(TorchKernels(torch.float32), torch.float32) is None

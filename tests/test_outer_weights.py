@@ -23,7 +23,7 @@ from duolocal.quant import gguf_pack
 from duolocal.quant.gguf import GGUFWeight
 from duolocal.quant.gguf_pack import quantize_rows
 from duolocal.quant.weight import DenseWeight
-from duolocal.settings import OUTER_WEIGHTS, ChatSettings
+from duolocal.settings import OUTER_WEIGHTS, LoadSettings
 from tests.model_files import write_gguf
 from tests.tiny import huggingface_model, save_checkpoint
 
@@ -186,9 +186,9 @@ def test_what_cannot_be_had_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="takes rows of a multiple of 32 values, this model's have 48: leave it"):
         quantize_outer(open_model(tmp_path / "odd"), "int8")
     with pytest.raises(SettingsError, match="--outer-weights is 'int2': give one of auto, int8, int4"):
-        ChatSettings(model="a", outer_weights="int2")
+        LoadSettings(model="a", outer_weights="int2")
     assert NAMES == OUTER_WEIGHTS
-    assert ChatSettings(model="a", outer_weights="int4").options() == ["--model", "a", "--outer-weights", "int4"]
+    assert LoadSettings(model="a", outer_weights="int4").options() == ["--model", "a", "--outer-weights", "int4"]
 
 
 @pytest.mark.parametrize("kernels", ["torch", "compiled"])

@@ -27,7 +27,7 @@ from duolocal.plan.memory import GIB, Request, bytes_per_token, dense_16bit_byte
 from duolocal.plan.session_size import ALIGNMENT, session_bytes
 from duolocal.plan.weights import NAMED_FORMATS, weights_by_arithmetic, weights_of
 from duolocal.quant.kv import KV_FORMATS, kv_layout
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from tests.tiny import tiny_config
 
 LLAMA = MODELS["llama3-8b-awq"].config
@@ -254,7 +254,7 @@ def test_the_longest_context_is_suggested() -> None:
 
 def planned(model: str, **changes: Any) -> Planned:
     kept = {name: changes.pop(name) for name in ("memory", "host_memory", "disk", "card") if name in changes}
-    return plan_settings(ChatSettings(model, **changes), **kept)
+    return plan_settings(LoadSettings(model, **changes), **kept)
 
 
 def test_every_named_model_can_be_planned_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from duolocal.models.registry import MODELS
 from duolocal.plan.duration import Rates
 from duolocal.plan.rates import keep_rates, known_rates, measure_rates, rates_key, sample_model
 from duolocal.quant.kv import kv_layout
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal import plan_view
 from tests.tiny import tiny_config
 
@@ -117,7 +117,7 @@ def test_without_speeds_it_says_how_to_get_them(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("columns", [40, 60, 200])
 def test_any_terminal(columns: int) -> None:
-    found = plan_settings(ChatSettings("llama3-8b-awq", context=2**20, heads="all"), memory=20 * 2**30, card="rtx3090")
+    found = plan_settings(LoadSettings("llama3-8b-awq", context=2**20, heads="all"), memory=20 * 2**30, card="rtx3090")
     buffer = io.StringIO()
     Console(file=buffer, width=columns, force_terminal=False).print(plan_view.plan_view(found, None, columns))
     assert all(len(line) <= columns for line in buffer.getvalue().splitlines())
@@ -184,10 +184,10 @@ def test_speeds_are_remembered_for_what_they_depend_on(tmp_path: Path) -> None:
 
 def test_a_busy_machine_is_said_and_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures beside other work would be taken for the machine's."""
-    found = plan_settings(ChatSettings("llama3-8b-awq", context=4096, device="cpu", kernels="torch"))
+    found = plan_settings(LoadSettings("llama3-8b-awq", context=4096, device="cpu", kernels="torch"))
     monkeypatch.setattr(plan_view, "sample_model", lambda *_, **__: None)
     monkeypatch.setattr(plan_view, "measure_rates", lambda *_, **__: RATES)
-    settings, quiet = ChatSettings("llama3-8b-awq", kernels="torch"), Console(file=io.StringIO(), quiet=True)
+    settings, quiet = LoadSettings("llama3-8b-awq", kernels="torch"), Console(file=io.StringIO(), quiet=True)
 
     def ask(load: float, measure: bool | None = False) -> Any:
         monkeypatch.setattr("psutil.cpu_percent", lambda _s: load)

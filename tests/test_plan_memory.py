@@ -25,7 +25,7 @@ from duolocal.heads import uniform_plan
 from duolocal.models.loader import open_model
 from duolocal.plan.fitting import Free
 from duolocal.plan.weights import weights_of
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 
 CONTEXT = 4096
 SHARE = 0.05  # of what is taken: how far the plan may be above it
@@ -115,7 +115,7 @@ def options_of(kernels: str, kv: str, chunk_size: int, **more: Any) -> dict[str,
 
 
 def total(model: Path | str, options: dict[str, Any], context: int = CONTEXT) -> int:
-    return plan_settings(ChatSettings(str(model), context=context, **options)).plan.total
+    return plan_settings(LoadSettings(str(model), context=context, **options)).plan.total
 
 
 @linux
@@ -246,7 +246,7 @@ def test_the_real_model_with_digests(
 def test_a_memory_fraction_at_the_plan_is_enough_on_a_gpu(folders: dict[str, Path], kv: str) -> None:
     """torch's allocator gets what the plan says and no more; the CUDA context and the libraries' own are outside."""
     options = options_of("auto", kv, 512, device="cuda", threads=None)
-    plan = plan_settings(ChatSettings(str(folders["wide"]), context=CONTEXT, **options)).plan
+    plan = plan_settings(LoadSettings(str(folders["wide"]), context=CONTEXT, **options)).plan
     device = torch.device("cuda")
     torch.cuda.empty_cache()
     _, all_bytes = torch.cuda.mem_get_info(device)

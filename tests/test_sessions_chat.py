@@ -14,7 +14,7 @@ from duolocal.errors import SettingsError
 from duolocal.sampling import Sampling
 from duolocal.sessions.context import Origin
 from duolocal.sessions.keeper import ContextKeeper
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
 from duolocal.terminal.sessions_options import keep_bytes, settings_of_session
@@ -30,7 +30,7 @@ def a_chat(folder: Path) -> tuple[Chat, StringIO]:
     output = StringIO()
     console = Console(file=output, width=100, height=24, force_terminal=False, highlight=False)
     session = tiny_session(folder)
-    settings = ChatSettings(model="tiny", kv="int8")
+    settings = LoadSettings(model="tiny", kv="int8")
     keeper = ContextKeeper(folder / "sessions", Origin("tiny", tuple(settings.options())))
     session.keeper = keeper
     sampling = Sampling(temperature=0, max_tokens=4)
@@ -141,9 +141,9 @@ def test_what_was_not_asked_is_taken_from_the_session(tmp_path: Path) -> None:
     begin_or_open(chat.keeper, chat.session, "book", system=None)
     chat.keeper.close()
     options = argparse.Namespace(session="book", sessions_folder=str(tmp_path / "sessions"))
-    settings, line = settings_of_session(options, ChatSettings(model="tiny"))
+    settings, line = settings_of_session(options, LoadSettings(model="tiny"))
     assert (settings.kv, line) == ("int8", "as session book was saved: --kv int8")
-    asked = ChatSettings(model="tiny", kv="int4")
+    asked = LoadSettings(model="tiny", kv="int4")
     assert settings_of_session(options, asked) == (asked, None)
 
 

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from duolocal.errors import SettingsError
 from duolocal.kernels.cpu import structs
-from duolocal.settings import MAX_THREADS, ChatSettings, format_tokens, parse_bytes, parse_threads, parse_tokens
+from duolocal.settings import MAX_THREADS, LoadSettings, format_tokens, parse_bytes, parse_threads, parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_format_and_parse_are_inverse(tokens: int) -> None:
 
 
 def test_options_name_only_what_was_chosen() -> None:
-    assert ChatSettings(model="a").options() == ["--model", "a"]
-    settings = ChatSettings(model="a", context=65536, kv="int8", sink_size=0, rope="yarn:4")
+    assert LoadSettings(model="a").options() == ["--model", "a"]
+    settings = LoadSettings(model="a", context=65536, kv="int8", sink_size=0, rope="yarn:4")
     assert settings.options() == (
         ["--model", "a", "--context", "64K", "--kv", "int8", "--sink-size", "0", "--rope", "yarn:4"]
     )
@@ -89,7 +89,7 @@ def test_options_name_only_what_was_chosen() -> None:
 )
 def test_settings_that_cannot_be_used(change: dict, message: str) -> None:
     with pytest.raises(SettingsError) as raised:
-        ChatSettings(**{"model": "a", **change})
+        LoadSettings(**{"model": "a", **change})
     assert str(raised.value) == message
 
 

@@ -19,7 +19,7 @@ from duolocal.heads import HeadPlan
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.transformer import Transformer
 from duolocal.sampling import Sampling
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from tests.tiny import random_model, save_checkpoint, tiny_config
 
 CPU = torch.device("cpu")
@@ -124,10 +124,10 @@ def test_policies_and_their_refusals() -> None:
 
 
 def test_the_settings_know_the_option() -> None:
-    assert ChatSettings("m", prefill="sparse").options() == ["--model", "m", "--prefill", "sparse"]
-    assert ChatSettings("m").options() == ["--model", "m"]
+    assert LoadSettings("m", prefill="sparse").options() == ["--model", "m", "--prefill", "sparse"]
+    assert LoadSettings("m").options() == ["--model", "m"]
     with pytest.raises(SettingsError, match=r"^--prefill is 'fast': give one of exact, sparse$"):
-        ChatSettings("m", prefill="fast")
+        LoadSettings("m", prefill="fast")
     assert [setting.prefill for setting in combinations(["all"], ["16"], prefills=["exact", "sparse"])] == [
         "exact",
         "sparse",

@@ -13,7 +13,7 @@ from duolocal.engine.memory import dense_16bit_bytes
 from duolocal.errors import MemoryLimitError, SettingsError
 from duolocal.models.loader import ModelSource
 from duolocal.models.registry import models_folder
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 
 LLAMA_CPP, REQUANTIZED, TRANSFORMERS = "llama.cpp", "llama.cpp Q4_0", "transformers"
 PEERS = (LLAMA_CPP, TRANSFORMERS)
@@ -62,7 +62,7 @@ def has_requantized(source: ModelSource, choice: PeerChoice) -> bool:
 
 def runner_specs(
     source: ModelSource,
-    settings: ChatSettings,
+    settings: LoadSettings,
     choice: PeerChoice,
     contexts: Sequence[int],
     *,

@@ -35,7 +35,7 @@ from duolocal.plan.fitting import Free, Freedom, place
 from duolocal.plan.memory import MemoryPlan, Request, plan_memory
 from duolocal.plan.weights import AWQ_GROUP, NAMED_FORMATS, Weights, weights_by_arithmetic, weights_of
 from duolocal.quant.kv import KV_FORMATS, kv_layout
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 
 DEFAULT_CONTEXT = 32 * 1024  # without --context: what the model was trained for, but no more than this
 # Of a model that nobody measured: large ones bear a 4-bit cache, small ones often do not (docs/kv-formats.md).
@@ -78,7 +78,7 @@ class _Model:
 
 
 def plan_settings(
-    settings: ChatSettings,
+    settings: LoadSettings,
     *,
     memory: int | None = None,
     host_memory: int | None = None,
@@ -160,7 +160,7 @@ def plan_settings(
     )
 
 
-def _find(settings: ChatSettings) -> _Model:
+def _find(settings: LoadSettings) -> _Model:
     """Return what is known of the model: from its file where it is here, else from its name or its config."""
     path = cached_path(settings.model)
     if path is not None:
@@ -223,7 +223,7 @@ def _by_arithmetic(
 
 
 def _kernels(
-    settings: ChatSettings, config: ModelConfig, where: torch.device, dtype: torch.dtype
+    settings: LoadSettings, config: ModelConfig, where: torch.device, dtype: torch.dtype
 ) -> tuple[str, str | None]:
     """Return the name of the kernels that `choose_kernels` would take, building none."""
     if settings.kernels == "torch":
@@ -239,7 +239,7 @@ def _kernels(
 
 
 def _heads(
-    settings: ChatSettings, model: _Model, context: int
+    settings: LoadSettings, model: _Model, context: int
 ) -> tuple[HeadPlan, Callable[[float], HeadPlan] | None, str, str | None]:
     """Return the head plan, how to cut it elsewhere and under which name, and a note."""
     config = model.config

@@ -29,7 +29,7 @@ class Origin:
     """What a start is called and was asked for: for lists and refusals, not compared."""
 
     model: str = ""
-    options: tuple[str, ...] = ()  # as `ChatSettings.options`
+    options: tuple[str, ...] = ()  # as `LoadSettings.options`
 
 
 class ContextWriter:

@@ -55,7 +55,7 @@ def compatible(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 def check_identity(description: Fields, now: Mapping[str, Any], *, what: str, options: Sequence[str]) -> None:
     """Raise SessionError where a saved context does not belong to this start: what differs, what to start with.
 
-    what: the context, for the message. options: of this start, as `ChatSettings.options` lists them.
+    what: the context, for the message. options: of this start, as `LoadSettings.options` lists them.
     """
     saved = description.inner("identity")
     if isinstance(raw := description.raw("identity"), dict) and compatible(raw, now):

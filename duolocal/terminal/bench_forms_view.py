@@ -16,7 +16,7 @@ from duolocal.bench.load import LoadSpeed, measure_loads
 from duolocal.bench.machine import machine_facts
 from duolocal.bench.text import text_ids
 from duolocal.models.loader import open_model
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.bench_view import fetch
 from duolocal.terminal.clean import clean_line
@@ -28,7 +28,7 @@ CONTEXT = 8192
 
 
 def bench_forms(
-    settings: ChatSettings,
+    settings: LoadSettings,
     others: Sequence[str],
     console: Console,
     progress: Console,

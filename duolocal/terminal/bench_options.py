@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from duolocal.errors import SettingsError
-from duolocal.settings import ChatSettings, parse_tokens
+from duolocal.settings import LoadSettings, parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -154,7 +154,7 @@ def _repeats(parser: argparse.ArgumentParser, default: int) -> None:
     parser.add_argument("--repeats", default=str(default), metavar="N", help="runs (default: %(default)s)")
 
 
-def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Console", progress: "Console") -> int:
+def run_bench(options: argparse.Namespace, settings: LoadSettings, console: "Console", progress: "Console") -> int:
     """Measure what `options` ask for; return the exit code. Raises DuoLocalError."""
     beyond = settings.select != "off" or settings.kv_device_memory is not None
     if beyond and options.action not in ("decode", "memory"):
@@ -204,7 +204,7 @@ def run_bench(options: argparse.Namespace, settings: ChatSettings, console: "Con
 
 
 def _forms(
-    options: argparse.Namespace, settings: ChatSettings, console: "Console", progress: "Console", *, repeats: int
+    options: argparse.Namespace, settings: LoadSettings, console: "Console", progress: "Console", *, repeats: int
 ) -> int:
     forms = () if options.forms == "none" else _words(options.forms, "--forms", _FORM_NAMES)
     others = [word.strip() for word in options.also.split(",") if word.strip()]
@@ -220,7 +220,7 @@ def _forms(
 
 def _peers(
     options: argparse.Namespace,
-    settings: ChatSettings,
+    settings: LoadSettings,
     console: "Console",
     progress: "Console",
     *,

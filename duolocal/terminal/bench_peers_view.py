@@ -28,7 +28,7 @@ from duolocal.bench.text import text_ids
 from duolocal.engine.memory import available_bytes
 from duolocal.errors import SettingsError
 from duolocal.kernels.cpu.threads import default_threads
-from duolocal.settings import ChatSettings, format_tokens
+from duolocal.settings import LoadSettings, format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.bench_speed_view import fetch_and_open
 from duolocal.terminal.clean import clean_line
@@ -39,7 +39,7 @@ BUSY_SHARE = 0.02  # of a core, used by children that should be idle: worth a wa
 
 
 def bench_peers(
-    settings: ChatSettings,
+    settings: LoadSettings,
     choice: PeerChoice,
     console: Console,
     progress: Console,

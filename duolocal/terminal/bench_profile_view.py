@@ -12,14 +12,14 @@ from duolocal.bench.profile import Ceilings, StepProfile, compiled_kernels, meas
 from duolocal.bench.profile import profile_prefill as profile_chunk
 from duolocal.bench.text import text_ids
 from duolocal.engine.engine import DEFAULT_CHUNK_SIZE
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal.bench_speed_view import fetch_and_open, load_engine
 from duolocal.terminal.still import StillLine
 from duolocal.tokenizer import load_tokenizer
 
 
 def bench_profile(
-    settings: ChatSettings, console: Console, progress: Console, *, contexts: Sequence[int], repeats: int
+    settings: LoadSettings, console: Console, progress: Console, *, contexts: Sequence[int], repeats: int
 ) -> int:
     """Print where a decode step and a prefill chunk spend their time at each length; return the exit code."""
     source = fetch_and_open(settings, progress)

@@ -18,7 +18,7 @@ from duolocal.engine.engine import Engine
 from duolocal.engine.prefill_choice import prefill_policy
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.quantized import quantize_on_load
-from duolocal.settings import ChatSettings, format_tokens
+from duolocal.settings import LoadSettings, format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.bench_view import fetch
 from duolocal.terminal.clean import clean_line
@@ -31,7 +31,7 @@ PROMPT_TOKENS = 16  # of `bench load`
 
 
 def bench_decode(
-    settings: ChatSettings,
+    settings: LoadSettings,
     console: Console,
     progress: Console,
     *,
@@ -67,7 +67,7 @@ def bench_decode(
 
 
 def bench_prefill(
-    settings: ChatSettings,
+    settings: LoadSettings,
     console: Console,
     progress: Console,
     *,
@@ -107,7 +107,7 @@ def bench_prefill(
     return 0
 
 
-def bench_load(settings: ChatSettings, console: Console, progress: Console, *, repeats: int, cold: bool) -> int:
+def bench_load(settings: LoadSettings, console: Console, progress: Console, *, repeats: int, cold: bool) -> int:
     """Print how long it takes from nothing to a first token; return the exit code."""
     source = fetch_and_open(settings, progress)
     path, token_ids = source.path, text_ids(load_tokenizer(source), PROMPT_TOKENS)
@@ -155,13 +155,13 @@ def bench_load(settings: ChatSettings, console: Console, progress: Console, *, r
     return 0
 
 
-def fetch_and_open(settings: ChatSettings, progress: Console) -> ModelSource:
+def fetch_and_open(settings: LoadSettings, progress: Console) -> ModelSource:
     """Find or fetch the model and open it."""
     return quantize_on_load(open_model(fetch(settings, progress)), settings.weights)
 
 
 def load_engine(
-    source: ModelSource, settings: ChatSettings, progress: Console, *, context: int, chunk_size: int | None = None
+    source: ModelSource, settings: LoadSettings, progress: Console, *, context: int, chunk_size: int | None = None
 ) -> Engine:
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
         return Engine.load(
@@ -207,7 +207,7 @@ def settings_line(engine: Engine) -> str:
     return f"KV {engine.kv}, {plan.num_retrieval} of {plan.num_retrieval + plan.num_streaming} heads retrieval"
 
 
-def report_of(name: str, settings: ChatSettings, engine: Engine, **more: object) -> dict[str, object]:
+def report_of(name: str, settings: LoadSettings, engine: Engine, **more: object) -> dict[str, object]:
     """Return what the JSON of a benchmark says: its settings, `more`, and the machine."""
     plan = engine.plan
     return {

@@ -11,7 +11,7 @@ from duolocal.cache import ON_DEVICE, Placement, SelectionPolicy
 from duolocal.engine.engine import Engine
 from duolocal.engine.select_choice import choose_channels, selection_budget
 from duolocal.paths import cache_folder
-from duolocal.settings import ChatSettings, format_tokens
+from duolocal.settings import LoadSettings, format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.bench_speed_view import fetch_and_open, load_engine, report_of, settings_line, speed_table
 from duolocal.terminal.progress import bar
@@ -19,7 +19,7 @@ from duolocal.terminal.still import StillLine
 
 
 def bench_variants(
-    settings: ChatSettings,
+    settings: LoadSettings,
     console: Console,
     progress: Console,
     *,
@@ -64,7 +64,7 @@ def bench_variants(
     return 0
 
 
-def _variants(base: Engine, settings: ChatSettings, policy: SelectionPolicy | None, *, context: int) -> list[Variant]:
+def _variants(base: Engine, settings: LoadSettings, policy: SelectionPolicy | None, *, context: int) -> list[Variant]:
     def made(placement: Placement, select: SelectionPolicy | None) -> Engine:
         return Engine.build(
             base.transformer,

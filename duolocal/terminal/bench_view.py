@@ -15,7 +15,7 @@ from duolocal.errors import SettingsError
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
 from duolocal.sample_text import sample_text
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
@@ -24,13 +24,13 @@ from duolocal.tokenizer import load_tokenizer
 MIN_MEASURED_TOKENS = 1024
 
 
-def fetch(settings: ChatSettings, progress: Console) -> Path:
+def fetch(settings: LoadSettings, progress: Console) -> Path:
     """Find or fetch the model's file."""
     with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
         return resolve(settings.model, on_progress=shown.update)
 
 
-def bench_memory(settings: ChatSettings, console: Console, progress: Console) -> int:
+def bench_memory(settings: LoadSettings, console: Console, progress: Console) -> int:
     """Print the bytes that the KV cache of these settings really takes; return the exit code."""
     fetch(settings, progress)
     with bar(progress, f"loading {clean_line(settings.model)}", ""):
@@ -64,7 +64,7 @@ def bench_memory(settings: ChatSettings, console: Console, progress: Console) ->
 
 
 def measure_kv_formats(
-    settings: ChatSettings, text: str | None, num_tokens: int, console: Console, progress: Console
+    settings: LoadSettings, text: str | None, num_tokens: int, console: Console, progress: Console
 ) -> int:
     """Print what each KV format costs a model against the 16-bit cache, over the first tokens of a text.
 

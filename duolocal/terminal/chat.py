@@ -16,7 +16,7 @@ from duolocal.documents import Document
 from duolocal.engine.session import ChatSession, Event, Finished
 from duolocal.errors import DuoLocalError
 from duolocal.sampling import Sampling
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal import commands, figures, reader_view, views
 from duolocal.terminal.clean import clean, clean_line
 from duolocal.terminal.progress import bar
@@ -35,7 +35,7 @@ class Chat:
     console: Console
     session: ChatSession
     facts: views.Facts
-    settings: ChatSettings
+    settings: LoadSettings
     sampling: Sampling
     program: str = "duolocal chat"
     history_file: Path | None = None

@@ -15,7 +15,7 @@ from duolocal.models.quantized import quantize_on_load
 from duolocal.models.registry import resolve
 from duolocal.quant.grouped import group
 from duolocal.quantize.dense import write_dense
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import Bar, bar
@@ -23,7 +23,7 @@ from duolocal.terminal.progress import Bar, bar
 _KERNELS = {"rows": "CPU", "planes": "GPU"}
 
 
-def convert_model(settings: ChatSettings, out: Path, *, to: str, console: Console, progress: Console) -> int:
+def convert_model(settings: LoadSettings, out: Path, *, to: str, console: Console, progress: Console) -> int:
     """Write the model of `settings` to `out` as "native" or "f16"; return the exit code."""
     name = clean_line(settings.model)
     with bar(progress, f"fetching {name}", "bytes") as shown:
@@ -42,7 +42,7 @@ def convert_model(settings: ChatSettings, out: Path, *, to: str, console: Consol
     return 0
 
 
-def _native(source: ModelSource, settings: ChatSettings, out: Path, shown: Bar, console: Console) -> dict[str, object]:
+def _native(source: ModelSource, settings: LoadSettings, out: Path, shown: Bar, console: Console) -> dict[str, object]:
     # A file for a GPU can be made without one.
     for_gpu = settings.device == "cuda" or device_named(settings.device).type == "cuda"
     arrangement = "planes" if for_gpu else "rows"

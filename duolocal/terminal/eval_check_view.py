@@ -11,7 +11,7 @@ from rich.text import Text
 from duolocal.documents import Document
 from duolocal.evaluate import Lineup, Outcome, Setting, score
 from duolocal.evaluate.check import GOOD, SMALL, CheckResult, check, document_tokens
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.eval_compare_view import bos_ids
@@ -25,7 +25,7 @@ PROMPT_ROOM = 256  # tokens for the question and answer around a passkey, where 
 
 
 def eval_check(
-    settings: ChatSettings,
+    settings: LoadSettings,
     setting: Setting,
     document: Document,
     *,
@@ -140,7 +140,7 @@ def _found(outcomes: list[Outcome]) -> str:
     return f"{total.found} of {total.count}, NLL {total.nll:.3f}"
 
 
-def _report(result: CheckResult, settings: ChatSettings, document: Document, whole: int) -> dict[str, object]:
+def _report(result: CheckResult, settings: LoadSettings, document: Document, whole: int) -> dict[str, object]:
     dense, ours = result.comparisons
     plan = result.chosen.plan
     return {

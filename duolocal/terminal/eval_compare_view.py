@@ -10,7 +10,7 @@ from rich.text import Text
 
 from duolocal.evaluate import Lineup, Setting
 from duolocal.evaluate.compare import Comparison, compare, cut_windows
-from duolocal.settings import ChatSettings, format_tokens
+from duolocal.settings import LoadSettings, format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.eval_parts import choices_report, load_lineup, open_source, print_choices
@@ -21,7 +21,7 @@ from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 def eval_compare(
     what: str,
-    settings: ChatSettings,
+    settings: LoadSettings,
     choices: Sequence[Setting],
     text: tuple[str, str],
     *,

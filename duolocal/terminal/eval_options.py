@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from duolocal.errors import SettingsError
-from duolocal.settings import ChatSettings, parse_threads, parse_tokens
+from duolocal.settings import LoadSettings, parse_threads, parse_tokens
 from duolocal.terminal.bench_options import parse_sizes
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def add_eval_parsers(
 
 def run_eval(options: argparse.Namespace, console: "Console", progress: "Console") -> int:
     """Evaluate what `options` ask for; return the exit code. Raises DuoLocalError."""
-    settings = ChatSettings(
+    settings = LoadSettings(
         model=options.model,
         device=options.device,
         threads=None if options.threads is None else parse_threads(options.threads),
@@ -197,7 +197,7 @@ def run_eval(options: argparse.Namespace, console: "Console", progress: "Console
 
 
 def _compare_weights(
-    options: argparse.Namespace, settings: ChatSettings, console: "Console", progress: "Console"
+    options: argparse.Namespace, settings: LoadSettings, console: "Console", progress: "Console"
 ) -> int:
     against = _list(options.against, "--against")
     num_tokens, window = parse_tokens(options.tokens, "--tokens"), parse_tokens(options.context, "--context")
@@ -209,7 +209,7 @@ def _compare_weights(
     )
 
 
-def _needle(options: argparse.Namespace, settings: ChatSettings, common: dict[str, Any]) -> int:
+def _needle(options: argparse.Namespace, settings: LoadSettings, common: dict[str, Any]) -> int:
     from dataclasses import replace
 
     kinds = _list(options.kinds, "--kinds")
@@ -240,7 +240,7 @@ def _needle(options: argparse.Namespace, settings: ChatSettings, common: dict[st
     )
 
 
-def _check(options: argparse.Namespace, settings: ChatSettings, common: dict[str, Any]) -> int:
+def _check(options: argparse.Namespace, settings: LoadSettings, common: dict[str, Any]) -> int:
     chosen = _choices(options)
     if len(chosen) != 1:
         raise SettingsError("eval check takes one setting: give --heads and --kv one value each")

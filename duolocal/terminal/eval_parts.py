@@ -15,7 +15,7 @@ from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.outer_weights import quantize_outer
 from duolocal.models.quantized import quantize_on_load
 from duolocal.models.registry import resolve
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
 
@@ -30,7 +30,7 @@ _SHADES = (
 LEGEND = "██ 80% or more for each token of the right answer, ▓▓ 60, ▒▒ 40, ░░ 20, ·· less; beside it the NLL; ✗ missed"
 
 
-def open_source(settings: ChatSettings, progress: Console) -> ModelSource:
+def open_source(settings: LoadSettings, progress: Console) -> ModelSource:
     """Find or fetch the model, and open it."""
     with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
         source = open_model(resolve(settings.model, on_progress=shown.update))
@@ -39,7 +39,7 @@ def open_source(settings: ChatSettings, progress: Console) -> ModelSource:
 
 def load_lineup(
     source: ModelSource,
-    settings: ChatSettings,
+    settings: LoadSettings,
     choices: Sequence[Setting],
     *,
     context: int,

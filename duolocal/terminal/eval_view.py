@@ -14,7 +14,7 @@ from rich.text import Text
 from duolocal.evaluate import Choice, Lineup, Outcome, Prompt, Score, Setting, ask, passkey_prompts, score
 from duolocal.evaluate.grid import cells, places
 from duolocal.evaluate.tasks import TASKS, niah_prompts
-from duolocal.settings import ChatSettings, format_tokens
+from duolocal.settings import LoadSettings, format_tokens
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.eval_parts import (
     LEGEND,
@@ -37,7 +37,7 @@ Runs = dict[str, list[Outcome]]
 
 def eval_grid(
     task: str,
-    settings: ChatSettings,
+    settings: LoadSettings,
     choices: Sequence[Setting],
     text: tuple[str, str],
     *,
@@ -76,7 +76,7 @@ def eval_grid(
 
 
 def eval_multihop(
-    settings: ChatSettings,
+    settings: LoadSettings,
     choices: Sequence[Setting],
     text: tuple[str, str],
     *,

@@ -11,7 +11,7 @@ from rich.text import Text
 from duolocal.evaluate.compare import Comparison, compare, cut_windows
 from duolocal.evaluate.weights import common_tokenizer, load_side_by_side
 from duolocal.models.loader import ModelSource
-from duolocal.settings import WEIGHTS, ChatSettings
+from duolocal.settings import WEIGHTS, LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.eval_compare_view import bos_ids
@@ -20,7 +20,7 @@ from duolocal.terminal.progress import bar
 
 
 def eval_weights(
-    settings: ChatSettings,
+    settings: LoadSettings,
     against: Sequence[str],
     text: tuple[str, str],
     *,

@@ -27,7 +27,7 @@ from duolocal.heads.published import SCORES_FILE
 from duolocal.identify import IdentifyProgress, agreement, identify
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.registry import resolve
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.heads_view import draw_map, print_map, short_name
@@ -37,7 +37,7 @@ TOP = 0.5  # the halves that are compared
 
 
 def identify_heads(
-    settings: ChatSettings,
+    settings: LoadSettings,
     method: str,
     *,
     console: Console,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from duolocal.errors import SettingsError
-from duolocal.settings import ChatSettings, parse_threads, parse_tokens
+from duolocal.settings import LoadSettings, parse_threads, parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,7 +112,7 @@ def run_heads(options: argparse.Namespace, console: "Console", progress: "Consol
     ):
         if value is not None and options.method != "distill":
             raise SettingsError(f"{option} is for --method distill; {options.method} has none: leave it out")
-    settings = ChatSettings(
+    settings = LoadSettings(
         model=options.model,
         sink_size=_count(options.sink_size, "--sink-size", least=0),
         recent_size=_count(options.recent_size, "--recent-size"),

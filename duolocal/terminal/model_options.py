@@ -2,7 +2,7 @@
 
 import argparse
 
-from duolocal.settings import DTYPES, ChatSettings, parse_bytes, parse_threads, parse_tokens
+from duolocal.settings import DTYPES, LoadSettings, parse_bytes, parse_threads, parse_tokens
 
 DEFAULT_MODEL = "smollm2-135m"  # as in the registry, which is not imported for --help
 _MODEL_HELP = "a name from `duolocal models`, a hub id org/name, a .gguf file or a model folder (default: %(default)s)"
@@ -91,7 +91,7 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rope", metavar="SCALING", help="override the model's RoPE scaling, for example yarn:4")
 
 
-def chosen_settings(options: argparse.Namespace) -> ChatSettings:
+def chosen_settings(options: argparse.Namespace) -> LoadSettings:
     """Return what the options ask for; raises SettingsError for a size that is none."""
 
     def count(name: str) -> int | None:
@@ -102,7 +102,7 @@ def chosen_settings(options: argparse.Namespace) -> ChatSettings:
         return 0 if text.strip() == "0" and name == "sink_size" else parse_tokens(text, option)
 
     memory = getattr(options, "kv_device_memory", None)
-    return ChatSettings(
+    return LoadSettings(
         model=options.model,
         context=count("context"),
         kv=options.kv,

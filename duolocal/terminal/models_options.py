@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from duolocal.errors import SettingsError
-from duolocal.settings import OUTER_WEIGHTS, WEIGHTS, ChatSettings
+from duolocal.settings import OUTER_WEIGHTS, WEIGHTS, LoadSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +57,7 @@ def run_convert(options: argparse.Namespace, console: "Console", progress: "Cons
         raise SettingsError(f"--to is {options.to!r}: give {' or '.join(FORMS)}")
     if not options.out.strip():
         raise SettingsError("--out is empty: give the folder to write")
-    settings = ChatSettings(
+    settings = LoadSettings(
         model=options.model,
         device=options.device,
         weights=options.weights,

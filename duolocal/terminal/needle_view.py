@@ -26,7 +26,7 @@ from duolocal.evaluate.needle import MOST, NeedleResult, Task, make_task, run_ta
 from duolocal.reader import PASSAGE_TOKENS, Retriever
 from duolocal.reader.passages import Carried
 from duolocal.reader.retrieve import State
-from duolocal.settings import ChatSettings, format_tokens
+from duolocal.settings import LoadSettings, format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.eval_parts import open_source
@@ -40,7 +40,7 @@ _KEEP_S = 60.0  # between two states on disk
 
 
 def eval_needle(
-    settings: ChatSettings,
+    settings: LoadSettings,
     text: tuple[str, str] | None,
     *,
     lengths: Sequence[int],

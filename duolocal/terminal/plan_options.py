@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from duolocal.errors import SettingsError
-from duolocal.settings import ChatSettings, parse_bytes
+from duolocal.settings import LoadSettings, parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +55,7 @@ def add_plan_parser(
 
 def run_plan(
     options: argparse.Namespace,
-    settings: ChatSettings,
+    settings: LoadSettings,
     console: "Console",
     progress: "Console",
     *,

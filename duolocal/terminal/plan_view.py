@@ -17,7 +17,7 @@ from duolocal.plan.fitting import Setting, nearest
 from duolocal.plan.memory import MemoryPlan, Request, bytes_per_token, dense_16bit_bytes, plan_memory
 from duolocal.plan.rates import keep_rates, known_rates, measure_rates, rates_key, sample_model
 from duolocal.plan.session_size import session_bytes
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
@@ -28,7 +28,7 @@ _BUSY_PERCENT = 25  # of all processors: figures would say more about the other 
 _STYLES = ("blue", "cyan", "green", "yellow", "magenta", "bright_black")
 
 
-def rates_for(planned: Planned, settings: ChatSettings, progress: Console, *, measure: bool | None) -> Rates | None:
+def rates_for(planned: Planned, settings: LoadSettings, progress: Console, *, measure: bool | None) -> Rates | None:
     """Return the speeds to expect: of the card, or of this machine, measured once and remembered.
 
     measure: True to measure anew, False to do so only where nothing is known, None never (then None may come back).

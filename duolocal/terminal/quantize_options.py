@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from duolocal.errors import SettingsError
-from duolocal.settings import ChatSettings, parse_threads, parse_tokens
+from duolocal.settings import LoadSettings, parse_threads, parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +68,7 @@ def run_quantize(options: argparse.Namespace, console: "Console", progress: "Con
     if not options.out.strip():
         raise SettingsError("--out is empty: give the folder to write")
     group_size = None if options.group_size is None else _group_size(options.group_size)
-    settings = ChatSettings(
+    settings = LoadSettings(
         model=options.model,
         device=options.device,
         threads=None if options.threads is None else parse_threads(options.threads),

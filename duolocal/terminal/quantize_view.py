@@ -13,7 +13,7 @@ from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
 from duolocal.quantize import QuantizeProgress, QuantizeResult, QuantizeSettings, quantize
 from duolocal.quantize.work_area import NAME as WORK_AREA
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import Bar, bar
@@ -22,7 +22,7 @@ _READS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
 
 
 def quantize_model(
-    settings: ChatSettings,
+    settings: LoadSettings,
     out: Path,
     wanted: QuantizeSettings,
     *,

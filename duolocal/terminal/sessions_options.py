@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from duolocal.errors import SettingsError
 from duolocal.paths import sessions_folder
-from duolocal.settings import ChatSettings, parse_bytes, parse_tokens
+from duolocal.settings import LoadSettings, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +92,7 @@ def run_sessions(options: argparse.Namespace, console: "Console") -> int:
     )
 
 
-def settings_of_session(options: argparse.Namespace, settings: ChatSettings) -> tuple[ChatSettings, str | None]:
+def settings_of_session(options: argparse.Namespace, settings: LoadSettings) -> tuple[LoadSettings, str | None]:
     """Return the settings with what `--session` was saved with where nothing was asked, and a line that says so."""
     if options.session is None:
         return settings, None
@@ -110,7 +110,7 @@ def settings_of_session(options: argparse.Namespace, settings: ChatSettings) -> 
     taken: dict[str, object] = {}
     for name in ("context", "kv", "heads", "sink_size", "recent_size", "dtype", "rope", "weights", "outer_weights"):
         option = "--" + name.replace("_", "-")
-        if option in saved and getattr(settings, name) == ChatSettings.__dataclass_fields__[name].default:
+        if option in saved and getattr(settings, name) == LoadSettings.__dataclass_fields__[name].default:
             number = name in ("context", "sink_size", "recent_size")
             taken[name] = parse_tokens(saved[option], option) if number and saved[option] != "0" else saved[option]
             if number and saved[option] == "0":
@@ -121,7 +121,7 @@ def settings_of_session(options: argparse.Namespace, settings: ChatSettings) -> 
     return replace(settings, **taken), f"as session {options.session} was saved: {asked}"  # type: ignore[arg-type]
 
 
-def make_keeper(options: argparse.Namespace, settings: ChatSettings, *, private: bool = False) -> "ContextKeeper":
+def make_keeper(options: argparse.Namespace, settings: LoadSettings, *, private: bool = False) -> "ContextKeeper":
     """Return what keeps the contexts of a chat. private: a document came through a pipe; it is stored nowhere unasked.
 
     Raises SettingsError.

@@ -10,7 +10,7 @@ from duolocal.engine.session import ChatSession
 from duolocal.models.loader import open_model
 from duolocal.models.quantized import quantize_on_load
 from duolocal.models.registry import resolve
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
@@ -29,7 +29,7 @@ class Started:
     facts: Facts
 
 
-def start(settings: ChatSettings, *, system: str | None, progress: Console) -> Started:
+def start(settings: LoadSettings, *, system: str | None, progress: Console) -> Started:
     """Load the model that `settings` names and open a session; bars go to `progress`. Raises DuoLocalError."""
     name = clean_line(settings.model)
     with bar(progress, f"fetching {name}", "bytes") as shown:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from duolocal.errors import SettingsError
-from duolocal.settings import ChatSettings, parse_tokens
+from duolocal.settings import LoadSettings, parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +89,7 @@ def add_summarize_parser(
 
 def run_summarize(
     options: argparse.Namespace,
-    settings: ChatSettings,
+    settings: LoadSettings,
     console: "Console",
     progress: "Console",
     *,

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from duolocal.documents import Found, gather
-from duolocal.settings import ChatSettings
+from duolocal.settings import LoadSettings
 from duolocal.summarize import (
     Began,
     Ended,
@@ -44,7 +44,7 @@ _NAMED = 3  # of what was left out
 
 
 def summarize_files(
-    settings: ChatSettings,
+    settings: LoadSettings,
     paths: Sequence[str],
     options: Mapping[str, Any],
     *,
@@ -67,7 +67,7 @@ def summarize_files(
 
 
 def estimate_files(
-    settings: ChatSettings, paths: Sequence[str], options: Mapping[str, Any], *, console: Console, progress: Console
+    settings: LoadSettings, paths: Sequence[str], options: Mapping[str, Any], *, console: Console, progress: Console
 ) -> int:
     """Print what `paths` come to in tokens, parts and time; return the exit code. Writes nothing."""
     found = _gathered(paths)
@@ -97,7 +97,7 @@ def estimate_files(
 
 
 def _run(
-    settings: ChatSettings, found: Sequence[Found], options: Mapping[str, Any], output: Output | None, progress: Console
+    settings: LoadSettings, found: Sequence[Found], options: Mapping[str, Any], output: Output | None, progress: Console
 ) -> int:
     summarizer = _summarizer(settings, options, progress)
     ended: Ended | None = None
@@ -148,7 +148,7 @@ def _gathered(paths: Sequence[str]) -> Sequence[Found]:
     return gathered.found
 
 
-def _summarizer(settings: ChatSettings, options: Mapping[str, Any], progress: Console) -> Summarizer:
+def _summarizer(settings: LoadSettings, options: Mapping[str, Any], progress: Console) -> Summarizer:
     started = start(settings, system=None, progress=progress)
     session = started.session
     summarizer = Summarizer(session.engine, session.tokenizer, model=settings.model, **options)
