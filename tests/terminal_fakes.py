@@ -14,6 +14,7 @@ from duolocal.errors import ContextOverflowError
 from duolocal.sampling import Sampling
 from duolocal.settings import LoadSettings
 from duolocal.terminal.chat import Chat
+from duolocal.terminal.chat_state import ChatState
 from duolocal.terminal.views import Facts
 from duolocal.tokenizer import Message
 
@@ -157,11 +158,10 @@ def make_chat(session: FakeSession | None = None, *, columns: int = 80) -> tuple
     """Return a chat over a fake session and what it prints, as plain text."""
     output = StringIO()
     console = Console(file=output, width=columns, height=24, force_terminal=False, highlight=False)
-    chat = Chat(
-        console,
+    state = ChatState(
         session or FakeSession(),  # type: ignore[arg-type]
         FACTS,
         LoadSettings(model="tiny", kv="int8"),
         Sampling(),
     )
-    return chat, output
+    return Chat(console, state), output

@@ -178,7 +178,7 @@ def test_loading_shows_its_progress_on_a_terminal(tmp_path: Path, monkeypatch: p
 
 def test_left_out_files_are_told_when_the_chat_begins(tmp_path: Path) -> None:
     chat, output = make_chat()
-    chat.leaving = True
+    chat.state.leaving = True
     chat.run([Document("a", Path("a"), "word", "utf-8", 4, parts=(Part("page 1", 0),))], left_out="3 files left out")
     assert "3 files left out\nloaded a: 1 token\n" in output.getvalue()
 

@@ -21,7 +21,9 @@ from duolocal.sample_text import sample_text
 from duolocal.sampling import Sampling
 from duolocal.sources import Source
 from duolocal.terminal.chat import Chat
-from duolocal.terminal.reader_view import by_name, picked_report, picked_view
+from duolocal.terminal.docs_chat import add_documents
+from duolocal.terminal.docs_load import by_name
+from duolocal.terminal.reader_view import picked_report, picked_view
 from duolocal.tokenizer import load_tokenizer
 from tests.session_models import GREEDY, tiny_session
 from tests.terminal_fakes import make_chat
@@ -135,7 +137,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_read(
 
 def chat_over(reader: ReadingSession) -> tuple[Chat, StringIO]:
     chat, output = make_chat()
-    chat.session, chat.reader, chat.sampling = reader.session, reader, GREEDY
+    chat.state.session, chat.state.reader, chat.state.sampling = reader.session, reader, GREEDY
     return chat, output
 
 
@@ -147,7 +149,7 @@ def test_a_chat_shows_what_the_answer_was_made_of(tmp_path: Path) -> None:
     reader = reading(tmp_path)
     chat, output = chat_over(reader)
     text = text_of(60)
-    chat.add_documents([document("a.txt", text, parts=(Part("page 1", 0), Part("page 2", 600)))])
+    add_documents(chat, [document("a.txt", text, parts=(Part("page 1", 0), Part("page 2", 600)))])
     assert f"a.txt: {len(text):,} characters, read for each question" in output.getvalue()
     assert reader.session.engine.position == 0
     chat.handle("Where is the boat?")

@@ -16,6 +16,8 @@ from duolocal.sessions.context import Origin
 from duolocal.sessions.keeper import ContextKeeper
 from duolocal.settings import LoadSettings
 from duolocal.terminal.chat import Chat
+from duolocal.terminal.chat_state import ChatState
+from duolocal.terminal.docs_chat import add_documents
 from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
 from duolocal.terminal.sessions_options import keep_bytes, settings_of_session
 from tests.session_models import DOCUMENT, in_context, tiny_session
@@ -34,8 +36,8 @@ def a_chat(folder: Path) -> tuple[Chat, StringIO]:
     keeper = ContextKeeper(folder / "sessions", Origin("tiny", tuple(settings.options())))
     session.keeper = keeper
     sampling = Sampling(temperature=0, max_tokens=4)
-    chat = Chat(console, session, FACTS, settings, sampling, keeper=keeper)
-    keeper.extra = lambda: extra_of(chat.files)
+    chat = Chat(console, ChatState(session, FACTS, settings, sampling, keeper=keeper))
+    keeper.extra = lambda: extra_of(chat.state.files)
     return chat, output
 
 
@@ -48,7 +50,7 @@ def said(output: StringIO) -> str:
 
 def test_save_open_and_go_on(tmp_path: Path) -> None:
     chat, output = a_chat(tmp_path)
-    chat.add_documents([MILL])
+    add_documents(chat, [MILL])
     chat.handle("Where?")
     said(output)
     chat.handle("/save book")
@@ -56,11 +58,11 @@ def test_save_open_and_go_on(tmp_path: Path) -> None:
     assert lines[0].startswith("saving book: ") and lines[0].endswith(" to write")
     assert lines[1].startswith("saved book (") and "from now on after every turn" in " ".join(lines)
     chat.handle("Why there?")
-    context = in_context(chat.session)
+    context = in_context(chat.state.session)
     with pytest.raises(SettingsError, match="session book is the one that is open"):
         chat.handle("/open book")
-    assert chat.keeper is not None
-    chat.keeper.close()
+    assert chat.state.keeper is not None
+    chat.state.keeper.close()
 
     other, output = a_chat(tmp_path)
     other.handle("Something that is not saved")
@@ -68,17 +70,17 @@ def test_save_open_and_go_on(tmp_path: Path) -> None:
         other.handle("/open book")
     other.handle("/open --force book")
     assert "opened session book: " in said(output)
-    assert in_context(other.session) == context
-    assert other.files == {"mill.txt": MILL}
-    assert list(other.questions.values()) == ["Where?", "Why there?"]
-    assert set(other.ends.values()) == {"length"}
-    other.add_documents([MILL])
+    assert in_context(other.state.session) == context
+    assert other.state.files == {"mill.txt": MILL}
+    assert list(other.state.questions.values()) == ["Where?", "Why there?"]
+    assert set(other.state.ends.values()) == {"length"}
+    add_documents(other, [MILL])
     assert "mill.txt is in the context already" in said(output)
-    assert not_yet_read(other.session, [MILL]) == ([], ["mill.txt"])
+    assert not_yet_read(other.state.session, [MILL]) == ([], ["mill.txt"])
     other.handle("/undo 2")
     assert "undone: " in said(output)
-    assert other.questions == {}
-    assert other.session.documents == ["mill.txt"]
+    assert other.state.questions == {}
+    assert other.state.session.documents == ["mill.txt"]
     third, _ = a_chat(tmp_path)
     with pytest.raises(SettingsError, match="there is a session book already"):
         third.handle("/save book")
@@ -86,14 +88,14 @@ def test_save_open_and_go_on(tmp_path: Path) -> None:
 
 def test_turns_fork_goto(tmp_path: Path) -> None:
     chat, output = a_chat(tmp_path)
-    chat.add_documents([MILL])
+    add_documents(chat, [MILL])
     chat.handle("Where?")
     chat.handle("/fork sharper")
     assert "line sharper begins here, after turn 2; /goto main goes back" in said(output)
     chat.handle("Why?")
     chat.handle("/goto main")
     assert "at turn 2 of line main: " in said(output)
-    assert list(chat.questions.values()) == ["Where?"]
+    assert list(chat.state.questions.values()) == ["Where?"]
     chat.handle("And when?")
     said(output)
     chat.handle("/turns")
@@ -110,8 +112,8 @@ def test_turns_fork_goto(tmp_path: Path) -> None:
     assert "at turn 3 of line sharper" in said(output)
     with pytest.raises(SettingsError, match="there is no turn '9': give a number from /turns, or a line"):
         chat.handle("/goto 9")
-    for turn in chat.session.tree.turns.values():
-        if turn is not chat.session.tree.current:
+    for turn in chat.state.session.tree.turns.values():
+        if turn is not chat.state.session.tree.current:
             turn.ring = turn.columns = None
     chat.handle("/goto 4")
     assert "on the way there are not kept any more and are read again" in said(output)
@@ -119,27 +121,27 @@ def test_turns_fork_goto(tmp_path: Path) -> None:
 
 def test_a_session_by_option_begins_then_opens(tmp_path: Path) -> None:
     chat, _ = a_chat(tmp_path)
-    assert chat.keeper is not None
-    assert begin_or_open(chat.keeper, chat.session, "book", system=None) == {}
-    assert "session book begins; it is saved after every turn in" in chat.keeper.notes[-1]
-    chat.add_documents([MILL])
-    chat.keeper.close()
+    assert chat.state.keeper is not None
+    assert begin_or_open(chat.state.keeper, chat.state.session, "book", system=None) == {}
+    assert "session book begins; it is saved after every turn in" in chat.state.keeper.notes[-1]
+    add_documents(chat, [MILL])
+    chat.state.keeper.close()
     other, _ = a_chat(tmp_path)
-    assert other.keeper is not None
-    assert begin_or_open(other.keeper, other.session, "book", system=None) == {"mill.txt": MILL}
-    assert other.keeper.notes[-1].startswith("opened session book: ")
-    other.keeper.close()
+    assert other.state.keeper is not None
+    assert begin_or_open(other.state.keeper, other.state.session, "book", system=None) == {"mill.txt": MILL}
+    assert other.state.keeper.notes[-1].startswith("opened session book: ")
+    other.state.keeper.close()
     third, _ = a_chat(tmp_path)
-    assert third.keeper is not None
+    assert third.state.keeper is not None
     with pytest.raises(SettingsError, match="session book has another system message: leave --system out"):
-        begin_or_open(third.keeper, third.session, "book", system="Be brief.")
+        begin_or_open(third.state.keeper, third.state.session, "book", system="Be brief.")
 
 
 def test_what_was_not_asked_is_taken_from_the_session(tmp_path: Path) -> None:
     chat, _ = a_chat(tmp_path)
-    assert chat.keeper is not None
-    begin_or_open(chat.keeper, chat.session, "book", system=None)
-    chat.keeper.close()
+    assert chat.state.keeper is not None
+    begin_or_open(chat.state.keeper, chat.state.session, "book", system=None)
+    chat.state.keeper.close()
     options = argparse.Namespace(session="book", sessions_folder=str(tmp_path / "sessions"))
     settings, line = settings_of_session(options, LoadSettings(model="tiny"))
     assert (settings.kv, line) == ("int8", "as session book was saved: --kv int8")
@@ -169,11 +171,11 @@ def test_list_info_rm(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     code, out, _ = run(capsys, "list")
     assert code == 0 and out.startswith("nothing is saved in ")
     chat, _ = a_chat(tmp_path)
-    chat.add_documents([MILL])
+    add_documents(chat, [MILL])
     chat.handle("Where?")
     chat.handle("/save book")
-    assert chat.keeper is not None
-    chat.keeper.close()
+    assert chat.state.keeper is not None
+    chat.state.keeper.close()
     (tmp_path / "sessions" / "bad\x1b[2J.duo").write_bytes(b"nothing")
     code, out, _ = run(capsys, "list")
     assert code == 0 and "tiny: mill.txt" in out and "is no saved context of duolocal" in out
@@ -181,7 +183,7 @@ def test_list_info_rm(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     code, out, _ = run(capsys, "list", "--json")
     listed = json.loads(out)
     entry = next(item for item in listed["sessions"] if item["name"] == "book")
-    assert (entry["tokens"], entry["turns"]) == (chat.session.engine.position, 1)
+    assert (entry["tokens"], entry["turns"]) == (chat.state.session.engine.position, 1)
     assert entry["documents"][0]["name"] == "mill.txt"
     code, out, _ = run(capsys, "info", "book")
     assert code == 0 and "--model tiny --kv int8" in out

@@ -20,7 +20,7 @@ from duolocal.models.loader import open_model
 from duolocal.models.transformer import Transformer
 from duolocal.sampling import Sampling
 from duolocal.sources import QUERY_CHUNK, STANDS_OUT, Passage, Source, attended, find_sources, passages
-from duolocal.terminal.sources_view import sources as show_sources
+from duolocal.terminal.docs_chat import sources as show_sources
 from duolocal.terminal.sources_view import sources_view
 from duolocal.tokenizer import load_tokenizer
 from tests.compiled import compiled

@@ -10,6 +10,7 @@ from duolocal.documents import Document
 from duolocal.engine.session import Finished
 from duolocal.errors import DocumentError, SettingsError
 from duolocal.terminal import commands, views
+from duolocal.terminal.docs_chat import add_documents
 from tests.terminal_fakes import FACTS, FakeSession, Reason, make_chat
 
 
@@ -24,7 +25,7 @@ def test_a_question_is_answered_and_summed_up() -> None:
     chat, output = make_chat()
     chat.handle("What colour is it?")
     assert shown(output) == "It is green.\n3 tokens · 12.0 tokens/s · first after 0.5 s\n"
-    assert chat.session.messages[-1].content == "It is **green**."
+    assert chat.state.session.messages[-1].content == "It is **green**."
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_set_changes_the_next_answer() -> None:
     assert (used.temperature, used.max_tokens, used.stop) == (0.2, 2048, ("END", "\n\n"))
     chat.handle("/set max_tokens none")
     chat.handle("/set stop none")
-    assert (chat.sampling.max_tokens, chat.sampling.stop) == (None, ())
+    assert (chat.state.sampling.max_tokens, chat.state.sampling.stop) == (None, ())
     shown(output)
     chat.handle("/set")
     listed = shown(output)
@@ -140,7 +141,7 @@ def test_load_takes_patterns_folders_and_spaces(tmp_path: Path) -> None:
     assert shown(output).splitlines()[0] == (
         "1 file or folder left out (a binary file ×1); `duolocal docs tokens PATH` lists them"
     )
-    assert chat.session.documents == ["a.md", "b.md", "d e.txt", "sub/9.txt", "sub/10.txt"]
+    assert chat.state.session.documents == ["a.md", "b.md", "d e.txt", "sub/9.txt", "sub/10.txt"]
     with pytest.raises(DocumentError, match=r"no file matches .*\*\.rst: check the pattern"):
         chat.handle(f"/load {tmp_path}/*.rst")
 
@@ -150,24 +151,24 @@ def test_one_bad_file_loads_nothing(tmp_path: Path) -> None:
     chat, _ = make_chat()
     with pytest.raises(DocumentError, match="does not exist"):
         chat.handle(f"/load {tmp_path}/a.txt {tmp_path}/missing.txt")
-    assert chat.session.engine.position == 0
+    assert chat.state.session.engine.position == 0
 
 
 def test_documents_that_do_not_fit_are_refused_together() -> None:
     chat, output = make_chat()
     huge = Document("huge.txt", Path("huge.txt"), "word " * 1001, "utf-8", 5005)
     small = Document("small.txt", Path("small.txt"), "word", "utf-8", 4)
-    chat.add_documents([small, huge])
+    add_documents(chat, [small, huge])
     assert shown(output) == "1,002 tokens of documents do not fit"
-    assert chat.session.engine.position == 0
+    assert chat.state.session.engine.position == 0
 
 
 def test_documents_of_the_same_name_are_told_apart() -> None:
     chat, _ = make_chat()
     for text in ("one", "two", "three"):
-        chat.add_documents([Document("a.md", Path(f"{text}/a.md"), text, "utf-8", 3)])
-    chat.add_documents([Document("a.md", Path("three/a.md"), "changed", "utf-8", 3)])
-    assert chat.session.documents == ["a.md", "two/a.md", "three/a.md", "three/a.md (2)"]
+        add_documents(chat, [Document("a.md", Path(f"{text}/a.md"), text, "utf-8", 3)])
+    add_documents(chat, [Document("a.md", Path("three/a.md"), "changed", "utf-8", 3)])
+    assert chat.state.session.documents == ["a.md", "two/a.md", "three/a.md", "three/a.md (2)"]
 
 
 def test_a_stopped_load_says_what_is_missing() -> None:
@@ -177,14 +178,14 @@ def test_a_stopped_load_says_what_is_missing() -> None:
             return super()._append(kind, name, text)
 
     chat, output = make_chat(Stopped())
-    chat.add_documents([Document(name, Path(name), "word", "utf-8", 4) for name in ("a", "b")])
+    add_documents(chat, [Document(name, Path(name), "word", "utf-8", 4) for name in ("a", "b")])
     assert shown(output) == "loaded a: 1 token\nstopped: b is not in the context\n999 tokens are free"
 
 
 def test_names_of_documents_cannot_steer_the_terminal() -> None:
     chat, output = make_chat()
     name = "evil\x1b[2J\n[red]x"
-    chat.add_documents([Document(name, Path(name), "word", "utf-8", 4)])
+    add_documents(chat, [Document(name, Path(name), "word", "utf-8", 4)])
     chat.handle("/docs")
     chat.handle("/context")
     assert "\x1b" not in output.getvalue()
@@ -199,16 +200,16 @@ def test_retry_reset_system() -> None:
     chat.handle("/system Be brief.")
     chat.handle("/system")
     assert shown(output).endswith("Be brief.")
-    chat.add_documents([Document("a", Path("a"), "word", "utf-8", 4)])
+    add_documents(chat, [Document("a", Path("a"), "word", "utf-8", 4)])
     chat.handle("question")
     session.answer = ["other"]
     chat.handle("/retry")
     assert [message.content for message in session.messages] == ["Be brief.", "question", "other"]
-    assert list(chat.questions.values()) == ["question"]
+    assert list(chat.state.questions.values()) == ["question"]
     shown(output)
     chat.handle("/reset")
     assert shown(output) == "the conversation is forgotten; 1 document stays"
-    assert (session.documents, chat.questions) == (["a"], {})
+    assert (session.documents, chat.state.questions) == (["a"], {})
     chat.handle("/reset all")
     assert shown(output) == "the context is empty"
     chat.handle("/system none")
@@ -232,7 +233,7 @@ def test_stopping_before_the_answer_takes_the_question_back() -> None:
     chat, output = make_chat(FakeSession(cancel_after=0))
     chat.handle("why?")
     assert shown(output).strip() == "stopped before the answer began; the question is not in the context"
-    assert (chat.questions, chat.ends, chat.last_answer) == ({}, {}, None)
+    assert (chat.state.questions, chat.state.ends, chat.state.last_answer) == ({}, {}, None)
 
 
 def test_stats_name_both_head_classes_and_the_dense_figure() -> None:
@@ -291,15 +292,15 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_session(tmp_path: Path) -> 
     chat.handle("colour?")
     assert signal.getsignal(signal.SIGINT) is before
     assert "It is\n" in shown(output)
-    assert chat.last_answer is not None
-    assert chat.last_answer.reason == "cancelled"
+    assert chat.state.last_answer is not None
+    assert chat.state.last_answer.reason == "cancelled"
     chat.handle(f"/save {tmp_path}/chat.md")
     assert (tmp_path / "chat.md").read_text() == (
         "# Chat with tiny\n\n## You\n\ncolour?\n\n## tiny\n\nIt is\n\n*(stopped)*\n"
     )
     chat.handle("/undo")
     assert session.messages == []
-    assert chat.ends == {}
+    assert chat.state.ends == {}
 
 
 def test_a_third_interrupt_gets_out_of_what_hangs() -> None:
@@ -374,4 +375,4 @@ def test_help_lists_every_command_and_fits(columns: int) -> None:
 def test_quit(word: str) -> None:
     chat, _ = make_chat()
     chat.handle(word)
-    assert chat.leaving
+    assert chat.state.leaving

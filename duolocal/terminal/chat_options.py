@@ -135,11 +135,12 @@ def run_chat(options: argparse.Namespace, program: str) -> int:
         sampling = chosen_sampling(options)
         keeper = make_keeper(options, settings, private=piped is not None)
         keeper.notes += [taken] if taken else []
-        from duolocal.terminal.sessions_chat import begin_or_open, extra_of, follow, not_yet_read
+        from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
         from duolocal.terminal.start import start
 
         if question is None:
             from duolocal.terminal.chat import Chat
+            from duolocal.terminal.chat_state import ChatState
         else:
             from duolocal.terminal.once import answer_once
     started = start(settings, system=options.system, progress=progress)
@@ -164,21 +165,20 @@ def run_chat(options: argparse.Namespace, program: str) -> int:
             keeper=keeper,
             reader=reader,
         )
-    chat = Chat(
-        new_console(no_color=options.no_color),
+    state = ChatState(
         started.session,
         started.facts,
         settings,
         sampling,
         program=program,
-        history_file=history_file(),
         keeper=keeper,
         files=files,
         reader=reader,
     )
     if options.session is not None:
-        follow(chat)
-    keeper.extra = lambda: extra_of(chat.files)
+        state.follow()
+    keeper.extra = lambda: extra_of(state.files)
+    chat = Chat(new_console(no_color=options.no_color), state, history_file=history_file())
     return chat.run(documents, left_out=left_out)
 
 

@@ -1,10 +1,10 @@
 """Reading documents from disk with a bar: what `--doc` and `/load` do before anything reaches the model."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duolocal.documents import Gathered, Loaded, gather, load_all
+from duolocal.documents import Document, Gathered, Loaded, gather, load_all
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,3 +33,15 @@ def gather_with_bar(paths: Sequence[str | Path], console: "Console") -> Gathered
 
     with bar(console, "looking for files", "") as shown:
         return gather(paths, on_found=lambda count: shown.describe(f"looking for files: {count:,}"))
+
+
+def by_name(documents: Iterable[Document], *, taken: Collection[str] = ()) -> dict[str, Document]:
+    """Return documents by names of their own: a name that is taken becomes the path, and then a number is added."""
+    named: dict[str, Document] = {}
+    for document in documents:
+        name, count = document.name, 1
+        while name in named or name in taken:
+            name = str(document.path) if count == 1 else f"{document.path} ({count})"
+            count += 1
+        named[name] = document
+    return named

@@ -18,6 +18,7 @@ from duolocal.reader.session import Picked
 from duolocal.sampling import Sampling
 from duolocal.terminal import reader_view
 from duolocal.terminal.clean import clean, clean_line
+from duolocal.terminal.docs_load import by_name
 from duolocal.terminal.progress import Bar, bar
 from duolocal.terminal.stream import cancel_on_interrupt
 from duolocal.terminal.views import Facts, retrieval_bytes, streaming_bytes
@@ -69,7 +70,7 @@ def answer_once(
     events: Iterable[Event | Picked]
     files = {document.name: document for document in documents}
     if reader is not None:
-        files = reader_view.by_name(documents)
+        files = by_name(documents)
         for name, document in files.items():
             reader.add(name, document.text)
     with cancel_on_interrupt(session if reader is None else reader) as insist:

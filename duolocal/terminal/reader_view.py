@@ -1,6 +1,6 @@
 """What `--reader retrieve` shows: what it does with documents, and the passages that an answer was given."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -23,10 +23,26 @@ _BAR = 8  # columns
 
 def place(source: Source, files: Mapping[str, Document]) -> str:
     """Say where a passage stands: document, page, line."""
+    label = part_label(source, files)
+    return f"{source.document}, {'' if label is None else f'{label}, '}line {source.line}"
+
+
+def part_label(source: Source, files: Mapping[str, Document]) -> str | None:
+    """Return the page, section or sheet that a passage begins in; None where the document has no parts."""
     document = files.get(source.document)
     part = document.part_at(source.start) if document is not None else None
-    page = "" if part is None else f"{part.label}, "
-    return f"{source.document}, {page}line {source.line}"
+    return None if part is None else part.label
+
+
+def excerpt(source: Source, most: int) -> str:
+    """Return the beginning of a passage in one line of at most `most` characters."""
+    text = source.excerpt
+    return clean_line(text if len(text) <= most else f"{text[:most].rstrip()}…")
+
+
+def score_bar(share: float, columns: int) -> str:
+    """Draw a share in whole columns; a small one is still seen."""
+    return "█" * max(1, round(share * columns))
 
 
 def headline(picked: Picked) -> str:
@@ -43,42 +59,23 @@ def picked_view(picked: Picked, files: Mapping[str, Document]) -> RenderableType
     table.add_column(overflow="fold", style="dim")
     most = max((source.score for source in picked.passages), default=1.0)
     for source in picked.passages:
-        excerpt = source.excerpt
-        if len(excerpt) > _EXCERPT:
-            excerpt = f"{excerpt[:_EXCERPT].rstrip()}…"
-        bar = "█" * max(1, round(_BAR * source.score / most))
-        table.add_row(Text(bar), Text(f"{clean_line(place(source, files))}: {clean_line(excerpt)}"))
+        text = f"{clean_line(place(source, files))}: {excerpt(source, _EXCERPT)}"
+        table.add_row(Text(score_bar(source.score / most, _BAR)), Text(text))
     return Group(Text(headline(picked), "dim"), table)
 
 
 def picked_report(picked: Picked, files: Mapping[str, Document]) -> dict[str, Any]:
     """Return the same for JSON; characters count from the beginning of a document's text."""
-    rows = []
-    for source in picked.passages:
-        document = files.get(source.document)
-        part = document.part_at(source.start) if document is not None else None
-        rows.append(
-            {
-                "document": source.document,
-                "part": None if part is None else part.label,
-                "line": source.line,
-                "start": source.start,
-                "stop": source.stop,
-                "score": round(source.score, 4),
-                "text": source.text[source.start : source.stop],
-            }
-        )
+    rows = [
+        {
+            "document": source.document,
+            "part": part_label(source, files),
+            "line": source.line,
+            "start": source.start,
+            "stop": source.stop,
+            "score": round(source.score, 4),
+            "text": source.text[source.start : source.stop],
+        }
+        for source in picked.passages
+    ]
     return {"tokens_read": picked.tokens_read, "passage_tokens": picked.num_tokens, "passages": rows}
-
-
-def by_name(documents: Iterable[Document]) -> dict[str, Document]:
-    """Return documents by names of their own: a name that is taken becomes the path, and then a number is added."""
-    named: dict[str, Document] = {}
-    for document in documents:
-        name, count = document.name, 2
-        if name in named:
-            name = str(document.path)
-        while name in named:
-            name, count = f"{document.path} ({count})", count + 1
-        named[name] = document
-    return named

@@ -1,4 +1,4 @@
-"""The chat's commands over saved contexts and over turns: /save, /open, /undo, /fork, /goto, /turns."""
+"""The chat's commands over what outlives it: /save, /open, /copy; and how saved sessions keep their documents."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 from duolocal.documents import Document, Part
 from duolocal.errors import SettingsError
 from duolocal.sessions.names import session_file
-from duolocal.terminal import figures
-from duolocal.terminal.clean import clean_line
-from duolocal.terminal.sessions_view import turns_view
+from duolocal.terminal import figures, transcript
+from duolocal.terminal.chat_state import ChatState, CommandHost, Commands, all_or_nothing, split_words
 
 if TYPE_CHECKING:
-    from duolocal.engine.turns import Turn
     from duolocal.sessions.keeper import ContextKeeper
-    from duolocal.terminal.chat import Chat
 
+COMMANDS = Commands()
 _TRANSCRIPTS = (".md", ".txt", ".markdown")
-_FIELDS = ("encoding", "num_bytes", "num_replaced", "kind", "notes", "digest")
+# Of what is known of a document's file: field -> its type, as JSON holds it.
+_FIELDS = {"encoding": str, "num_bytes": int, "num_replaced": int, "kind": str, "digest": str}
 
 
 def is_transcript(name: str) -> bool:
@@ -26,34 +25,81 @@ def is_transcript(name: str) -> bool:
     return "/" in name or "\\" in name or name.startswith("~") or Path(name).suffix.lower() in _TRANSCRIPTS
 
 
-def _keeper(chat: "Chat") -> "ContextKeeper":
-    if chat.keeper is None:
+def _one_name(command: str, rest: str, wanted: str) -> tuple[str, bool]:
+    """Split `[--force] NAME`."""
+    words = split_words(rest)
+    force = words[:1] == ["--force"]
+    if force:
+        words = words[1:]
+    if len(words) != 1:
+        raise SettingsError(f"/{command} needs one name: {wanted}")
+    return words[0], force
+
+
+def _keeper(state: ChatState) -> "ContextKeeper":
+    if state.keeper is None:
         raise SettingsError("this chat keeps no sessions: start it with `duolocal chat`")
-    return chat.keeper
+    return state.keeper
 
 
-def save(chat: "Chat", name: str, *, force: bool) -> None:
-    """Save the chat's context under a name and keep it up to date from now on."""
-    keeper = _keeper(chat)
+def _transcript(state: ChatState) -> str:
+    return transcript.as_markdown(
+        state.session.messages,
+        model=state.facts.model,
+        documents=state.session.documents,
+        questions=state.questions,
+        ends=state.ends,
+    )
+
+
+@COMMANDS.add("/save [--force] NAME", "keep this chat as a session; a FILE.md gets the transcript")
+def save(host: CommandHost, rest: str) -> None:
+    """Save the chat under a name and keep it up to date from now on, or write its transcript."""
+    name, force = _one_name("save", rest, "/save NAME keeps this chat, /save chat.md writes the transcript")
+    if is_transcript(name):
+        path = Path(name).expanduser()
+        transcript.save(_transcript(host.state), path, overwrite=force)
+        host.note(f"saved {path}")
+        return
+    keeper, session = _keeper(host.state), host.state.session
     began = time.perf_counter()
-    nbytes = keeper.begin(name, chat.session, overwrite=force)
-    chat.note(f"saving {name}: {figures.size(nbytes)} to write")
-    total = keeper.save(chat.session)
-    chat.note(
+    nbytes = keeper.begin(name, session, overwrite=force)
+    host.note(f"saving {name}: {figures.size(nbytes)} to write")
+    total = keeper.save(session)
+    host.note(
         f"saved {name} ({figures.size(total)}, {figures.duration(time.perf_counter() - began)}) in "
         f"{keeper.folder}; from now on after every turn"
     )
 
 
-def open_named(chat: "Chat", name: str, *, force: bool) -> None:
+@COMMANDS.add("/open [--force] NAME", "go on with a saved session")
+def open_named(host: CommandHost, rest: str) -> None:
     """Take up a saved session in place of what is in the chat."""
-    keeper = _keeper(chat)
-    if keeper.name is None and chat.session.engine.position and not force:
+    name, force = _one_name("open", rest, "/open NAME; `duolocal sessions list` shows what there is")
+    state, session = host.state, host.state.session
+    keeper = _keeper(state)
+    if keeper.name is None and session.engine.position and not force:
         raise SettingsError(f"this chat is not saved: /save NAME first, or leave it behind with /open --force {name}")
     began = time.perf_counter()
-    extra = keeper.open(name, chat.session)
-    adopt(chat, extra)
-    chat.note(opened_line(chat.session, name, time.perf_counter() - began))
+    extra = keeper.open(name, session)
+    state.files = documents_of(session, extra)
+    state.last_answer = state.last_load = None
+    state.follow()
+    host.note(opened_line(session, name, time.perf_counter() - began))
+
+
+@COMMANDS.add("/copy [all]", "put the last answer (or the whole transcript) on the clipboard", words=["all"])
+def copy(host: CommandHost, rest: str) -> None:
+    """Put text on the terminal's clipboard."""
+    whole = all_or_nothing("copy", rest)
+    answers = [message.content for message in host.state.session.messages if message.role == "assistant"]
+    if not answers:
+        raise SettingsError("there is no answer to copy yet")
+    text = _transcript(host.state) if whole else answers[-1]
+    sequence = transcript.clipboard_sequence(text)
+    host.console.file.write(sequence)
+    host.console.file.flush()
+    host.note(f"{len(text):,} characters sent to the terminal's clipboard (OSC 52; not every terminal takes it)")
 
 
 def opened_line(session: Any, name: str, elapsed_s: float) -> str:
@@ -64,25 +110,6 @@ def opened_line(session: Any, name: str, elapsed_s: float) -> str:
         f"opened session {name}: {figures.tokens(session.engine.position)}, {questions}, nothing to read "
         f"({figures.duration(elapsed_s)}); it is saved after every turn"
     )
-
-
-def adopt(chat: "Chat", extra: Mapping[str, Any]) -> None:
-    """Bring what the chat knows of files and questions in line with a session that was opened."""
-    chat.files = documents_of(chat.session, extra)
-    chat.last_answer = chat.last_load = None
-    follow(chat)
-
-
-def follow(chat: "Chat") -> None:
-    """Bring questions and endings in line with the turn one is at."""
-    chat.questions.clear()
-    chat.ends.clear()
-    for turn in chat.session.tree.current.way():
-        if turn.kind == "exchange":
-            index = len(turn.state.messages) - 1
-            chat.questions[index - 1] = turn.name
-            if turn.reason not in ("", "stop"):
-                chat.ends[index] = turn.reason
 
 
 def begin_or_open(keeper: "ContextKeeper", session: Any, name: str, *, system: str | None) -> dict[str, Document]:
@@ -109,6 +136,7 @@ def extra_of(files: Mapping[str, Document]) -> dict[str, Any]:
             name: {
                 "path": str(document.path),
                 "parts": [[part.label, part.start] for part in document.parts],
+                "notes": document.notes,
                 **{field: getattr(document, field) for field in _FIELDS},
             }
             for name, document in files.items()
@@ -124,15 +152,7 @@ def documents_of(session: Any, extra: Mapping[str, Any]) -> dict[str, Document]:
         about = known.get(name) if isinstance(known, dict) else None
         about = about if isinstance(about, dict) else {}
         fields: dict[str, Any] = {"encoding": "utf-8", "num_bytes": len(text.encode("utf-8", "replace"))}
-        for field, kind in (
-            ("encoding", str),
-            ("num_bytes", int),
-            ("num_replaced", int),
-            ("kind", str),
-            ("digest", str),
-        ):
-            if isinstance(about.get(field), kind):
-                fields[field] = about[field]
+        fields |= {field: about[field] for field, kind in _FIELDS.items() if isinstance(about.get(field), kind)}
         parts, notes = about.get("parts"), about.get("notes")
         if isinstance(parts, list) and all(map(_is_part, parts)):
             fields["parts"] = tuple(Part(label, start) for label, start in parts)
@@ -154,70 +174,3 @@ def not_yet_read(session: Any, documents: Sequence[Document]) -> tuple[list[Docu
         [document for document in documents if document.text not in texts],
         [document.name for document in documents if document.text in texts],
     )
-
-
-def undo(chat: "Chat", rest: str) -> None:
-    """Go back before the last turn, or the last few."""
-    count = int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 6 else 0 if rest else 1
-    if not count:
-        raise SettingsError(f"/undo takes a number of turns, not {rest!r}: /undo 2")
-    before = chat.session.engine.position
-    events = chat.session.go_back(count)
-    if events is None:
-        raise SettingsError(
-            "there is nothing (more) to undo: /reset forgets the conversation, /reset all everything"
-            if count == 1
-            else f"there are not {count} turns to undo: /turns lists them"
-        )
-    chat.consume(events, reading="reading again")
-    chat.forget_undone()
-    count = len(chat.session.messages)
-    if count and chat.session.messages[-1].role == "user":  # documents alone: the question that followed is gone
-        chat.questions.pop(count - 1, None)
-    now = chat.session.engine.position
-    chat.note(f"undone: {figures.tokens(before - now)} freed, {now:,} in the context")
-
-
-def fork(chat: "Chat", rest: str) -> None:
-    """Begin another line of the conversation here."""
-    tree = chat.session.tree
-    before = tree.line
-    name = tree.fork(rest or None)
-    chat.note(f"line {clean_line(name)} begins here, after turn {tree.current.number}; /goto {before} goes back")
-
-
-def go_to(chat: "Chat", rest: str) -> None:
-    """Go to another turn, or to the end of another line."""
-    if not rest:
-        raise SettingsError("/goto needs a turn or a line: /goto 3; /turns lists them")
-    tree = chat.session.tree
-    turn = tree.find(rest)
-    again = tree.needs_reading(turn)
-    if again:
-        chat.note(f"{figures.tokens(again)} on the way there are not kept any more and are read again")
-    began = time.perf_counter()
-    finished = chat.consume(
-        chat.session.go_to(turn, line=rest if rest in tree.lines else None), reading="reading again"
-    )
-    follow(chat)
-    took = figures.duration(time.perf_counter() - began)
-    stopped = "stopped: " if finished is not None and finished.reason == "cancelled" else ""
-    chat.note(
-        f"{stopped}at turn {tree.current.number} of line {clean_line(tree.line)}: "
-        f"{figures.tokens(chat.session.engine.position)} in the context ({took})"
-    )
-
-
-def turns(chat: "Chat") -> None:
-    """List the turns, those of other lines dim."""
-    tree = chat.session.tree
-    way = set(tree.current.way())
-
-    def row(turn: "Turn") -> tuple[int, int | None, str, str, int, str, bool, bool]:
-        lines = ", ".join(name for name, end in tree.lines.items() if end is turn)
-        parent = None if turn.parent is None else turn.parent.number
-        current = turn is tree.current
-        return turn.number, parent, turn.kind, turn.name, len(turn.token_ids), lines, turn in way, current
-
-    chat.show(turns_view([row(turn) for turn in tree.turns.values()]))
-    chat.note("/goto TURN goes there, /undo one back; dim ones are on other lines")
