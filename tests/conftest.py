@@ -1,4 +1,4 @@
-"""What all tests share: thread settings before torch, hypothesis profiles, the default model's file."""
+"""What all tests share: threads before torch, the same environment everywhere, hypothesis profiles, the real model."""
 
 import importlib.util
 import os
@@ -23,6 +23,8 @@ from hypothesis import HealthCheck, settings
 
 from duolocal.models.registry import DEFAULT_MODEL, cached_path
 
+pytest_plugins = ["tests.thinning"]
+
 # Before triton is imported: without a CUDA device its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -32,6 +34,27 @@ collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_trito
 settings.register_profile("default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# What the user's shell says of terminals and languages, and how duolocal is set up there: tests that depend on one of
+# them say so. Unlike the rest of the environment this decides what is printed.
+_OF_THE_SHELL = (
+    *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "TTY_COMPATIBLE"),
+    *("LANGUAGE", "LC_ALL", "LC_CTYPE", "LC_MESSAGES", "LC_NUMERIC", "LC_TIME"),
+    *("DUOLOCAL_SESSIONS", "DUOLOCAL_KEEP", "PYTHONIOENCODING", "PYTHONUTF8"),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_everywhere() -> Iterator[None]:
+    """Take the terminal, the language and the user's settings out of the environment, also for child processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _OF_THE_SHELL:
+            patch.delenv(name, raising=False)
+        patch.setenv("COLUMNS", "80")
+        patch.setenv("LINES", "24")
+        patch.setenv("TERM", "xterm-256color")
+        patch.setenv("LANG", "C.UTF-8")
+        yield
 
 
 @pytest.fixture(scope="session")

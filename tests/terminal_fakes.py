@@ -165,3 +165,8 @@ def make_chat(session: FakeSession | None = None, *, columns: int = 80) -> tuple
         Sampling(),
     )
     return Chat(console, state), output
+
+
+def unwrapped(text: str) -> str:
+    """Return prose as one line: where it was wrapped depends on the lengths of paths in it."""
+    return " ".join(text.split())

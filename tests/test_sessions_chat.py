@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from duolocal.terminal.docs_chat import add_documents
 from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
 from duolocal.terminal.sessions_options import keep_bytes, settings_of_session
 from tests.session_models import DOCUMENT, in_context, tiny_session
-from tests.terminal_fakes import FACTS
+from tests.terminal_fakes import FACTS, unwrapped
 
 MILL = Document(
     "mill.txt", Path("far/mill.txt"), DOCUMENT, "cp1252", 1234, kind="text", notes=("guessed",), digest="ab"
@@ -54,9 +55,8 @@ def test_save_open_and_go_on(tmp_path: Path) -> None:
     chat.handle("Where?")
     said(output)
     chat.handle("/save book")
-    lines = said(output).splitlines()
-    assert lines[0].startswith("saving book: ") and lines[0].endswith(" to write")
-    assert lines[1].startswith("saved book (") and "from now on after every turn" in " ".join(lines)
+    wanted = r"saving book: [\d.]+ \w+ to write saved book \(.*\) in \S+/sessions; from now on after every turn"
+    assert re.fullmatch(wanted, unwrapped(said(output)))
     chat.handle("Why there?")
     context = in_context(chat.state.session)
     with pytest.raises(SettingsError, match="session book is the one that is open"):

@@ -376,3 +376,15 @@ def test_quit(word: str) -> None:
     chat, _ = make_chat()
     chat.handle(word)
     assert chat.state.leaving
+
+
+def test_a_path_longer_than_a_line_can_be_copied(tmp_path: Path) -> None:
+    path = tmp_path / ("long" * 40) / "chat.md"
+    path.parent.mkdir()
+    chat, output = make_chat(columns=50)
+    chat.handle("What colour is it?")
+    shown(output)
+    chat.handle(f"/save {path}")
+    assert shown(output).splitlines() == ["saved", str(path)]
+    chat.complain(f"{path} is not what was expected here, so it is left as it is")
+    assert shown(output).splitlines() == [str(path), "is not what was expected here, so it is left as it", "is"]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
-from rich.text import Text
 
 from duolocal.documents import Document
 from duolocal.engine.session import Event, Finished
@@ -17,6 +16,7 @@ from duolocal.errors import DuoLocalError
 from duolocal.terminal import commands, reader_view, views
 from duolocal.terminal.chat_state import ChatState
 from duolocal.terminal.clean import clean
+from duolocal.terminal.consoles import print_prose
 from duolocal.terminal.docs_chat import add_documents
 from duolocal.terminal.prompt import InputCompleter, InputLine
 from duolocal.terminal.stream import show_events
@@ -129,8 +129,8 @@ class Chat:
 
     def note(self, text: str) -> None:
         """Print a dim line."""
-        self.console.print(Text(clean(text), style="dim"))
+        print_prose(self.console, clean(text), "dim")
 
     def complain(self, text: str) -> None:
         """Print one line about something that did not work."""
-        self.console.print(Text(clean(text), style="red"))
+        print_prose(self.console, clean(text), "red")

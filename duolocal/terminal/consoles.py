@@ -1,6 +1,7 @@
 """Where commands write: answers to standard output, progress to a terminal on standard error."""
 
 import os
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,15 @@ def progress_console(*, no_color: bool = False) -> "Console":
     console = new_console(stderr=True, no_color=no_color)
     console.quiet = not console.is_terminal
     return console
+
+
+def print_prose(console: "Console", text: str, style: str = "") -> None:
+    """Print text that is wrapped between words only: a path that is longer than a line can still be copied."""
+    from rich.text import Text
+
+    wrapper = textwrap.TextWrapper(console.width, break_long_words=False, break_on_hyphens=False)
+    lines = [part for line in text.split("\n") for part in wrapper.wrap(line) or [""]]
+    console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
 def starting_notice(progress: "Console") -> Any:

@@ -14,6 +14,7 @@ from duolocal.evaluate.check import GOOD, SMALL, CheckResult, check, document_to
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import print_prose
 from duolocal.terminal.eval_compare_view import bos_ids
 from duolocal.terminal.eval_parts import bars, load_lineup, open_source, print_choices
 from duolocal.terminal.pictures import curve
@@ -184,4 +185,4 @@ def _draw(result: CheckResult, lineup: Lineup, png: Path, console: Console, *, t
         levels={"good": GOOD.kl, "small loss": SMALL.kl},
         marked={"yours": at[here.name]} | {point.name: at[point.name] for point in others},
     )
-    console.print(Text(clean_line(str(path)), style="dim"))
+    print_prose(console, clean_line(str(path)), "dim")

@@ -13,6 +13,7 @@ from duolocal.evaluate.compare import Comparison, compare, cut_windows
 from duolocal.settings import LoadSettings, format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import print_prose
 from duolocal.terminal.eval_parts import choices_report, load_lineup, open_source, print_choices
 from duolocal.terminal.pictures import curve
 from duolocal.terminal.progress import bar
@@ -132,4 +133,4 @@ def _draw(
         y_title="KL to dense, nats per token" if what == "kl" else "perplexity above dense, %",
         levels={"0.02": 0.02} if what == "kl" else {"+2%": 2},
     )
-    console.print(Text(clean_line(str(path)), style="dim"))
+    print_prose(console, clean_line(str(path)), "dim")

@@ -16,6 +16,7 @@ from duolocal.evaluate.grid import cells, places
 from duolocal.evaluate.tasks import TASKS, niah_prompts
 from duolocal.settings import LoadSettings, format_tokens
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import print_prose
 from duolocal.terminal.eval_parts import (
     LEGEND,
     choices_report,
@@ -221,8 +222,8 @@ def draw_maps(
             ],
             number_format=".2f",
         )
-        console.print(
-            Text(f"{clean_line(str(path))}: probability per token of the right answer; framed: missed", style="dim")
+        print_prose(
+            console, f"{clean_line(str(path))}: probability per token of the right answer; framed: missed", "dim"
         )
 
 
@@ -241,4 +242,4 @@ def _draw_tasks(
         vmax=1,
         number_format=".2f",
     )
-    console.print(Text(f"{clean_line(str(path))}: probability per token of the right answer", style="dim"))
+    print_prose(console, f"{clean_line(str(path))}: probability per token of the right answer", "dim")

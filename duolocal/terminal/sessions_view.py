@@ -14,6 +14,7 @@ from duolocal.sessions.file import ContextFile, remove
 from duolocal.sessions.names import DOCUMENTS, files_in, session_file
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import print_prose
 
 
 def _report(path: Path) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def show_list(folder: Path, console: Console, *, as_json: bool) -> int:
         print(json.dumps({"folder": str(folder), "sessions": sessions, "documents": documents}, ensure_ascii=False))
         return 0
     if not sessions and not documents:
-        console.print(Text(f"nothing is saved in {clean_line(str(folder))}; chat --session NAME begins a session"))
+        print_prose(console, f"nothing is saved in {clean_line(str(folder))}; chat --session NAME begins a session")
         return 0
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("name", overflow="fold")
@@ -73,7 +74,7 @@ def show_list(folder: Path, console: Console, *, as_json: bool) -> int:
         table.add_row(*_row(report, f"{DOCUMENTS}/{report['name']}"))
     console.print(table)
     total = figures.size(sum(report.get("bytes", 0) for report in (*sessions, *documents)))
-    console.print(Text(f"{total} in {clean_line(str(folder))}", "dim"))
+    print_prose(console, f"{total} in {clean_line(str(folder))}", "dim")
     return 0
 
 

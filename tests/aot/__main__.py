@@ -50,6 +50,7 @@ def report(arguments: argparse.Namespace) -> int:
     import triton
 
     from tests.aot import build, cases
+    from tests.aot.known import Known
     from tests.aot.limits import problems, severity
     from tests.aot.record import ARCHITECTURES, Recorder
     from tests.aot.toys import failing_operations, toy_cases
@@ -57,7 +58,7 @@ def report(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # nothing is computed, and a process with threads should not fork
     began = time.monotonic()
     recorder, toys = Recorder(), Recorder()
-    known, failed = cases.kernels()
+    kernels, failed = cases.kernels()
     failed_toys: dict[str, str] = {}
     for case in cases.all_cases(full=arguments.full):
         try:
@@ -72,7 +73,7 @@ def report(arguments: argparse.Namespace) -> int:
                 toys.run(name, operation, (80,))
             except Exception as error:  # noqa: BLE001
                 failed_toys[name] = cases.failure(error)
-    unused = sorted(known - {f"{launch.module}.{launch.kernel}" for launch in recorder.launches.values()})
+    unused = sorted(kernels - {f"{launch.module}.{launch.kernel}" for launch in recorder.launches.values()})
     launches = [
         launch
         for launch in recorder.launches.values()
@@ -84,7 +85,8 @@ def report(arguments: argparse.Namespace) -> int:
     warm = Recorder()
     warm.run("warm", toy_cases()["good 1"], (80,))
     build.compile_launch(next(iter(warm.launches.values())))
-    rows = build.compile_all(everything, jobs=arguments.jobs, progress=_progress(len(everything)))
+    known, progress = Known(), _progress(len(everything))
+    rows = build.compile_all(everything, jobs=arguments.jobs, progress=progress, known=known)
     rows, toy_rows = rows[: len(launches)], rows[len(launches) :]
     if arguments.toys:
         (crash,) = build.compile_all(list(warm.launches.values()), jobs=1, compile_one=lambda launch: os.abort())
@@ -113,7 +115,8 @@ def report(arguments: argparse.Namespace) -> int:
         print(f"\nfails: {said}\n  {len(names)} cases: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}")
     if unused:
         print("\nlaunched by no case of tests/aot/cases.py: " + ", ".join(unused))
-    print(f"\n{len(rows)} compilations, {len(bad)} over a limit, {whole['seconds']} s")
+    earlier = sum(not row["compiled"] for row in rows)
+    print(f"\n{len(rows)} compilations, {earlier} of them known, {len(bad)} over a limit, {whole['seconds']} s")
     return int(bool(bad or failed or (unused and not arguments.only)))
 
 

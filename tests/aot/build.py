@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
+from tests.aot.known import Known, key_of
 from tests.aot.record import Launch
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -104,16 +105,19 @@ def compile_all(
     jobs: int,
     progress: Callable[[int], None] = lambda done: None,
     compile_one: Callable[[Launch], dict[str, Any]] = compile_launch,
+    known: Known | None = None,
 ) -> list[dict[str, Any]]:
     """Compile `launches`, `jobs` at a time, each in a forked child: the compiler may abort its process.
 
-    Returns one row each, in order.
+    Returns one row each, in order; `compiled` says whether it was compiled now or is `known`.
     """
     # Fork: a launch holds functions and compiler objects that cannot be pickled, and a fresh child would import torch.
     context = multiprocessing.get_context("fork")
-    outcomes: dict[int, dict[str, Any]] = {}
+    keys = [key_of(launch) if known else "" for launch in launches]
+    outcomes = {i: found for i, key in enumerate(keys) if known and (found := known.get(key))}
+    old = set(outcomes)
     running: dict[Connection, tuple[int, Any, float]] = {}
-    waiting = list(reversed(range(len(launches))))
+    waiting = [index for index in reversed(range(len(launches))) if index not in outcomes]
     while waiting or running:
         while waiting and len(running) < jobs:
             index = waiting.pop()
@@ -139,7 +143,11 @@ def compile_all(
                 child.join()
                 del running[receiver]
                 outcomes[index] = {"error": f"not compiled after {_TIMEOUT_S} s"}
-    return [row(launch, outcomes[i]) for i, launch in enumerate(launches)]
+    if known:
+        for i in set(outcomes) - old:
+            known.add(keys[i], outcomes[i])
+        known.save()
+    return [row(launch, outcomes[i]) | {"compiled": i not in old} for i, launch in enumerate(launches)]
 
 
 def _child(compile_one: Callable[[Launch], dict[str, Any]], launch: Launch, sender: Connection) -> None:
