@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not complete (an answer, or some 
 import argparse
 import difflib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NoReturn
 
 from duolocal import __version__
 from duolocal.errors import DuoLocalError, SettingsError
+from duolocal.processes import INTERRUPTED
 from duolocal.settings import LoadSettings, parse_tokens
 from duolocal.terminal.bench_options import add_bench_parsers, run_bench
 from duolocal.terminal.chat_options import EXIT_CODES, add_chat_options, run_chat
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"duolocal: {clean_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader went away: nothing is left to say, not even by the interpreter's own flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

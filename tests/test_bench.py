@@ -13,7 +13,7 @@ from duolocal import cli
 from duolocal.bench import decode as decode_module
 from duolocal.bench.decode import bytes_per_token, measure_decode
 from duolocal.bench.load import measure_load
-from duolocal.bench.machine import machine_facts, peak_bytes, resident_bytes
+from duolocal.bench.machine import machine_facts
 from duolocal.bench.prefill import distinct, measure_prefill
 from duolocal.bench.text import text_ids
 from duolocal.bench.timing import Spread, spread, total
@@ -21,6 +21,7 @@ from duolocal.cache.cache import MIN_EXACT_RECENT
 from duolocal.engine.engine import Engine
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
+from duolocal.processes import peak_bytes, resident_bytes
 from duolocal.terminal.bench_options import parse_sizes
 from tests.tiny import random_model, save_checkpoint, tiny_config
 from tests.tokenizer_files import LLAMA3_SPLIT, byte_level

@@ -218,6 +218,20 @@ def test_a_process_that_dies_is_one_line_and_the_next_file_gets_another(
         assert converter.convert(b"<p>fine", "html").text == "fine"
 
 
+def test_a_process_that_dies_within_its_answer_is_no_shorter_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer: dict[str, object] = {
+        "parts": [],
+        "notes": [],
+        "encoding": None,
+        "num_replaced": 0,
+        "text_bytes": 9,
+        "peak_bytes": 1,
+    }
+    with_child(monkeypatch, f"os.write(1, json.dumps({answer}).encode() + b'\\nhalf'); os._exit(7)")
+    with Converter() as converter, pytest.raises(ConversionError, match=r"\(exit code 7\)"):
+        converter.convert(b"x", "html")
+
+
 def test_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     with_child(monkeypatch, "child.convert_bytes = lambda *_: bytearray(3 << 30)\nchild.main()")
     with Converter() as converter, pytest.raises(ConversionError, match="needs more than 2 GiB of memory"):

@@ -3,15 +3,11 @@
 Invariant: a child computes only while it is asked, so that runs of several children can alternate.
 """
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -20,6 +16,7 @@ import duolocal
 from duolocal import errors
 from duolocal.errors import DuoLocalError
 from duolocal.kernels.cpu.threads import unbound
+from duolocal.processes import LineProcess
 
 _TAIL_LINES = 3
 _TAIL_CHARACTERS = 400
@@ -50,26 +47,15 @@ class Child:
         self.name = name
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         with unbound():
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._stderr,
-                env=child_environment(threads),
-                encoding="utf-8",
-            )
-        self._times = psutil.Process(self._process.pid)
+            self._process = LineProcess(command, stderr=self._stderr, env=child_environment(threads))
+        self._times = psutil.Process(self._process.popen.pid)
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
         """Send a request and wait for the answer. Raises DuoLocalError where the child refuses or has ended."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with suppress(BrokenPipeError):  # it has ended; no answer will come either
-            self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
+        self._process.send({"do": do, **fields})
+        answer = self._process.receive()
+        if answer is None:
             raise self._ended()
-        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise getattr(errors, answer["kind"], DuoLocalError)(f"{self.name}: {answer['error']}")
         return answer
@@ -84,22 +70,11 @@ class Child:
 
     def close(self) -> None:
         """End the child."""
-        if self._process.stdin is not None:
-            with suppress(BrokenPipeError):
-                self._process.stdin.close()
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._process.close(grace_s=_END_S)
         self._stderr.close()
 
     def _ended(self) -> DuoLocalError:
-        code = self._process.wait()
+        code = self._process.popen.wait()
         how = f"ended with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
         if code == -9:
             how += " (which the system sends where memory runs out)"
@@ -112,7 +87,5 @@ class Child:
     def __enter__(self) -> "Child":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

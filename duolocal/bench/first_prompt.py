@@ -12,6 +12,7 @@ from contextlib import suppress
 from duolocal.bench.child import child_environment
 from duolocal.errors import DuoLocalError
 from duolocal.kernels.cpu.threads import unbound
+from duolocal.processes import end
 
 _READY = b"\x1b[?2004h"  # "bracketed paste on": the input line has begun to read
 _TIMEOUT_S = 600
@@ -57,6 +58,5 @@ def first_prompt_s(words: Sequence[str], *, threads: int | None = None) -> float
             said += piece
         return time.perf_counter() - began_s
     finally:
-        process.kill()  # it has nothing to lose
-        process.wait()
+        end(process)  # it has nothing to lose
         os.close(ours)

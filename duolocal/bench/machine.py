@@ -1,10 +1,9 @@
-"""What a figure depends on: processor, cores, versions, commit; and the memory of this process.
+"""What a figure depends on: processor, cores, versions, commit.
 
 Loads no torch.
 """
 
 import platform
-import subprocess
 import sys
 from contextlib import suppress
 from importlib import metadata
@@ -14,6 +13,7 @@ import psutil
 
 import duolocal
 from duolocal.kernels.cpu.threads import default_threads
+from duolocal.processes import output_of
 
 
 def machine_facts(*, threads: int | None = None, device: str = "cpu") -> dict[str, object]:
@@ -36,39 +36,13 @@ def machine_facts(*, threads: int | None = None, device: str = "cpu") -> dict[st
     }
 
 
-def peak_bytes() -> int:
-    """Return the most memory this process ever had resident, mapped files included."""
-    peak = _proc_status("VmHWM")  # not ru_maxrss: on Linux a child starts with its parent's
-    if peak is not None:
-        return peak
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def resident_bytes() -> int:
-    """Return the memory this process has resident now."""
-    return _proc_status("VmRSS") or psutil.Process().memory_info().rss
-
-
-def _proc_status(field: str) -> int | None:
-    with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        for line in file:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 def _cpu_name() -> str:
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     if sys.platform == "darwin":
-        name = _output("sysctl", "-n", "machdep.cpu.brand_string")
+        name = output_of("sysctl", "-n", "machdep.cpu.brand_string")
         if name:
             return name
     return platform.processor() or platform.machine()
@@ -79,14 +53,7 @@ def _commit() -> str | None:
     root = Path(duolocal.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    commit = output_of("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if not commit:
         return None
-    return commit + ("+" if _output("git", "-C", str(root), "status", "--porcelain") else "")
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return commit + ("+" if output_of("git", "-C", str(root), "status", "--porcelain") else "")

@@ -6,9 +6,7 @@ one with what was found out, followed by the text in UTF-8. Imports neither torc
 
 import importlib
 import json
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +14,7 @@ from typing import Any
 
 from duolocal.documents.converted import ConversionError, Converted
 from duolocal.errors import one_line
+from duolocal.processes import answer_on_stdout, limit_memory, peak_bytes, send
 
 MEMORY_BYTES = 2 * 2**30  # address space of this process
 _DEEP = 3000  # Python frames; deeper nesting than any document has ends in RecursionError, not in a crash
@@ -59,24 +58,18 @@ def convert_bytes(data: bytes, kind: str, report: Report = lambda done, total: N
 
 def main() -> None:
     """Serve requests until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started us
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
-    _limit()
+    replies = answer_on_stdout()
+    limit_memory(MEMORY_BYTES, file_bytes=0)
     sys.setrecursionlimit(_DEEP)
 
     def report(done: int, total: int) -> None:
-        out.write(json.dumps({"done": done, "total": total}).encode() + b"\n")
-        out.flush()
+        send(replies, {"done": done, "total": total})
 
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
         answer, text = _answer(sys.stdin.buffer.read(request["num_bytes"]), request["kind"], report)
         payload = text.encode()
-        answer |= {"text_bytes": len(payload), "peak_bytes": _peak_bytes()}
-        out.write(json.dumps(answer).encode() + b"\n")
-        out.write(payload)
-        out.flush()
+        send(replies, answer | {"text_bytes": len(payload), "peak_bytes": peak_bytes()}, payload)
 
 
 def _answer(data: bytes, kind: str, report: Report) -> tuple[dict[str, Any], str]:
@@ -93,35 +86,3 @@ def _answer(data: bytes, kind: str, report: Report) -> tuple[dict[str, Any], str
         "num_replaced": converted.num_replaced,
     }
     return answer, converted.text
-
-
-def _limit() -> None:
-    try:
-        import resource
-    except ImportError:  # Windows has no such limits: there only the time is bounded
-        return
-    for what, limit in (
-        (resource.RLIMIT_AS, MEMORY_BYTES),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),  # nothing is written to any file
-    ):
-        _, most = resource.getrlimit(what)
-        if most != resource.RLIM_INFINITY:
-            limit = min(limit, most)
-        resource.setrlimit(what, (limit, limit))
-
-
-def _peak_bytes() -> int:
-    try:  # first where Linux counts anew for every program: getrusage goes on from the process that started this one
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            found = re.search(r"^VmHWM:\s+(\d+) kB", status.read(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -5,19 +5,16 @@ other one has a limit of memory, is ended when it falls silent, and holds nothin
 serves many files; after a failure the next file gets a new one.
 """
 
-import contextlib
-import json
-import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from duolocal.documents.converted import ConversionError, Converted
 from duolocal.documents.model import Part
+from duolocal.processes import LineProcess
 
 SILENCE_S = 60.0  # without a further page
 LIMIT_S = 600.0  # for one file
@@ -43,8 +40,7 @@ class Converter:
         self._silence_s = silence_s
         self._limit_s = limit_s
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._finalizer: weakref.finalize | None = None
+        self._process: LineProcess | None = None
 
     def __enter__(self) -> "Converter":
         return self
@@ -69,45 +65,31 @@ class Converter:
 
     def close(self) -> None:
         """End the process; a further file starts another."""
-        if self._finalizer is not None:
-            self._finalizer()
-        self._process, self._finalizer = None, None
+        if self._process is not None:
+            self._process.close()
+        self._process = None
 
-    def _started(self) -> "subprocess.Popen[bytes]":
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        self.close()
-        # -P: a module in the folder we were started in must not stand in for one of Python's.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, str(_ROOT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        self._finalizer = weakref.finalize(self, _end, self._process)
+    def _started(self) -> LineProcess:
+        if self._process is None or self._process.popen.poll() is not None:
+            self.close()
+            # -P: a module in the folder we were started in must not stand in for one of Python's.
+            self._process = LineProcess([sys.executable, "-P", "-c", _START, str(_ROOT)])
         return self._process
 
     def _ask(self, data: bytes, kind: str, on_progress: Progress) -> tuple[dict[str, Any], str]:
         process = self._started()
-        assert process.stdin is not None and process.stdout is not None
         with _Watch(process, silence_s=self._silence_s, limit_s=self._limit_s) as watch:
-            try:
-                process.stdin.write(json.dumps({"kind": kind, "num_bytes": len(data)}).encode() + b"\n")
-                process.stdin.write(data)
-                process.stdin.flush()
-                while True:
-                    line = process.stdout.readline()
-                    if not line:
-                        break
-                    watch.heard()
-                    answer: dict[str, Any] = json.loads(line)
-                    if "done" not in answer:
-                        text = process.stdout.read(answer["text_bytes"]).decode()
-                        return answer, text
+            process.send({"kind": kind, "num_bytes": len(data)}, data)
+            while (answer := process.receive()) is not None:
+                watch.heard()
+                if "done" in answer:
                     on_progress(answer["done"], answer["total"])
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # it has died: said below
-            code = process.wait()  # still watched: it may have closed its end and go on
+                    continue
+                text = process.stdout.read(answer["text_bytes"])
+                if len(text) == answer["text_bytes"]:
+                    return answer, text.decode()
+                break  # it has died within its answer
+            code = process.popen.wait()  # still watched: it may have closed its end and go on
             if watch.expired_s is not None:
                 raise ConversionError(
                     f"took longer than {watch.expired_s:.0f} s to convert and was given up: it may be damaged or made "
@@ -119,19 +101,10 @@ class Converter:
         )
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):  # what was still to be sent to it
-            pipe.close()
-
-
 class _Watch:
     """Kills a process that says nothing for too long, or is not done in time."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", *, silence_s: float, limit_s: float) -> None:
+    def __init__(self, process: LineProcess, *, silence_s: float, limit_s: float) -> None:
         self._process = process
         self._silence_s = silence_s
         self._limit_s = limit_s
@@ -158,7 +131,7 @@ class _Watch:
             if left_s <= 0:
                 silent = time.monotonic() >= self._heard_s + self._silence_s
                 self.expired_s = self._silence_s if silent else self._limit_s
-                self._process.kill()
+                self._process.popen.kill()
                 return
             if self._over.wait(left_s):
                 return

@@ -23,6 +23,7 @@ from duolocal.evaluate import Outcome
 from duolocal.evaluate.documentation import Haystack, documentation
 from duolocal.evaluate.grid import places
 from duolocal.evaluate.needle import MOST, NeedleResult, Task, make_task, run_task
+from duolocal.processes import peak_bytes
 from duolocal.reader import PASSAGE_TOKENS, Retriever
 from duolocal.reader.passages import Carried
 from duolocal.reader.retrieve import State
@@ -167,15 +168,6 @@ def _measure(
         "cpus": os.cpu_count(),
         "results": results,
     }
-
-
-def peak_bytes() -> int | None:
-    """Return the most resident memory that this process has had (VmHWM), None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _hidden(row: Mapping[str, Any], kind: str) -> bool:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from duolocal.documents import Document
 from duolocal.engine.session import ChatSession, Event, Finished, Prefilled, Text
+from duolocal.processes import INTERRUPTED
 from duolocal.reader.session import Picked
 from duolocal.sampling import Sampling
 from duolocal.terminal import reader_view
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from duolocal.reader.session import ReadingSession
     from duolocal.sessions.keeper import ContextKeeper
 
-EXIT_CODES = {"stop": 0, "length": 3, "context": 3, "cancelled": 130}
+EXIT_CODES = {"stop": 0, "length": 3, "context": 3, "cancelled": INTERRUPTED}
 _WHY_CUT = {
     "length": "the answer was cut off by max_tokens: raise --max-tokens",
     "context": "the answer was cut off, the context is full: raise --context or load less",

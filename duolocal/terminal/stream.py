@@ -1,15 +1,13 @@
 """Consumes what a session yields: the prefill bar, the streamed answer, and Ctrl-C that stops only the work."""
 
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
 from rich.console import Console
 
+from duolocal import processes
 from duolocal.engine.session import Event, Finished, Prefilled, Text
 from duolocal.reader.session import Picked
 from duolocal.terminal.markdown import MarkdownStream
@@ -27,35 +25,9 @@ class Cancellable(Protocol):
     def cancel(self) -> None: ...
 
 
-@contextmanager
-def cancel_on_interrupt(session: Cancellable) -> Iterator[Callable[[], None]]:
-    """Turn Ctrl-C into `session.cancel()`; the third one in a row gets out whatever hangs.
-
-    Yields a function to call at every event: it repeats the cancel, which a session may have missed between
-    two steps of its work.
-    """
-    presses = 0
-
-    def insist() -> None:
-        if presses:
-            session.cancel()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield insist
-        return
-
-    def cancel(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal presses
-        presses += 1
-        if presses >= 3:
-            raise KeyboardInterrupt
-        session.cancel()
-
-    before = signal.signal(signal.SIGINT, cancel)
-    try:
-        yield insist
-    finally:
-        signal.signal(signal.SIGINT, before)
+def cancel_on_interrupt(session: Cancellable) -> AbstractContextManager[Callable[[], None]]:
+    """Turn Ctrl-C into `session.cancel()`; the third one in a row gets out whatever hangs. Yields as in `processes`."""
+    return processes.cancel_on_interrupt(session.cancel, most=3)
 
 
 @contextmanager

@@ -3,14 +3,10 @@
 All of it goes to stderr; stdout is left to `--out -` and to the table of a dry run.
 """
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from duolocal.documents import Found, gather
+from duolocal.processes import INTERRUPTED, cancel_on_interrupt
 from duolocal.settings import LoadSettings
 from duolocal.summarize import (
     Began,
@@ -39,7 +36,6 @@ from duolocal.terminal.progress import Bar, bar, bars
 from duolocal.terminal.start import start
 
 SOME_FAILED = 3
-INTERRUPTED = 130
 _NAMED = 3  # of what was left out
 
 
@@ -103,7 +99,8 @@ def _run(
     ended: Ended | None = None
     records = summarizer.run(found, output=output)
     try:
-        with _cancel_on_interrupt(summarizer), _Shown(progress) as shown:
+        # The first Ctrl-C ends the job at its next step, the second gets out at once.
+        with cancel_on_interrupt(summarizer.cancel, most=2), _Shown(progress) as shown:
             for event in records:
                 if isinstance(event, Record) and output is None:
                     _write_line(event)
@@ -279,25 +276,3 @@ def _estimate_table(result: Estimate) -> Table:
         else:
             table.add_row(name, f"{file.tokens:,}", f"{file.parts:,}", figures.duration(file.seconds))
     return table
-
-
-@contextmanager
-def _cancel_on_interrupt(summarizer: Summarizer) -> Iterator[None]:
-    """Turn the first Ctrl-C into `cancel`, which ends the job at the next step; the second gets out at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    presses = 0
-
-    def cancel(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal presses
-        presses += 1
-        if presses >= 2:
-            raise KeyboardInterrupt
-        summarizer.cancel()
-
-    before: Callable[[int, FrameType | None], Any] | int | None = signal.signal(signal.SIGINT, cancel)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import random
-import resource
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from duolocal.errors import DuoLocalError
+from duolocal.processes import answer_on_stdout, limit_memory, send, status_bytes
 from tests.fuzz.base import Target, Wrong, check_refusal
 from tests.fuzz.misbehave import MISBEHAVING
 from tests.fuzz.targets import TARGETS
@@ -57,11 +57,6 @@ class _Watch:
             self.on = False
 
 
-def _status(field: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
-
-
 def _forget_peak() -> None:
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
@@ -92,8 +87,7 @@ def _read(target: Target, path: Path, watch: _Watch) -> tuple[str, str]:
 def main() -> None:
     """Serve requests until stdin ends."""
     seeds, scratch = Path(sys.argv[1]), Path(sys.argv[2])
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else is printed is no result
+    replies = answer_on_stdout()
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
     targets = TARGETS | {MISBEHAVING.name: MISBEHAVING}
@@ -102,22 +96,20 @@ def main() -> None:
         target = targets[name]
         for seed in sorted((seeds / target.seeds).iterdir()) if name != "template" else ():
             if (result := _read(target, seed, watch))[0] != "loaded":
-                out.write(json.dumps({"broken": f"{name}: the seed {seed.name} is {result}"}) + "\n")
-    space = _status("VmSize") + SPACE
-    resource.setrlimit(resource.RLIMIT_AS, (space, space))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    out.write(json.dumps({"ready": True}) + "\n")
+                send(replies, {"broken": f"{name}: the seed {seed.name} is {result}"})
+    limit_memory((status_bytes("VmSize") or 0) + SPACE)
+    send(replies, {"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
         target = targets[request["target"]]
         rng = random.Random(f"{request['target']} {request['seed']} {request['number']}")
         path = target.damage(seeds / target.seeds, scratch, rng)
         _forget_peak()
-        before, began_s = _status("VmRSS"), time.process_time()
+        before, began_s = status_bytes("VmRSS") or 0, time.process_time()
         outcome, message = _read(target, path, watch)
         took_s = time.process_time() - began_s
-        peak = max(0, _status("VmHWM") - before)
-        out.write(json.dumps({"outcome": outcome, "message": message, "cpu_s": took_s, "peak_bytes": peak}) + "\n")
+        peak = max(0, (status_bytes("VmHWM") or 0) - before)
+        send(replies, {"outcome": outcome, "message": message, "cpu_s": took_s, "peak_bytes": peak})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Runs targets in child processes under limits, counts, and keeps the files that failed."""
 
-import json
 import os
 import select
 import shutil
@@ -8,9 +7,12 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from duolocal.processes import LineProcess
 
 CPU_LIMIT_S = 5.0  # for one file; a whole one takes about 0.05 s
 WALL_LIMIT_S = 60.0  # until a child counts as hanging: generous, other programs may have the processor
@@ -62,10 +64,8 @@ class _Child:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "PYTHONHASHSEED": "0"}
         environment |= {"TOKENIZERS_PARALLELISM": "false"}
         self._log = open(scratch.with_name("stderr.txt"), "w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
+        self._process = LineProcess(
             [sys.executable, "-m", "tests.fuzz.child", str(seeds), str(scratch), *targets],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=Path(__file__).parents[2],
             env=environment,
@@ -76,40 +76,26 @@ class _Child:
 
     def ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any] | None:
         """Return the result, or None where the process hangs or has died; then it is of no more use."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
+        self._process.send(request)
         return self._answer(limit_s)
 
     def _answer(self, limit_s: float) -> dict[str, Any] | None:
-        pipe = self._process.stdout
-        assert pipe is not None
-        ready, _, _ = select.select([pipe], [], [], limit_s)
-        line = pipe.readline() if ready else b""
-        return json.loads(line) if line else None
+        ready, _, _ = select.select([self._process.stdout], [], [], limit_s)
+        return self._process.receive() if ready else None
 
     def end(self) -> str:
         """Stop it; return how it was found."""
-        code = self._process.poll()
-        if code is None:
-            try:
-                code = self._process.wait(1)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-        self._process.wait()
+        code = None
+        with suppress(subprocess.TimeoutExpired):
+            code = self._process.popen.wait(1)
+        self._process.close()
         words = self._last_words()
-        for pipe in (self._process.stdin, self._process.stdout, self._log):
-            assert pipe is not None
-            pipe.close()
+        self._log.close()
         return "hangs" if code is None else f"ended the process with {code} ({words})"
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self.end()
+        self._process.close()
+        self._log.close()
 
     def _last_words(self) -> str:
         self._log.flush()

@@ -15,6 +15,7 @@ from typing import IO
 
 import duolocal
 from duolocal.bench.gpu.measure import Bench
+from duolocal.processes import end
 
 PATTERNS = ("test_triton_*.py", "test_gpu_*.py", "test_device_sampling.py")
 _SHOWN_FAILURES = 5  # of a file, in the report; the log has all
@@ -58,8 +59,7 @@ def run_files(bench: Bench, files: list[Path], *, at_once: int) -> None:
                 time.sleep(_POLL_S)
         finally:
             for one in running:
-                one.process.kill()
-                one.process.wait()
+                end(one.process)
                 _finish(bench, one, cut_off=True)
             for file in waiting:
                 bench.record("tests", file=file.name, skipped="no time was left")

@@ -1,13 +1,13 @@
 """Section: what this machine is, and what its device can do at best."""
 
 import importlib.metadata
-import subprocess
 
 import torch
 
 from duolocal.bench.gpu.floors import datasheet
 from duolocal.bench.gpu.measure import Bench
 from duolocal.bench.machine import machine_facts
+from duolocal.processes import output_of
 
 _QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
@@ -38,9 +38,8 @@ def run(bench: Bench) -> None:
 def _nvidia_smi() -> dict[str, str] | None:
     """Return what nvidia-smi tells, which changes nothing; None where it cannot be run."""
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
+    said = output_of(*command)
+    if said is None:
         return None
-    values = done.stdout.splitlines()[0].split(",") if done.stdout else []
+    values = said.splitlines()[0].split(",") if said else []
     return dict(zip(_QUERY.split(","), map(str.strip, values), strict=False))

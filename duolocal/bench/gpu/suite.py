@@ -5,9 +5,7 @@ Loads no torch: the parent holds nothing of the device.
 """
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,9 +17,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-import duolocal
+from duolocal.bench.child import child_environment
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.kernels.cpu.threads import unbound
+from duolocal.processes import end, how_ended
 
 NO_DEVICE = "torch sees no CUDA device here: nothing was measured"
 PROBE = "import json, torch\nprint(json.dumps(torch.cuda.get_device_name(0) if torch.cuda.is_available() else None))"
@@ -211,34 +210,21 @@ def _run_section(settings: dict[str, Any], entry: dict[str, Any], log: IO[bytes]
                     write()
             hung = child.poll() is None
         finally:
-            _kill_group(child)
+            end(child, group=True)
         entry["records"] = _read_records(records)
         entry["elapsed_s"] = round(time.monotonic() - began, 1)
         entry["status"] = "done"
         if hung or (child.returncode and entry["elapsed_s"] >= settings["left_s"]):
             entry |= {"status": "timeout", "why": f"still running after {entry['elapsed_s']:.0f} s"}
         elif child.returncode:
-            code = child.returncode
-            how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-            entry |= {"status": "crashed", "why": how}
+            entry |= {"status": "crashed", "why": how_ended(child.returncode)}
         if entry["status"] != "done":
             entry["tail"] = _tail(Path(log.name), log_start)
 
 
 def _environment() -> dict[str, str]:
-    environment = dict(os.environ)
-    root = str(Path(duolocal.__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
     # Several test processes run at once: threads bound by each for itself would all share the first cores.
-    environment |= {"OMP_PROC_BIND": "false", "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    return environment
-
-
-def _kill_group(child: "subprocess.Popen[bytes]") -> None:
-    """End a child and what it started."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    return {**child_environment(2), "OMP_PROC_BIND": "false", "PYTHONUNBUFFERED": "1"}
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

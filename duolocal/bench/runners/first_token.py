@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from duolocal.bench.machine import resident_bytes
 from duolocal.bench.runners.serve import serve
+from duolocal.processes import resident_bytes
 from duolocal.startup import without_collection
 
 

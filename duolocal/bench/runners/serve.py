@@ -9,15 +9,13 @@ with a traceback on stderr, which the parent shows.
 """
 
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from duolocal.bench.machine import peak_bytes, resident_bytes
 from duolocal.errors import DuoLocalError
+from duolocal.processes import answer_on_stdout, peak_bytes, resident_bytes, send
 
 Handler = Callable[..., dict[str, Any]]
 
@@ -87,13 +85,11 @@ def _rewind(runner: Runner, mark: Any, position: int) -> None:
 
 def serve(handlers: Mapping[str, Handler]) -> None:
     """Answer each request with the handler that its "do" names."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and the parent ends us
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    replies = answer_on_stdout()
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = handlers[request.pop("do")](**request)
         except DuoLocalError as error:
             answer = {"error": str(error), "kind": type(error).__name__}
-        print(json.dumps({**answer, "peak_bytes": peak_bytes()}), file=replies, flush=True)
+        send(replies, {**answer, "peak_bytes": peak_bytes()})
