@@ -15,6 +15,7 @@ Memory is bounded: one span of keys and one chunk of queries at a time, whatever
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from duolocal.engine.turns import Turn
 from duolocal.errors import SettingsError
 from duolocal.kernels.attention import KEY_SPAN, block_attention, merge, window_attention
 from duolocal.kernels.blocks import decode_blocks, hadamard
-from duolocal.kernels.interface import Rotation
+from duolocal.models.observe import ObservedCache, layer_by_layer
 
 PASSAGE_TOKENS = 64
 STANDS_OUT = 0.4  # right answers with a needle scored 0.50 or more, answers without one 0.29 or less (docs/sources.md)
@@ -134,123 +135,90 @@ def attended(engine: Engine, ring: Tensor, again: range, spans: Sequence[range],
         return []
     listening = _Listening(engine.cache, ring, again.start, cut, queries=range(first, again.stop))
     device = engine.transformer.device
-    for start in range(again.start, again.stop, QUERY_CHUNK):
-        stop = min(start + QUERY_CHUNK, again.stop)
-        token_ids = torch.tensor(engine.token_ids[start:stop], dtype=torch.int64, device=device)
-        engine.transformer.hidden(token_ids, torch.arange(start, stop, device=device), listening)
+    layers = layer_by_layer(
+        engine.transformer,
+        torch.tensor(engine.token_ids[again.start : again.stop], dtype=torch.int64, device=device),
+        lambda layer: ObservedCache(partial(listening.attend, layer)),
+        positions=torch.arange(again.start, again.stop, device=device),
+        chunk_size=QUERY_CHUNK,
+    )
+    for _ in layers:
+        pass
     scores = listening.best.mean(0).tolist()
     found = [Passage(each.start, each.stop, score) for each, score in zip(cut, scores, strict=True)]
     return sorted(found, key=lambda passage: -passage.score)
 
 
 class _Listening:
-    """A cache that reads another as it stands, keeps what is appended to itself, and listens.
+    """Attention of tokens that are read again, to a cache as it stands and to themselves; notes what was looked at.
 
-    The blocks of the other hold the same tokens, quantized, that are appended here once more: what a query sees, and in
+    The blocks of the cache hold the same tokens, quantized, that are appended here once more: what a query sees, and in
     which precision, is what it saw the first time.
     """
 
-    rotates = recordable = capturable = False
-
     def __init__(self, cache: DuoCache, ring: Tensor, start: int, cut: Sequence[range], *, queries: range) -> None:
         self._cache = cache
-        self._ring = ring.to(cache.device)
         self._start = start
         self._first = queries.start
-        device = cache.device
-        self.best = torch.zeros(len(queries), len(cut), device=device)
+        held, order = cache.ring.positions(start).sort()
+        self._held = held[held >= 0]  # ascending
+        self._ring = ring.to(cache.device).index_select(3, order[held >= 0])
+        self.best = torch.zeros(len(queries), len(cut), device=cache.device)
         # Passage of each position; len(cut) for positions in none.
-        self._passage = torch.full((cache.num_tokens,), len(cut), dtype=torch.int64, device=device)
+        self._passage = torch.full((cache.num_tokens,), len(cut), dtype=torch.int64, device=cache.device)
         for index, each in enumerate(cut):
             self._passage[each.start : each.stop] = index
-        self._own: dict[int, tuple[Tensor, Tensor]] = {}
-        self._rows, row = [], 0
-        for flags in cache.plan.retrieval:
-            heads = [head for head, retrieval in enumerate(flags) if retrieval]
-            self._rows.append((torch.tensor(heads, dtype=torch.int64, device=device), slice(row, row + len(heads))))
-            row += len(heads)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, _rotation: Rotation | None = None) -> None:
-        """Keep k and v [q_len, num_kv_heads, head_dim] of tokens that are read again."""
-        new = (k.transpose(0, 1), v.transpose(0, 1))  # [num_kv_heads, q_len, head_dim]
-        if layer in self._own:
-            new = (torch.cat((self._own[layer][0], new[0]), dim=1), torch.cat((self._own[layer][1], new[1]), dim=1))
-        self._own[layer] = new
-
-    def attend(self, layer: int, q: Tensor, positions: Tensor, _rotation: Rotation | None = None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Attend as the cache does, and note the weights of the answer's queries."""
-        cache = self._cache
-        plan, scale = cache.plan, cache.layout.head_dim**-0.5
-        grouped = q.view(q.shape[0], plan.num_kv_heads, cache.query_group, -1).permute(1, 2, 0, 3)
-        heads, rows = self._rows[layer]
-        keys, values, key_positions = self._window(layer, int(positions[-1]) + 1)
+        cache, plan = self._cache, self._cache.plan
+        heads = [head for head, retrieval in enumerate(plan.retrieval[layer]) if retrieval]
+        window = {"q_positions": positions, "sink_size": plan.sink_size, "scale": cache.layout.head_dim**-0.5}
         recent = [cache.exact_recent if retrieval else plan.recent_size for retrieval in plan.retrieval[layer]]
+        own = torch.arange(self._start, self._start + k.shape[1], device=q.device)
+        keys, key_positions = torch.cat((self._ring[0, layer], k), dim=1), torch.cat((self._held, own))
         out, lse = window_attention(
-            grouped,
+            q,
             keys,
-            values,
-            q_positions=positions,
+            torch.cat((self._ring[1, layer], v), dim=1),
             k_positions=key_positions,
-            sink_size=plan.sink_size,
             recent_sizes=torch.tensor(recent, device=q.device),
-            scale=scale,
+            **window,
         )
-        if len(heads):
-            table = cache.pool.table[rows, : cache.pool.num_blocks]
-            block_out, block_lse = block_attention(
-                grouped[heads],
-                cache.pool.take,
-                table,
-                cache.layout,
-                q_positions=positions,
-                sink_size=plan.sink_size,
-                recent_size=cache.exact_recent,
-                scale=scale,
-            )
-            out[heads] = merge(out[heads], lse[heads], block_out, block_lse)
-            asked = positions >= self._first
-            if bool(asked.any()):
-                self._listen(
-                    grouped[heads][:, :, asked].float(),
-                    torch.logaddexp(lse[heads], block_lse)[:, :, asked].float(),
-                    positions[asked],
-                    self._keys(table, keys[heads], key_positions, last=int(positions[-1])),
-                )
-        return out.permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype)
-
-    def _window(self, layer: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys and values [num_kv_heads, kv_len, head_dim] as computed, and their positions, ascending."""
-        cache, start = self._cache, self._start
-        held = cache.ring.positions(start)
-        held, order = held.sort()
-        order = order[held >= 0]
-        own_k, own_v = self._own[layer]
-        k, v = self._ring[:, layer].index_select(2, order)
-        own = torch.arange(start, end, device=held.device)
-        return torch.cat((k, own_k), dim=1), torch.cat((v, own_v), dim=1), torch.cat((held[held >= 0], own))
+        if not heads:
+            return out
+        row = sum(map(sum, plan.retrieval[:layer]))
+        table = cache.pool.table[row : row + len(heads), : cache.pool.num_blocks]
+        block_out, block_lse = block_attention(
+            q[heads], cache.pool.take, table, cache.layout, recent_size=cache.exact_recent, **window
+        )
+        out[heads] = merge(out[heads], lse[heads], block_out, block_lse)
+        asked = positions >= self._first
+        if bool(asked.any()):
+            whole = torch.logaddexp(lse[heads], block_lse)[:, :, asked].float()
+            spans = self._keys(table, keys[heads], key_positions, last=int(positions[-1]))
+            self._note(q[heads][:, :, asked].float(), whole, positions[asked], spans)
+        return out
 
     def _keys(
         self, table: Tensor, window: Tensor, window_positions: Tensor, *, last: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield keys [heads, n, head_dim] float32 and their positions [n], each position up to `last` once."""
-        cache = self._cache
-        layout, size = cache.layout, cache.layout.block_size
+        layout, take = self._cache.layout, self._cache.pool.take
         yield window.float(), window_positions
         missing = torch.ones(last + 1, dtype=torch.bool, device=window.device)
         missing[window_positions] = False
-        step = max(1, KEY_SPAN // size)
+        step = max(1, KEY_SPAN // layout.block_size)
         for block in range(0, table.shape[1], step):
-            span = torch.arange(block * size, min((block + step) * size, table.shape[1] * size), device=window.device)
-            span = span[span <= last]
-            kept = missing[span]
-            if not bool(kept.any()):
-                continue
-            records = cache.pool.take(table[:, block : block + step].reshape(-1))
-            keys = decode_blocks(records, layout, "key", dtype=torch.float32)
-            keys = (hadamard(keys) if layout.key.rotate else keys).view(table.shape[0], -1, layout.head_dim)
-            yield keys[:, : len(span)][:, kept], span[kept]
+            span = table[:, block : block + step]
+            start, stop = block * layout.block_size, min((block + span.shape[1]) * layout.block_size, last + 1)
+            kept = start + missing[start:stop].nonzero()[:, 0]
+            if len(kept):
+                keys = decode_blocks(take(span.reshape(-1)), layout, "key", dtype=torch.float32)
+                keys = (hadamard(keys) if layout.key.rotate else keys).view(len(table), -1, layout.head_dim)
+                yield keys[:, kept - start], kept
 
-    def _listen(self, q: Tensor, lse: Tensor, positions: Tensor, spans: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def _note(self, q: Tensor, lse: Tensor, positions: Tensor, spans: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Note the weights of q [heads, group, n, head_dim] with log-sum-exps [heads, group, n] at `positions` [n]."""
         rows = positions - self._first
         nowhere = self.best.new_zeros(len(rows), 1)

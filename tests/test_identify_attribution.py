@@ -1,15 +1,12 @@
 """Attribution: the cost is the slope of KL at half-open gates, and the head that retrieves costs most."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
 
 from duolocal.identify import IdentifyProgress
 from duolocal.identify.attribution import ANSWER_WEIGHT, CAP, AttributionScores, attribution_scores, divergence
-from duolocal.identify.distill import mixed_hidden
-from duolocal.identify.mix import MixCache
+from duolocal.identify.mix import mixed_hidden
 from duolocal.identify.text import PasskeyText
 from duolocal.models.transformer import Transformer
 from tests.hand_built import RETRIEVAL, induction_model
@@ -22,9 +19,10 @@ WINDOW = {"sink_size": SINK, "recent_size": RECENT}
 def kl_at(model: Transformer, drawn: PasskeyText, gates: Tensor) -> tuple[float, float]:
     """Return the mean KL to the full model at every token of the text beyond the window, and at the answers."""
     ids = torch.tensor(drawn.token_ids)
-    window = partial(MixCache, sink_size=SINK, recent_size=RECENT)
     log_probs = [
-        model.logits(mixed_hidden(model, ids, torch.arange(len(ids)), which, window)).double().log_softmax(-1)
+        model.logits(mixed_hidden(model, ids, torch.arange(len(ids)), which, sink_size=SINK, recent_size=RECENT))
+        .double()
+        .log_softmax(-1)
         for which in (None, gates)
     ]
     kl = torch.nn.functional.kl_div(log_probs[1], log_probs[0], log_target=True, reduction="none").sum(-1)

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duolocal.errors import SettingsError
-from duolocal.identify import IdentifyProgress, mix
-from duolocal.identify.distill import DistillSettings, DistillState, decoded, descend, distance, distill
-from duolocal.identify.mix import MixCache
+from duolocal.identify import IdentifyProgress
+from duolocal.identify.distill import DistillSettings, DistillState, descend, distance, distill
+from duolocal.identify.mix import decoded, mixed_attention
 from duolocal.identify.state_file import load_state, save_state
 from duolocal.identify.text import PasskeyShape, PasskeyText
 from duolocal.kernels.torch_kernels import TorchKernels
+from duolocal.models import observe
 from duolocal.models.config import ModelConfig
+from duolocal.models.observe import ObservedCache
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import ModelWeights
 from tests.hand_built import RETRIEVAL, induction_model
@@ -64,8 +66,8 @@ def test_the_mix_is_the_oracles(n: int, sink: int, recent: int, tile: int) -> No
         return oracle_attention(q, k, v, positions, retrieval=[retrieval] * 2, sink_size=sink, recent_size=recent)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mix, "BAND_TILE", tile)
-        cache = MixCache(gates, sink_size=sink, recent_size=recent)
+        patch.setattr(observe, "BAND_TILE", tile)
+        cache = ObservedCache(mixed_attention(gates, sink_size=sink, recent_size=recent))
         cache.append(0, k, v)
         mixed = cache.attend(0, q, positions)
     per_head = gates.repeat_interleave(3)[:, None]

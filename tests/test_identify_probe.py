@@ -1,18 +1,20 @@
 """Probing attention: tiles and chunks change nothing, and echo and copy find the one head that retrieves."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from duolocal.errors import SettingsError
-from duolocal.identify.attention_probe import ProbeCache, over_group, probe
+from duolocal.identify.attention_probe import over_group, probe
 from duolocal.identify.copying import CopyScores, _Watch, copy_scores
 from duolocal.identify.echo import EchoScores, echo_scores
 from duolocal.identify.results import IdentifyProgress
 from duolocal.identify.text import PasskeyText
 from duolocal.models.config import ModelConfig
+from duolocal.models.observe import ObservedCache, shown_attention
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import ModelWeights
 from tests.hand_built import RETRIEVAL, induction_model
@@ -54,7 +56,7 @@ def test_tiles_are_the_whole_matrix(tile: int | None) -> None:
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(n, heads, 16, generator=generator, dtype=torch.float64) for heads in (6, 2, 2))
     seen = Collected(config, n)
-    cache = ProbeCache(config, seen, tile=tile)
+    cache = ObservedCache(shown_attention(partial(seen, 1), tile=tile))
     outs = []
     for start, stop in ((0, 20), (20, 21), (21, n)):  # in pieces, as chunks come
         cache.append(1, k[start:stop], v[start:stop])

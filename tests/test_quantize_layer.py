@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from duolocal.identify.mix import MixCache
 from duolocal.models.config import ModelConfig
+from duolocal.models.observe import ObservedCache
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import LayerWeights, ModelWeights
 from duolocal.quant.awq_search import InputSummary
@@ -37,7 +37,7 @@ def run_layer(config: ModelConfig, layer: LayerWeights, x: Tensor) -> Tensor:
     weights = ModelWeights(embedding=nothing, layers=(layer,), norm=layer.attention_norm, lm_head=nothing)
     model = Transformer(replace(config, num_layers=1), weights, context=64, device=CPU, dtype=x.dtype)
     positions = torch.arange(x.shape[0])
-    return model.run_layer(0, x, positions, model.rotation(positions), MixCache(None, sink_size=0, recent_size=0))
+    return model.run_layer(0, x, positions, model.rotation(positions), ObservedCache())
 
 
 def config_of(architecture: Architecture) -> ModelConfig:

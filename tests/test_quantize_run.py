@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from duolocal.engine.engine import Engine
 from duolocal.errors import DuoLocalError, SettingsError
-from duolocal.identify.mix import MixCache
 from duolocal.models.loader import ModelSource, open_model
+from duolocal.models.observe import ObservedCache
 from duolocal.models.transformer import Transformer
 from duolocal.quant.awq import AWQWeight
 from duolocal.quantize import QuantizeProgress, QuantizeResult, QuantizeSettings, checkpoint, files, quantize, run
@@ -65,7 +65,7 @@ def hidden(source: ModelSource, ids: list[int]) -> torch.Tensor:
         device=torch.device("cpu"),
         dtype=torch.float64,
     )
-    return model.hidden(torch.tensor(ids), torch.arange(len(ids)), MixCache(None, sink_size=0, recent_size=0))
+    return model.hidden(torch.tensor(ids), torch.arange(len(ids)), ObservedCache())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

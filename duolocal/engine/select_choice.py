@@ -14,15 +14,15 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from duolocal.cache import DuoCache
 from duolocal.errors import SettingsError
-from duolocal.heads import HeadPlan, uniform_plan
+from duolocal.heads import HeadPlan
 from duolocal.kernels.digest import DigestChannels, digest_channels
 from duolocal.kernels.interface import Rotation
 from duolocal.models.loader import ModelSource
+from duolocal.models.observe import ObservedCache, layer_by_layer, shown_attention
 from duolocal.models.transformer import Transformer
 from duolocal.paths import cache_folder
-from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, kv_layout
+from duolocal.quant.kv import DEFAULT_BLOCK_SIZE
 from duolocal.sample_text import sample_text
 from duolocal.settings import parse_tokens
 from duolocal.tokenizer import load_tokenizer
@@ -96,78 +96,56 @@ def _learn(
     count = len(token_ids)
     far = torch.linspace(0, transformer.context - 1, count, device=device).long()
     far = far[torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device)]
-    cache = _Moments(transformer, count)
-    chunks = [slice(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    shape = (3, config.num_layers, config.num_kv_heads, config.head_dim)
+    sums = torch.zeros(shape, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     with torch.inference_mode():
-        states = [transformer.embed(token_ids[chunk].to(device)) for chunk in chunks]
-        # Layer by layer: what is held is one layer's keys and values, less than the context that is made room for.
-        for layer in range(config.num_layers):
-            for at, chunk in enumerate(chunks):
-                positions = torch.arange(chunk.start, chunk.stop, device=device)
-                cache.far = transformer.rotation(far[chunk])
-                cache.inner.begin(len(positions))
-                states[at] = transformer.run_layer(layer, states[at], positions, transformer.rotation(positions), cache)
-                cache.inner.commit()
-            cache.inner.reset()
+        layers = layer_by_layer(
+            transformer,
+            token_ids.to(device),
+            lambda layer: _Moments(transformer, transformer.rotation(far), sums[:, layer]),
+            chunk_size=_CHUNK,
+        )
+        for layer, _ in enumerate(layers, 1):
             if on_progress is not None:
-                on_progress(count * (layer + 1) // config.num_layers, count)
-    mean = cache.keys / count
-    weight = cache.squared_queries * (cache.squared_keys / count - mean**2)  # [layers, kv_heads, head_dim]
+                on_progress(count * layer // config.num_layers, count)
+    squared_queries, mean, squared_keys = sums / count
+    weight = squared_queries * (squared_keys - mean**2)  # [layers, kv_heads, head_dim]
     half, pairs = config.head_dim // 2, digest_channels(config.head_dim) // 2
     best = (weight[..., :half] + weight[..., half:]).topk(pairs).indices.sort().values
     channels = torch.cat((best, best + half), dim=-1)
     return _Learnt(channels.int().cpu(), mean.gather(-1, channels).float().cpu())
 
 
-class _Moments:
-    """A cache of one layer at a time that sums up what passes through it: all heads exact, RoPE applied here."""
+class _Moments(ObservedCache):
+    """A layer's cache that sums up what passes through it; it applies RoPE itself, to keys at other positions too.
 
-    recordable = False
+    far: angles of those positions, one for each token from 0 on. sums: of squared queries, keys and squared keys
+    [3, num_kv_heads, head_dim].
+    """
+
     rotates = True
 
-    def __init__(self, transformer: Transformer, context: int) -> None:
-        config = transformer.config
-        plan = uniform_plan(
-            num_layers=1,
-            num_kv_heads=config.num_kv_heads,
-            retrieval=False,
-            sink_size=0,
-            recent_size=context,
-        )
-        layout = kv_layout("16", head_dim=config.head_dim, dtype=transformer.dtype)
-        self.inner = DuoCache(
-            plan,
-            layout,
-            num_heads=config.num_heads,
-            context=context,
-            device=transformer.device,
-            dtype=transformer.dtype,
-        )
-        self.far: Rotation | None = None  # angles of the keys' other positions
-        self._kernels = transformer.kernels
-        self._kept: tuple[Tensor, Tensor] | None = None
-        shape = (config.num_layers, config.num_kv_heads, config.head_dim)
-        self.squared_queries, self.keys, self.squared_keys = torch.zeros(
-            3, *shape, dtype=torch.float64 if transformer.device.type == "cpu" else torch.float32
-        ).to(transformer.device)
+    def __init__(self, transformer: Transformer, far: Rotation, sums: Tensor) -> None:
+        super().__init__(shown_attention())
+        self._rotate, self._far, self._sums = transformer.kernels.rotate, far, sums
 
     def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
         """Take k and v [q_len, num_kv_heads, head_dim] without RoPE."""
-        self._kept = k, v
+        self._new = k, v
 
     def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attend from q [q_len, num_heads, head_dim] without RoPE."""
-        assert self._kept is not None and rotation is not None and self.far is not None
-        k, v = self._kept
-        wide = self.keys.dtype
+        assert rotation is not None
+        k, v = self._new
+        wide = self._sums.dtype
         # The sum over a pair does not change when RoPE turns it.
-        self.squared_queries[layer] += q.to(wide).square().unflatten(1, (k.shape[1], -1)).sum((0, 2))
-        _, far = self._kernels.rotate(q, k, self.far)
-        self.keys[layer] += far.to(wide).sum(0)
-        self.squared_keys[layer] += far.to(wide).square().sum(0)
-        q, k = self._kernels.rotate(q, k, rotation)
-        self.inner.append(0, k, v)
-        return self.inner.attend(0, q, positions)
+        self._sums[0] += q.to(wide).square().unflatten(1, (k.shape[1], -1)).sum((0, 2))
+        _, far = self._rotate(q, k, Rotation(self._far.cos[positions], self._far.sin[positions]))
+        self._sums[1] += far.to(wide).sum(0)
+        self._sums[2] += far.to(wide).square().sum(0)
+        q, k = self._rotate(q, k, rotation)
+        super().append(layer, k, v)
+        return super().attend(layer, q, positions)
 
 
 def _key(source: ModelSource | None, transformer: Transformer) -> str | None:

@@ -18,10 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from duolocal.identify.distill import mixed_hidden, needs_checkpointing
-from duolocal.identify.drift import DriftScores, drift_scores
-from duolocal.identify.mix import MixCache
-from duolocal.identify.results import IdentifyProgress
+from duolocal.identify.drift import drift_scores
+from duolocal.identify.mix import mixed_hidden, needs_checkpointing
+from duolocal.identify.results import IdentifyProgress, last_of
 from duolocal.identify.text import PasskeyText
 from duolocal.models.transformer import Transformer
 
@@ -57,13 +56,7 @@ def attribution_scores(
     cost = torch.zeros(config.num_layers, config.num_kv_heads, dtype=torch.float64)
     kl_at_text = kl_at_answers = 0.0
     checkpointing = needs_checkpointing(transformer, max(len(text.token_ids) for text in texts))
-    drift: Tensor | None = None
-    for event in drift_scores(transformer, texts, sink_size=sink_size, recent_size=recent_size):
-        if isinstance(event, DriftScores):
-            drift = event.at_text
-        else:
-            yield event
-    assert drift is not None
+    drift = yield from last_of(drift_scores(transformer, texts, sink_size=sink_size, recent_size=recent_size))
     for number, text in enumerate(texts):
         gradient, at_text, at_answers = divergence(
             transformer, text, sink_size=sink_size, recent_size=recent_size, checkpointing=checkpointing
@@ -72,7 +65,7 @@ def attribution_scores(
         kl_at_text += at_text / len(texts)
         kl_at_answers += at_answers / len(texts)
         yield IdentifyProgress(number + 1, len(texts), "texts", "gradients", loss=at_text)
-    yield AttributionScores(cost=cost, drift=drift, kl_at_text=kl_at_text, kl_at_answers=kl_at_answers)
+    yield AttributionScores(cost=cost, drift=drift.at_text, kl_at_text=kl_at_text, kl_at_answers=kl_at_answers)
 
 
 def divergence(
@@ -87,14 +80,12 @@ def divergence(
     around = torch.arange(sink_size + recent_size, text.predicted_at[0], device=device)
     around = around[:: max(1, len(around) // TEXT_ROWS)]
     rows = torch.cat((around, torch.tensor(text.predicted_at, device=device)))
-    window = partial(MixCache, sink_size=sink_size, recent_size=recent_size)
+    hidden = partial(mixed_hidden, transformer, ids, rows, sink_size=sink_size, recent_size=recent_size)
     with torch.no_grad():
-        hidden = mixed_hidden(transformer, ids, rows, None, window)
-        full = transformer.logits(hidden).log_softmax(-1)  # [rows, vocab_size]
+        full = transformer.logits(hidden(None)).log_softmax(-1)  # [rows, vocab_size]
     wide = torch.promote_types(transformer.dtype, torch.float32)
     gates = torch.full((config.num_layers, config.num_kv_heads), HALF, dtype=wide, device=device, requires_grad=True)
-    hidden = mixed_hidden(transformer, ids, rows, gates, window, checkpointing=checkpointing)
-    mixed = transformer.logits(hidden).log_softmax(-1)
+    mixed = transformer.logits(hidden(gates, checkpointing=checkpointing)).log_softmax(-1)
     kl = (full.exp() * (full - mixed)).sum(-1)
     at_text, at_answers = kl[: len(around)].mean(), kl[len(around) :].mean()
     (gradient,) = torch.autograd.grad(at_text + ANSWER_WEIGHT * at_answers, gates)

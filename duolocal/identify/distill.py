@@ -5,8 +5,7 @@ last hidden state and that of the full model, plus an L1 pressure that closes ga
 weights are frozen. As published: gates start at 1 and are clipped to [0, 1]; AdamW without weight decay (that is Adam),
 rate 0.02, raised over the first fifth of the steps and lowered over the last; pressure 0.05 on the mean gate.
 Otherwise than published, where the distance counts only at the tokens that answer for passkeys, half of it is taken at
-the text around them (`text_share`; 0 as published): heads that ordinary text misses are ranked too. Where memory is
-short, only one layer's activations exist at a time (checkpointing); it grows with the text, never with its square.
+the text around them (`text_share`; 0 as published): heads that ordinary text misses are ranked too.
 """
 
 import hashlib
@@ -17,20 +16,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from duolocal.engine.memory import available_bytes
-from duolocal.identify.mix import MixCache
+from duolocal.identify.mix import mixed_hidden, needs_checkpointing
 from duolocal.identify.results import IdentifyProgress
 from duolocal.identify.text import PasskeyShape, PasskeyText
 from duolocal.models.transformer import Transformer
-from duolocal.models.weights import LayerWeights
-from duolocal.quant.weight import DenseWeight, Linear
 
 BETAS = (0.9, 0.999)  # of Adam, as torch and the published code have them
 EPSILON = 1e-8
-DECODED_SHARE = 0.25  # of the free memory
-ACTIVATIONS_SHARE = 0.25  # of the free memory
 TEXT_SHARE = 0.5  # of the loss
 PRESSURE = 0.05
 OPEN = 0.5  # a gate above it counts as open
@@ -149,43 +142,16 @@ def distance(
     text_share = settings.text_share if len(around) else 0.0
     shares = torch.full((len(rows),), text_share / max(len(around), 1), dtype=wide, device=device)
     shares[: len(answers)] = (1 - text_share) / len(answers)
-    window = partial(MixCache, sink_size=settings.sink_size, recent_size=settings.recent_size)
+    hidden = partial(
+        mixed_hidden, transformer, ids, rows, sink_size=settings.sink_size, recent_size=settings.recent_size
+    )
     with torch.no_grad():
-        target = mixed_hidden(transformer, ids, rows, None, window).to(wide)
+        target = hidden(None).to(wide)
     leaf = gates.to(device, wide, copy=True).requires_grad_()
-    mixed = mixed_hidden(transformer, ids, rows, leaf, window, checkpointing=checkpointing).to(wide)
+    mixed = hidden(leaf, checkpointing=checkpointing).to(wide)
     loss = (mixed - target).square().mean(-1) @ shares
     (gradient,) = torch.autograd.grad(loss, leaf)
     return float(loss.detach()), gradient.to("cpu", torch.float64)
-
-
-def mixed_hidden(
-    transformer: Transformer,
-    token_ids: Tensor,
-    rows: Tensor,
-    gates: Tensor | None,
-    window: Callable[[Tensor | None], MixCache],
-    *,
-    checkpointing: bool = False,
-) -> Tensor:
-    """Return the last hidden state at `rows` [r] of a sequence, every head mixed by its gate: [r, hidden_size].
-
-    gates: [num_layers, num_kv_heads], None for the full model; window: makes a layer's MixCache.
-    """
-    positions = torch.arange(len(token_ids), device=token_ids.device)
-    rotation = transformer.rotation(positions)
-
-    def run(layer: int, x: Tensor, gates: Tensor | None) -> Tensor:
-        return transformer.run_layer(layer, x, positions, rotation, window(gates))
-
-    x = transformer.embed(token_ids)
-    for layer in range(transformer.config.num_layers):
-        of_layer = None if gates is None else gates[layer]
-        if checkpointing:
-            x = checkpoint(run, layer, x, of_layer, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = run(layer, x, of_layer)
-    return transformer.final_norm(x[rows])
 
 
 def descend(state: DistillState, loss: float, gradient: Tensor, settings: DistillSettings) -> DistillState:
@@ -204,41 +170,4 @@ def descend(state: DistillState, loss: float, gradient: Tensor, settings: Distil
         square=square,
         gates_sum=state.gates_sum + gates,
         losses=(*state.losses, loss),
-    )
-
-
-def needs_checkpointing(transformer: Transformer, num_tokens: int) -> bool:
-    """Say whether the activations of all layers would take too much of the free memory."""
-    config = transformer.config
-    # Of what is kept for the way back about 0.7 of this was measured on SmolLM2.
-    per_token = 8 * config.hidden_size + 4 * config.intermediate_size + 12 * config.num_heads * config.head_dim
-    needed = num_tokens * config.num_layers * per_token * transformer.dtype.itemsize
-    return needed > ACTIVATIONS_SHARE * available_bytes(transformer.device)
-
-
-def decoded(transformer: Transformer) -> Transformer:
-    """Return the same model for `distill`: in plain torch, its matrices decoded once where memory is plenty.
-
-    A step reads every matrix three times, and decoding a small model's takes a fifth of it.
-    """
-    weights, dtype = transformer.weights, transformer.dtype
-    elements = sum(matrix.out_features * matrix.in_features for matrix in weights.matrices())
-    if elements * dtype.itemsize <= DECODED_SHARE * available_bytes(transformer.device):
-        weights = replace(weights, layers=tuple(_decoded_layer(layer, dtype) for layer in weights.layers))
-    return Transformer(transformer.config, weights, context=transformer.context, device=transformer.device, dtype=dtype)
-
-
-def _decoded_layer(layer: LayerWeights, dtype: torch.dtype) -> LayerWeights:
-    def dense(linear: Linear) -> Linear:
-        return Linear(DenseWeight(linear.weight.dequantize(dtype)), linear.bias)
-
-    return replace(
-        layer,
-        q_proj=dense(layer.q_proj),
-        k_proj=dense(layer.k_proj),
-        v_proj=dense(layer.v_proj),
-        o_proj=dense(layer.o_proj),
-        gate_proj=dense(layer.gate_proj),
-        up_proj=dense(layer.up_proj),
-        down_proj=dense(layer.down_proj),
     )

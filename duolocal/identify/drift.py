@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duolocal.identify.mix import full_attention, heads_first, streaming_attention
 from duolocal.identify.results import IdentifyProgress
 from duolocal.identify.text import PasskeyText
-from duolocal.kernels.interface import Rotation
+from duolocal.models.observe import ObservedCache, full_attention, layer_by_layer, streaming_attention
 from duolocal.models.transformer import Transformer
 
 TEXTS = 2
@@ -45,16 +44,13 @@ def drift_scores(
     """Yield progress, a layer at a time, and at last the DriftScores, of texts longer than the window."""
     config, device = transformer.config, transformer.device
     sums = torch.zeros(2, config.num_layers, config.num_kv_heads, dtype=torch.float64)
+    watched = _Watched(sink_size=sink_size, recent_size=recent_size)
     for number, text in enumerate(texts):
         ids = torch.tensor(text.token_ids, dtype=torch.int64, device=device)
         positions = torch.arange(len(ids), device=device)
-        rotation = transformer.rotation(positions)
         rows = positions[sink_size + recent_size : text.predicted_at[0]], torch.tensor(text.predicted_at, device=device)
-        x = transformer.embed(ids)
-        for layer in range(config.num_layers):
-            cache = _DriftCache(sink_size=sink_size, recent_size=recent_size)
-            x = transformer.run_layer(layer, x, positions, rotation, cache)
-            moved = _through_output(transformer, layer, cache.difference)  # [num_kv_heads, n]
+        for layer, (x,) in enumerate(layer_by_layer(transformer, ids, lambda _: ObservedCache(watched.attend))):
+            moved = _through_output(transformer, layer, watched.difference)  # [num_kv_heads, n]
             relative = (moved / x.to(moved.dtype).norm(dim=-1)).double().cpu()
             for kind, where in enumerate(rows):
                 sums[kind, layer] += relative[:, where.cpu()].mean(-1)
@@ -67,37 +63,24 @@ def drift_scores(
 def _through_output(transformer: Transformer, layer: int, difference: Tensor) -> Tensor:
     """Return the length of what each KV head's group adds to the layer's result: [num_kv_heads, n].
 
-    difference: [n, num_heads, head_dim].
+    difference: [num_kv_heads, group, n, head_dim].
     """
-    num_kv_heads = transformer.config.num_kv_heads
     weight = transformer.weights.layers[layer].o_proj.weight.dequantize(difference.dtype)  # [hidden_size, q_size]
-    groups = difference.unflatten(1, (num_kv_heads, -1)).flatten(2)  # [n, num_kv_heads, group * head_dim]
-    columns = weight.unflatten(1, (num_kv_heads, -1))  # [hidden_size, num_kv_heads, group * head_dim]
+    groups = difference.transpose(1, 2).flatten(2)  # [num_kv_heads, n, group * head_dim]
+    columns = weight.unflatten(1, (len(groups), -1)).unbind(1)  # of each KV head [hidden_size, group * head_dim]
     wide = torch.promote_types(difference.dtype, torch.float32)
-    return torch.stack([(groups[:, g] @ columns[:, g].T).to(wide).norm(dim=-1) for g in range(num_kv_heads)])
+    return torch.stack([(g @ c.T).to(wide).norm(dim=-1) for g, c in zip(groups, columns, strict=True)])
 
 
-class _DriftCache:
-    """A Cache for whole sequences fed at once: full attention, and what would be missing of it.
+class _Watched:
+    """Full attention; `difference` is what a window would miss of the last: [num_kv_heads, group, n, head_dim]."""
 
-    difference: full less streaming attention of the last `attend`, [n, num_heads, head_dim].
-    """
-
-    recordable = rotates = False
     difference: Tensor
 
     def __init__(self, *, sink_size: int, recent_size: int) -> None:
-        self._sink_size = sink_size
-        self._recent_size = recent_size
+        self._window = {"sink_size": sink_size, "recent_size": recent_size}
 
-    def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
-        assert rotation is None
-        self._kv = k, v
-
-    def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
-        assert rotation is None and q.shape[0] == self._kv[0].shape[0], "a whole sequence is fed at once"
-        q, k, v = heads_first(q, *self._kv)
-        full = full_attention(q, k, v)
-        streaming = streaming_attention(q, k, v, sink_size=self._sink_size, recent_size=self._recent_size)
-        self.difference = (full - streaming).transpose(0, 1)
-        return full.transpose(0, 1).contiguous()
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        full = full_attention(q, k, v, positions)
+        self.difference = full - streaming_attention(q, k, v, **self._window)
+        return full

@@ -1,76 +1,95 @@
-"""Attention between full and streaming, by a gate per KV head: what DuoAttention distils (arXiv 2410.10819, eq. 1).
+"""A model between full and streaming attention, by a gate per KV head: what DuoAttention distils (arXiv 2410.10819).
 
-out = gate · full + (1 - gate) · streaming. Differentiable in everything, in torch alone; the band of a streaming head
-is computed in tiles of queries over the keys they see.
+out = gate · full + (1 - gate) · streaming (eq. 1). Differentiable in everything, in torch alone. Where memory is short,
+only one layer's activations exist at a time (checkpointing); it grows with the text, never with its square.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
-from duolocal.kernels.interface import Rotation
+from duolocal.engine.memory import available_bytes
+from duolocal.models.observe import Attention, ObservedCache, full_attention, streaming_attention
+from duolocal.models.transformer import Transformer
+from duolocal.models.weights import LayerWeights
+from duolocal.quant.weight import DenseWeight, Linear
 
-BAND_TILE = 256  # queries
+DECODED_SHARE = 0.25  # of the free memory
+ACTIVATIONS_SHARE = 0.25  # of the free memory
 
 
-class MixCache:
-    """A Cache for whole sequences fed at once: it keeps the keys and values of the layer at hand until they are used.
+def mixed_attention(gates: Tensor, *, sink_size: int, recent_size: int) -> Attention:
+    """Return the attention of a layer whose KV heads are mixed by `gates` [num_kv_heads]."""
 
-    gates: [num_kv_heads] of that layer, or None for full attention.
+    def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        full = full_attention(q, k, v, positions)
+        streaming = streaming_attention(q, k, v, sink_size=sink_size, recent_size=recent_size)
+        # In the gates' dtype: the difference of two 16-bit numbers is what a gate learns from.
+        return streaming + gates[:, None, None, None] * (full.to(gates.dtype) - streaming)
+
+    return attention
+
+
+def mixed_hidden(
+    transformer: Transformer,
+    token_ids: Tensor,
+    rows: Tensor,
+    gates: Tensor | None,
+    *,
+    sink_size: int,
+    recent_size: int,
+    checkpointing: bool = False,
+) -> Tensor:
+    """Return the last hidden state at `rows` [r] of a sequence, every head mixed by its gate: [r, hidden_size].
+
+    gates: [num_layers, num_kv_heads], None for the full model.
     """
+    positions = torch.arange(len(token_ids), device=token_ids.device)
+    rotation = transformer.rotation(positions)
 
-    recordable = rotates = False
+    def run(layer: int, x: Tensor, of_layer: Tensor | None) -> Tensor:
+        attention: Attention = full_attention
+        if of_layer is not None:
+            attention = mixed_attention(of_layer, sink_size=sink_size, recent_size=recent_size)
+        return transformer.run_layer(layer, x, positions, rotation, ObservedCache(attention))
 
-    def __init__(self, gates: Tensor | None, *, sink_size: int, recent_size: int) -> None:
-        self._gates = gates
-        self._sink_size = sink_size
-        self._recent_size = recent_size
-        self._kv: tuple[Tensor, Tensor] | None = None
-
-    def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
-        assert rotation is None and self._kv is None
-        self._kv = k, v
-
-    def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
-        assert rotation is None and self._kv is not None
-        k, v = self._kv
-        self._kv = None
-        assert q.shape[0] == k.shape[0], "a whole sequence is fed at once"
-        q, k, v = heads_first(q, k, v)
-        out = full_attention(q, k, v)
-        if self._gates is not None:
-            streaming = streaming_attention(q, k, v, sink_size=self._sink_size, recent_size=self._recent_size)
-            gates = self._gates.repeat_interleave(q.shape[0] // len(self._gates))[:, None, None]
-            # In the gates' dtype: the difference of two 16-bit numbers is what a gate learns from.
-            out = (streaming + gates * (out.to(gates.dtype) - streaming)).to(q.dtype)
-        return out.transpose(0, 1)
+    x = transformer.embed(token_ids)
+    for layer in range(transformer.config.num_layers):
+        of_layer = None if gates is None else gates[layer]
+        if checkpointing:
+            x = checkpoint(run, layer, x, of_layer, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = run(layer, x, of_layer)
+    return transformer.final_norm(x[rows])
 
 
-def heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim] as three [num_heads, n, head_dim].
+def needs_checkpointing(transformer: Transformer, num_tokens: int) -> bool:
+    """Say whether the activations of all layers would take too much of the free memory."""
+    config = transformer.config
+    # Of what is kept for the way back about 0.7 of this was measured on SmolLM2.
+    per_token = 8 * config.hidden_size + 4 * config.intermediate_size + 12 * config.num_heads * config.head_dim
+    needed = num_tokens * config.num_layers * per_token * transformer.dtype.itemsize
+    return needed > ACTIVATIONS_SHARE * available_bytes(transformer.device)
 
-    Query head h reads KV head h // group.
+
+def decoded(transformer: Transformer) -> Transformer:
+    """Return the same model to take gradients of: in plain torch, its matrices decoded once where memory is plenty.
+
+    A step of `distill` reads every matrix three times, and decoding a small model's takes a fifth of it.
     """
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
-    return q.transpose(0, 1), k, v
+    weights, dtype = transformer.weights, transformer.dtype
+    elements = sum(matrix.out_features * matrix.in_features for matrix in weights.matrices())
+    if elements * dtype.itemsize <= DECODED_SHARE * available_bytes(transformer.device):
+        weights = replace(weights, layers=tuple(_decoded_layer(layer, dtype) for layer in weights.layers))
+    return Transformer(transformer.config, weights, context=transformer.context, device=transformer.device, dtype=dtype)
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend causally from q to k and v, each [num_heads, n, head_dim]."""
-    return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
-
-
-def streaming_attention(q: Tensor, k: Tensor, v: Tensor, *, sink_size: int, recent_size: int) -> Tensor:
-    """Attend as a streaming head does: j <= i and (j < sink_size or i - j < recent_size); shapes as above."""
-    tiles = []
-    for start in range(0, q.shape[1], BAND_TILE):
-        stop = min(start + BAND_TILE, q.shape[1])
-        near = max(start - recent_size + 1, 0)  # the first key that the tile sees because it is recent
-        sinks = min(sink_size, near)
-        j = torch.cat((torch.arange(sinks, device=q.device), torch.arange(near, stop, device=q.device)))
-        i = torch.arange(start, stop, device=q.device)[:, None]
-        seen = (j <= i) & ((j < sink_size) | (i - j < recent_size))  # [t, keys]
-        keys, values = (torch.cat((x[:, :sinks], x[:, near:stop]), 1) if sinks else x[:, near:stop] for x in (k, v))
-        tiles.append(scaled_dot_product_attention(q[None, :, start:stop], keys[None], values[None], attn_mask=seen)[0])
-    return torch.cat(tiles, 1)
+def _decoded_layer(layer: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    dense = {
+        name: Linear(DenseWeight(part.weight.dequantize(dtype)), part.bias)
+        for name, part in vars(layer).items()
+        if isinstance(part, Linear)
+    }
+    return replace(layer, **dense)  # type: ignore[arg-type]

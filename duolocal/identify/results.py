@@ -1,11 +1,13 @@
 """What an identification yields: how far it is, and in the end the scores."""
 
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Method = Literal["distill", "copy", "echo", "drift", "attribution"]
 METHODS: tuple[Method, ...] = ("distill", "copy", "echo", "drift", "attribution")
 
+Result = TypeVar("Result")
 Scores = tuple[tuple[float, ...], ...]  # [num_layers][num_kv_heads]
 
 
@@ -19,6 +21,16 @@ class IdentifyProgress:
     doing: str  # for people: "loading weights", "random tokens, draw 2 of 3", "distilling, 800 tokens"
     loss: float | None = None  # distill: the distance to the full model, without the pressure
     open_share: float | None = None  # distill: share of gates above 0.5
+
+
+def last_of(events: Iterable[IdentifyProgress | Result]) -> Generator[IdentifyProgress, None, Result]:
+    """Yield the progress among events; return the result that ends them."""
+    for event in events:
+        if isinstance(event, IdentifyProgress):
+            yield event
+        else:
+            return event
+    raise AssertionError("events without a result")
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ from duolocal.engine.place import device_named, dtype_named
 from duolocal.errors import SettingsError
 from duolocal.heads import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE
 from duolocal.identify.attribution import TEXTS as ATTRIBUTION_TEXTS
-from duolocal.identify.attribution import AttributionScores, attribution_scores
+from duolocal.identify.attribution import attribution_scores
 from duolocal.identify.copying import SHAPE as COPY_SHAPE
-from duolocal.identify.copying import CopyScores, copy_scores, copy_texts
-from duolocal.identify.distill import PRESSURE, TEXT_SHARE, DistillSettings, DistillState, decoded, distill
+from duolocal.identify.copying import copy_scores, copy_texts
+from duolocal.identify.distill import PRESSURE, TEXT_SHARE, DistillSettings, distill
 from duolocal.identify.drift import TEXTS as DRIFT_TEXTS
-from duolocal.identify.drift import DriftScores, drift_scores
-from duolocal.identify.echo import EchoScores, check_tokens, default_tokens, echo_scores
-from duolocal.identify.results import METHODS, IdentifyProgress, IdentifyResult, Method, Scores
+from duolocal.identify.drift import drift_scores
+from duolocal.identify.echo import check_tokens, default_tokens, echo_scores
+from duolocal.identify.mix import decoded
+from duolocal.identify.results import METHODS, IdentifyProgress, IdentifyResult, Method, Scores, last_of
 from duolocal.identify.state_file import load_state, save_state
 from duolocal.identify.text import PasskeyShape, PasskeyText, PasskeyTexts
 from duolocal.models.loader import ModelSource
@@ -220,53 +221,41 @@ _Events = Iterator[IdentifyProgress | _Found]
 
 
 def _echo(job: _Job, load: _Load) -> _Events:
-    num_tokens = job.tokens(default_tokens(job.sink_size, job.recent_size))
-    check_tokens(num_tokens, sink_size=job.sink_size, recent_size=job.recent_size)
+    window = {"sink_size": job.sink_size, "recent_size": job.recent_size}
+    num_tokens = job.tokens(default_tokens(**window))
+    check_tokens(num_tokens, **window)
     yield _LOADING
-    for event in echo_scores(
-        load(), sink_size=job.sink_size, recent_size=job.recent_size, seed=job.seed, num_tokens=num_tokens
-    ):
-        if isinstance(event, EchoScores):
-            details = {"num_tokens": event.num_tokens, "draws": event.draws}
-            yield _Found("echo", *event.per_kv_head(job.source.config.num_kv_heads), details)
-        else:
-            yield event
+    scores = yield from last_of(echo_scores(load(), **window, seed=job.seed, num_tokens=num_tokens))
+    details = {"num_tokens": scores.num_tokens, "draws": scores.draws}
+    yield _Found("echo", *scores.per_kv_head(job.source.config.num_kv_heads), details)
 
 
 def _copy(job: _Job, load: _Load) -> _Events:
     texts = copy_texts(job.texts(COPY_SHAPE), num_tokens=job.tokens(COPY_TOKENS), seed=job.seed)
     yield _LOADING
-    for event in copy_scores(load(), texts):
-        if isinstance(event, CopyScores):
-            details = {
-                "num_tokens": [len(text.token_ids) for text in texts],
-                "passkeys": asdict(COPY_SHAPE),
-                "copied_tokens": event.num_copied,
-            }
-            yield _Found("copy", *event.per_kv_head(job.source.config.num_kv_heads), details)
-        else:
-            yield event
+    scores = yield from last_of(copy_scores(load(), texts))
+    details = {
+        "num_tokens": [len(text.token_ids) for text in texts],
+        "passkeys": asdict(COPY_SHAPE),
+        "copied_tokens": scores.num_copied,
+    }
+    yield _Found("copy", *scores.per_kv_head(job.source.config.num_kv_heads), details)
 
 
 def _drift(job: _Job, load: _Load) -> _Events:
     texts, details = _long_texts(job, "drift", DRIFT_TOKENS, DRIFT_TEXTS)
     yield _LOADING
-    for event in drift_scores(load(), texts, sink_size=job.sink_size, recent_size=job.recent_size):
-        if isinstance(event, DriftScores):
-            yield _Found("drift", event.score, event.at_text, details)
-        else:
-            yield event
+    scores = yield from last_of(drift_scores(load(), texts, sink_size=job.sink_size, recent_size=job.recent_size))
+    yield _Found("drift", scores.score, scores.at_text, details)
 
 
 def _attribution(job: _Job, load: _Load) -> _Events:
     texts, details = _long_texts(job, "attribution", ATTRIBUTION_TOKENS, ATTRIBUTION_TEXTS)
     yield _LOADING
-    for event in attribution_scores(decoded(load()), texts, sink_size=job.sink_size, recent_size=job.recent_size):
-        if isinstance(event, AttributionScores):
-            details |= {"kl_at_text": event.kl_at_text, "kl_at_answers": event.kl_at_answers}
-            yield _Found("attribution", event.score, event.drift, details)
-        else:
-            yield event
+    model = decoded(load())
+    scores = yield from last_of(attribution_scores(model, texts, sink_size=job.sink_size, recent_size=job.recent_size))
+    details |= {"kl_at_text": scores.kl_at_text, "kl_at_answers": scores.kl_at_answers}
+    yield _Found("attribution", scores.score, scores.drift, details)
 
 
 def _long_texts(job: _Job, method: str, default: int, count: int) -> tuple[list[PasskeyText], dict[str, Any]]:
@@ -305,14 +294,11 @@ def _distill(job: _Job, load: _Load) -> _Events:
         state = load_state(job.state_file, fingerprint, num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
         save = partial(save_state, job.state_file, fingerprint=fingerprint)
     yield _LOADING
-    for event in distill(decoded(load()), draw, settings, state=state, save=save):
-        if isinstance(event, DistillState):
-            last = event.losses[-max(1, settings.steps // 10) :]
-            details = asdict(settings) | {"loss": sum(last) / len(last), "open_share": event.open_share}
-            # Gates tie where they are clipped; how long a head kept its gate open is a number of its own.
-            yield _Found("distill", event.gates, event.mean_gates, details)
-        else:
-            yield event
+    final = yield from last_of(distill(decoded(load()), draw, settings, state=state, save=save))
+    last = final.losses[-max(1, settings.steps // 10) :]
+    details = asdict(settings) | {"loss": sum(last) / len(last), "open_share": final.open_share}
+    # Gates tie where they are clipped; how long a head kept its gate open is a number of its own.
+    yield _Found("distill", final.gates, final.mean_gates, details)
 
 
 _METHODS: dict[str, Callable[[_Job, _Load], _Events]] = {

@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from duolocal.identify.mix import MixCache
 from duolocal.kernels.interface import Norm
 from duolocal.kernels.matrix import Affine
 from duolocal.kernels.pointwise import rms_norm
 from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.config import ModelConfig
+from duolocal.models.observe import ObservedCache
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import LayerWeights, ModelWeights
 from duolocal.quant.awq_search import InputSummary
@@ -95,5 +95,4 @@ def _run(
     )
     for window in hidden:
         positions = torch.arange(window.shape[0], device=device)
-        cache = MixCache(None, sink_size=0, recent_size=0)  # full attention
-        yield model.run_layer(0, window.to(device), positions, model.rotation(positions), cache).cpu()
+        yield model.run_layer(0, window.to(device), positions, model.rotation(positions), ObservedCache()).cpu()

@@ -16,6 +16,7 @@ lie in the middle of a model (docs/reader.md has what was measured).
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from torch import Tensor
 from duolocal.engine.engine import Engine
 from duolocal.errors import SettingsError
 from duolocal.heads import uniform_plan
-from duolocal.kernels.interface import Rotation
+from duolocal.models.observe import ObservedCache, attention_weights, layer_by_layer, weighted_values
+from duolocal.models.transformer import Cache
 from duolocal.tokenizer import ChatPiece, Message, Tokenizer
 
 LAYER_SHARE = 5 / 8
@@ -110,14 +112,16 @@ class ChunkReader:
     def _run(self, token_ids: Sequence[int], start: int) -> None:
         device = self._transformer.device
         positions = torch.arange(start, start + len(token_ids), device=device)
-        self._layers(torch.tensor(token_ids, device=device), positions, self._engine.cache)
+        self._layers(torch.tensor(token_ids, device=device), positions, lambda _: self._engine.cache)
 
-    def _layers(self, token_ids: Tensor, positions: Tensor, cache: "object") -> None:
-        transformer = self._transformer
-        x, rotation = transformer.embed(token_ids), transformer.rotation(positions)
-        for layer in range(self.num_layers):
+    def _layers(self, token_ids: Tensor, positions: Tensor, cache_of: Callable[[int], Cache]) -> None:
+        def before(layer: int) -> Cache:
             self._before_layer(layer)
-            x = transformer.run_layer(layer, x, positions, rotation, cache)  # type: ignore[arg-type]
+            return cache_of(layer)
+
+        layers = layer_by_layer(self._transformer, token_ids, before, positions=positions)
+        for _ in range(self.num_layers):
+            next(layers)
 
     @torch.inference_mode()
     def scores(self, questions: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
@@ -149,51 +153,41 @@ class ChunkReader:
         token_ids = torch.tensor([token for question in questions for token in question], device=device)
         start = self._engine.position
         positions = torch.cat([torch.arange(start, start + len(question), device=device) for question in questions])
-        self._layers(token_ids, positions, listening)
+        self._layers(token_ids, positions, lambda layer: ObservedCache(partial(listening.attend, layer)))
         return torch.cat(listening.looks, dim=1)
 
 
 class _Listening:
-    """A cache for questions side by side: each sees the chunk and itself; what is appended is forgotten."""
-
-    rotates = recordable = capturable = False
+    """Attention for questions side by side: each sees the chunk and itself; what each looked at is noted."""
 
     def __init__(
         self, engine: Engine, questions: Sequence[Sequence[int]], sentences: Tensor, count: int, *, first: int
     ) -> None:
-        self._cache = engine.cache
+        self._ring = engine.cache.ring
         self._first, self._sentences, self._count = first, sentences, count
         device = engine.transformer.device
         self._held = torch.arange(engine.position, device=device)
         lengths = torch.tensor([len(question) for question in questions], device=device)
         self._question = torch.arange(len(questions), device=device).repeat_interleave(lengths)
+        self._num_questions = len(questions)
         self._shares = 1 / lengths[self._question, None].float()  # of a token in its question's mean
         order = torch.arange(len(self._question), device=device)
-        self._hidden = (self._question[:, None] != self._question) | (order > order[:, None])
+        others = (self._question[:, None] != self._question) | (order > order[:, None])
+        self._hidden = torch.cat((others.new_zeros(len(order), len(self._held)), others), dim=1)
         self.looks: list[Tensor] = []
 
-    def append(self, layer: int, k: Tensor, v: Tensor, _rotation: Rotation | None = None) -> None:
-        """Take k and v [q_len, num_kv_heads, head_dim] for the attention that follows."""
-        self._k, self._v = k.transpose(0, 1), v.transpose(0, 1)
-
-    def attend(self, layer: int, q: Tensor, positions: Tensor, _rotation: Rotation | None = None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Attend to the chunk and, within each question, to what came before."""
-        chunk_k, chunk_v = self._cache.ring.read(layer, self._held)
-        num_kv_heads, kv_len = chunk_k.shape[:2]
-        grouped = q.view(q.shape[0], num_kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)  # [kv heads, group, q_len, d]
-        k, v = torch.cat((chunk_k, self._k), dim=1), torch.cat((chunk_v, self._v), dim=1)
+        chunk_k, chunk_v = self._ring.read(layer, self._held)
+        keys, values = torch.cat((chunk_k, k), dim=1), torch.cat((chunk_v, v), dim=1)
         outs, looks = [], []
-        num_questions = int(self._question[-1]) + 1
-        for head in range(num_kv_heads):  # one at a time: bounds the weights
-            queries = grouped[head].flatten(0, 1).float() * q.shape[2] ** -0.5  # [group * q_len, head_dim]
-            scores = (queries @ k[head].float().T).view(-1, q.shape[0], k.shape[1])  # [group, q_len, keys]
-            scores[..., kv_len:].masked_fill_(self._hidden, float("-inf"))
-            weights = scores.softmax(-1)
-            outs.append((weights.flatten(0, 1) @ v[head].float()).view(-1, q.shape[0], q.shape[2]))
-            seen = weights[..., self._first : kv_len]
+        for head in range(len(keys)):  # one at a time: bounds the weights
+            weights = attention_weights(q[head], keys[head], self._hidden)  # [group, q_len, keys]
+            outs.append(weighted_values(weights, values[head]))
+            seen = weights[..., self._first : len(self._held)]
             best = seen.new_zeros(*seen.shape[:2], self._count)
             best.scatter_reduce_(2, self._sentences.expand_as(seen), seen, "amax")
-            mean = best.new_zeros(num_questions, best.shape[0], self._count)
+            mean = best.new_zeros(self._num_questions, best.shape[0], self._count)
             looks.append(mean.index_add_(0, self._question, (best * self._shares).transpose(0, 1)))
         self.looks.append(torch.cat(looks, dim=1))
-        return torch.stack(outs).permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype)
+        return torch.stack(outs)
