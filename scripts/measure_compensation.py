@@ -10,15 +10,15 @@ the dense model over the same windows of real text.
 import argparse
 import json
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from duolocal.evaluate.compare import cut_windows
 from duolocal.heads import HeadPlan, plan_heads
-from duolocal.identify.mix import full_attention
-from duolocal.kernels.interface import Rotation
 from duolocal.models.loader import open_model
+from duolocal.models.observe import Attention, ObservedCache, full_attention, layer_by_layer
 from duolocal.models.registry import resolve
 from duolocal.models.transformer import Transformer
 from duolocal.sample_text import license_text, sample_text
@@ -28,59 +28,47 @@ KINDS = ("none", "counted", "single")
 QUERY_TILE = 512
 
 
-class CompensatedCache:
-    """A Cache for a whole window fed at once, in float32 and with nothing dropped: the visible is chosen by masks."""
+def compensated(flags: Sequence[bool], plan: HeadPlan, kind: str) -> Attention:
+    """Return a layer's attention over a whole window fed at once, in float32: the visible is chosen by masks."""
 
-    recordable = rotates = False
+    def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        out = full_attention(q, k, v, positions)
+        for head, retrieval in enumerate(flags):
+            if not retrieval:
+                out[head] = _streaming(q[head], k[head], v[head], plan, kind)
+        return out
 
-    def __init__(self, plan: HeadPlan, kind: str) -> None:
-        self._plan = plan
-        self._kind = kind
+    return attention
 
-    def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
-        self._k, self._v = k, v
 
-    def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
-        group = q.shape[1] // self._k.shape[1]
-        q, k, v = q.transpose(0, 1), self._k.transpose(0, 1), self._v.transpose(0, 1)  # [heads, n, head_dim]
-        outs = []
-        for head, retrieval in enumerate(self._plan.retrieval[layer]):
-            queries = q[head * group : (head + 1) * group]
-            if retrieval:
-                keys, values = (x[head].expand(group, -1, -1) for x in (k, v))
-                outs.append(full_attention(queries, keys, values))
-            else:
-                outs.append(self._streaming(queries, k[head], v[head]))
-        return torch.cat(outs).transpose(0, 1)
+def _streaming(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, kind: str) -> Tensor:
+    """Attend from q [group, n, head_dim] to the window of k and v [n, head_dim] and to what stands for the rest."""
+    n, sink, recent = len(k), plan.sink_size, plan.recent_size
+    count = (torch.arange(n) - recent + 1 - sink).clamp_min(0)  # tokens fallen out, for every query
+    dropped_k, dropped_v = (_mean_of_dropped(x, count, sink) for x in (k, v))
+    scale = 1 / math.sqrt(k.shape[1])
+    j, tiles = torch.arange(n), []
+    for start in range(0, n, QUERY_TILE):
+        rows = slice(start, start + QUERY_TILE)
+        i = torch.arange(n)[rows, None]
+        seen = (j <= i) & ((j < sink) | (i - j < recent))
+        scores = (q[:, rows] @ k.T * scale).masked_fill(~seen, -math.inf)  # [group, t, n]
+        if kind == "none":
+            tiles.append(scores.softmax(-1) @ v)
+            continue
+        extra = (q[:, rows] * dropped_k[rows]).sum(-1) * scale
+        if kind == "counted":
+            extra = extra + count[rows].clamp_min(1).log()
+        extra = extra.masked_fill(count[rows] == 0, -math.inf)
+        weights = torch.cat((scores, extra[..., None]), -1).softmax(-1)
+        tiles.append(weights[..., :-1] @ v + weights[..., -1:] * dropped_v[rows])
+    return torch.cat(tiles, 1)
 
-    def _streaming(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from q [group, n, head_dim] to the window of k and v [n, head_dim] and to what stands for the rest."""
-        n, sink, recent = len(k), self._plan.sink_size, self._plan.recent_size
-        count = (torch.arange(n) - recent + 1 - sink).clamp_min(0)  # tokens fallen out, for every query
-        dropped_k, dropped_v = (self._mean_of_dropped(x, count) for x in (k, v))
-        scale = 1 / math.sqrt(k.shape[1])
-        j, tiles = torch.arange(n), []
-        for start in range(0, n, QUERY_TILE):
-            rows = slice(start, start + QUERY_TILE)
-            i = torch.arange(n)[rows, None]
-            seen = (j <= i) & ((j < sink) | (i - j < recent))
-            scores = (q[:, rows] @ k.T * scale).masked_fill(~seen, -math.inf)  # [group, t, n]
-            if self._kind == "none":
-                tiles.append(scores.softmax(-1) @ v)
-                continue
-            extra = (q[:, rows] * dropped_k[rows]).sum(-1) * scale
-            if self._kind == "counted":
-                extra = extra + count[rows].clamp_min(1).log()
-            extra = extra.masked_fill(count[rows] == 0, -math.inf)
-            weights = torch.cat((scores, extra[..., None]), -1).softmax(-1)
-            tiles.append(weights[..., :-1] @ v + weights[..., -1:] * dropped_v[rows])
-        return torch.cat(tiles, 1)
 
-    def _mean_of_dropped(self, x: Tensor, count: Tensor) -> Tensor:
-        """Return for every query the mean of x[sink : sink + count]."""
-        sink = self._plan.sink_size
-        sums = torch.cat((torch.zeros(1, x.shape[1], dtype=torch.float64), x[sink:].double().cumsum(0)))
-        return (sums[count] / count.clamp_min(1)[:, None]).to(x.dtype)
+def _mean_of_dropped(x: Tensor, count: Tensor, sink: int) -> Tensor:
+    """Return for every query the mean of x[sink : sink + count]."""
+    sums = torch.cat((torch.zeros(1, x.shape[1], dtype=torch.float64), x[sink:].double().cumsum(0)))
+    return (sums[count] / count.clamp_min(1)[:, None]).to(x.dtype)
 
 
 @torch.inference_mode()
@@ -101,7 +89,6 @@ def main() -> None:
                           fingerprint=source.fingerprint)[0]
         for ratio in ("all", *options.ratios.split(","))
     }  # fmt: skip
-    positions = torch.arange(options.context)
     for name, text in (("licences", license_text()), ("help", sample_text())):
         windows = cut_windows(tokenizer.encode(text), num_tokens=options.tokens, context=options.context)
         kl: dict[tuple[str, str], list[float]] = {}
@@ -110,8 +97,10 @@ def main() -> None:
             ids = torch.tensor(window)
 
             def log_probs(plan: HeadPlan, kind: str, ids: Tensor = ids) -> Tensor:
-                hidden = model.hidden(ids, positions, CompensatedCache(plan, kind))
-                return model.logits(hidden[:-1]).log_softmax(-1)
+                *_, (x,) = layer_by_layer(
+                    model, ids, lambda layer: ObservedCache(compensated(plan.retrieval[layer], plan, kind))
+                )
+                return model.logits(model.final_norm(x)[:-1]).log_softmax(-1)
 
             dense = log_probs(plans["all"], "none")
             chances = dense.exp()
