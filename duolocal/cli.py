@@ -205,14 +205,12 @@ def _refuse(word: str, parser: argparse.ArgumentParser) -> NoReturn:
 def _models(options: argparse.Namespace) -> int:
     if options.action == "convert":
         return run_convert(options, new_console(), progress_console())
-    from duolocal.models.registry import list_models, resolve
+    from duolocal.models.registry import list_models
+    from duolocal.terminal.fetching import fetch
     from duolocal.terminal.models_view import models_view
-    from duolocal.terminal.progress import bar
 
     if options.action == "fetch":
-        with bar(progress_console(), f"fetching {clean_line(options.name)}", "bytes") as shown:
-            path = resolve(options.name, on_progress=shown.update)
-        print(path)
+        print(fetch(options.name, progress_console()))
         return 0
     console = new_console()
     console.print(models_view(list_models(), console.width), soft_wrap=False)

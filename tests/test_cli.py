@@ -15,7 +15,7 @@ from duolocal import __version__, cli
 from duolocal.documents import Document
 from duolocal.models.registry import DEFAULT_MODEL
 from duolocal.sampling import CHAT_SAMPLING, Sampling
-from duolocal.terminal import bench_view, chat_options, model_options
+from duolocal.terminal import bench_view, chat_options, fetching, model_options
 from duolocal.terminal.once import answer_once
 from tests.terminal_fakes import FACTS, FakeSession, Reason
 
@@ -205,7 +205,7 @@ def test_bench_memory_prints_a_table_and_json_last(
         return {"model": model, "kv_bytes": 3 * 2**20, "share": 0.25, "versions": {"torch": "2.13"}}
 
     monkeypatch.setattr(bench_view, "memory_report", memory_report)
-    monkeypatch.setattr(bench_view, "resolve", lambda model, on_progress: Path(model))
+    monkeypatch.setattr(fetching, "resolve", lambda model, on_progress: Path(model))
     assert cli.main(["bench", "memory", "--model", "tiny", "--context", "32K", "--kv", "int8", "--sink-size", "0"]) == 0
     assert asked == {
         "model": "tiny",

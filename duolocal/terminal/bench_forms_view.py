@@ -18,9 +18,10 @@ from duolocal.bench.text import text_ids
 from duolocal.models.loader import open_model
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
-from duolocal.terminal.bench_view import fetch
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.fetching import fetch
 from duolocal.terminal.still import StillLine
+from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import load_tokenizer
 
 PROMPT_TOKENS = 16
@@ -49,9 +50,9 @@ def bench_forms(
         heads="all" if settings.heads == "auto" else settings.heads,
         kv="int8" if settings.kv == "auto" else settings.kv,
     )
-    sources = {settings.model: fetch(settings, progress)}
+    sources = {settings.model: fetch(settings.model, progress)}
     for other in others:
-        sources[other] = fetch(replace(settings, model=other), progress)
+        sources[other] = fetch(other, progress)
     first = open_model(sources[settings.model])
     token_ids = text_ids(load_tokenizer(first), PROMPT_TOKENS)
     paths: dict[str, Path] = {}
@@ -128,9 +129,7 @@ def _free(name: str, taken: dict[str, Path]) -> str:
 
 
 def _table(speeds: dict[str, LoadSpeed], sizes: dict[str, int]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("form", "on disk", "open", "load", "first token", "total", "chat", "peak"):
-        table.add_column(heading, justify="left" if heading == "form" else "right", no_wrap=True)
+    table = new_table("<form", ">on disk", ">open", ">load", ">first token", ">total", ">chat", ">peak")
     for name, speed in speeds.items():
         steps = speed.steps_s
         seconds = [f"{steps[step].median:.3f}" for step in ("open", "load", "first token", "total")]

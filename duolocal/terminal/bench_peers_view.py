@@ -33,6 +33,7 @@ from duolocal.terminal import figures
 from duolocal.terminal.bench_speed_view import fetch_and_open
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.still import StillLine
+from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import load_tokenizer
 
 BUSY_SHARE = 0.02  # of a core, used by children that should be idle: worth a warning
@@ -117,7 +118,9 @@ def bench_peers(
 
 def length_table(results: Sequence[RunnerResult], context: int) -> Table:
     """Return the figures of every runner at one length, and those of the first duolocal divided by them."""
-    table = _table(f"{format_tokens(context)} tokens", "prefill", "decode", "peak", "×prefill", "×decode", "×peak")
+    table = new_table(
+        f"<{format_tokens(context)} tokens", ">prefill", ">decode", ">peak", ">×prefill", ">×decode", ">×peak"
+    )
     main = _main(results)
     against = {ratio.against: ratio for ratio in ratios(results, context) if ratio.runner == main.spec.name}
     for result in results:
@@ -138,8 +141,7 @@ def length_table(results: Sequence[RunnerResult], context: int) -> Table:
 def summary_table(results: Sequence[RunnerResult], contexts: Sequence[int]) -> Table:
     """Return the first duolocal against the fastest setting of every peer, by length."""
     main = _main(results)
-    table = _table("the fastest", "tokens", "×prefill", "×decode", "×peak")
-    table.add_column("prefill, decode with", no_wrap=True)
+    table = new_table("<the fastest", ">tokens", ">×prefill", ">×decode", ">×peak", "<prefill, decode with")
     for peer in peers_of(results):
         for context in contexts:
             best = fastest(results, peer, context)
@@ -189,14 +191,6 @@ def _footnotes(run: PeersRun, choice: PeerChoice, contexts: Sequence[int]) -> li
 
 def _main(results: Sequence[RunnerResult]) -> RunnerResult:
     return next(result for result in results if result.spec.peer == DUOLOCAL)
-
-
-def _table(first: str, *headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(clean_line(first), no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def _rate(value: float) -> str:

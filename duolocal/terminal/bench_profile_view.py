@@ -15,6 +15,7 @@ from duolocal.engine.engine import DEFAULT_CHUNK_SIZE
 from duolocal.settings import LoadSettings
 from duolocal.terminal.bench_speed_view import fetch_and_open, load_engine
 from duolocal.terminal.still import StillLine
+from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import load_tokenizer
 
 
@@ -67,13 +68,7 @@ def bench_profile(
 
 def _table(name: str, profile: StepProfile, ceilings: Ceilings) -> Table:
     what = "decode of one token" if name == "decode" else f"prefill of {profile.tokens:,} tokens"
-    table = Table(
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        title=f"{what} after {profile.position:,}: {1e3 * profile.whole_s:.2f} ms",
-        title_justify="left",
-    )
+    table = new_table(title=f"{what} after {profile.position:,}: {1e3 * profile.whole_s:.2f} ms")
     table.add_column("operation")
     for heading in ("calls", "ms", "share", "GB/s", "GFLOP/s", "of ceiling"):
         table.add_column(heading, justify="right", no_wrap=True)

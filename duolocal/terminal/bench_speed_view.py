@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from duolocal.bench.decode import measure_decode
 from duolocal.bench.first_prompt import can_measure
@@ -20,11 +19,12 @@ from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.quantized import quantize_on_load
 from duolocal.settings import LoadSettings, format_tokens
 from duolocal.terminal import figures
-from duolocal.terminal.bench_view import fetch
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
 from duolocal.terminal.start import DEFAULT_CONTEXT
 from duolocal.terminal.still import StillLine
+from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import load_tokenizer
 
 PROMPT_TOKENS = 16  # of `bench load`
@@ -43,7 +43,7 @@ def bench_decode(
     source = fetch_and_open(settings, progress)
     token_ids = text_ids(load_tokenizer(source), contexts[-1] + 1)
     engine = load_engine(source, settings, progress, context=contexts[-1] + num_tokens + 1)
-    table = speed_table("context", "ms/token", "min", "max", "tokens/s", "GB/s")
+    table = new_table(">context", ">ms/token", ">min", ">max", ">tokens/s", ">GB/s")
     results = []
     with StillLine(progress) as line:
         for result in measure_decode(
@@ -87,7 +87,7 @@ def bench_prefill(
                 engine.transformer, engine.plan, kv=engine.kv, chunk_size=engine.chunk_size, prefill=policy
             )
         results = measure_prefill(engines, token_ids, contexts, chunk_sizes, repeats=repeats, on_step=line.show)
-    table = speed_table("context", "chunk", "tokens/s", "min", "max", "prefill", "density")
+    table = new_table(">context", ">chunk", ">tokens/s", ">min", ">max", ">prefill", ">density")
     for result in results:
         rates = result.elapsed_s.per_s(result.context)
         table.add_row(
@@ -136,7 +136,7 @@ def bench_load(settings: LoadSettings, console: Console, progress: Console, *, r
             prompt=prompt,
             on_step=line.show,
         )
-    table = speed_table("step", "seconds", "min", "max")
+    table = new_table("~step", ">seconds", ">min", ">max")
     for name, steps_s in speed.steps_s.items():
         table.add_row(name, *_seconds(steps_s))
     if speed.prompt_s is not None:
@@ -157,7 +157,7 @@ def bench_load(settings: LoadSettings, console: Console, progress: Console, *, r
 
 def fetch_and_open(settings: LoadSettings, progress: Console) -> ModelSource:
     """Find or fetch the model and open it."""
-    return quantize_on_load(open_model(fetch(settings, progress)), settings.weights)
+    return quantize_on_load(open_model(fetch(settings.model, progress)), settings.weights)
 
 
 def load_engine(
@@ -182,15 +182,6 @@ def load_engine(
             on_build=shown.compiling,
             on_quantize=shown.quantizing,
         )
-
-
-def speed_table(*headings: str) -> Table:
-    """Return an empty table of figures with these headings."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
-        words = heading in ("step", "blocks")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=not words)
-    return table
 
 
 def _seconds(seconds: Spread) -> list[str]:

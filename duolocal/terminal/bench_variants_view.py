@@ -13,9 +13,10 @@ from duolocal.engine.select_choice import choose_channels, selection_budget
 from duolocal.paths import cache_folder
 from duolocal.settings import LoadSettings, format_tokens
 from duolocal.terminal import figures
-from duolocal.terminal.bench_speed_view import fetch_and_open, load_engine, report_of, settings_line, speed_table
+from duolocal.terminal.bench_speed_view import fetch_and_open, load_engine, report_of, settings_line
 from duolocal.terminal.progress import bar
 from duolocal.terminal.still import StillLine
+from duolocal.terminal.tables import new_table
 
 
 def bench_variants(
@@ -42,7 +43,7 @@ def bench_variants(
         for context in contexts:
             variants = _variants(base, settings, policy, context=base.context)
             results += measure_variants(variants, context, num_tokens=num_tokens, repeats=repeats, on_step=line.show)
-    table = speed_table("context", "blocks", "ms/token", "min", "max", "speed", "same", "memory", "beyond")
+    table = new_table(">context", "~blocks", ">ms/token", ">min", ">max", ">speed", ">same", ">memory", ">beyond")
     for result in results:
         table.add_row(
             format_tokens(result.context),

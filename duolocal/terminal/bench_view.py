@@ -2,10 +2,8 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.bench import memory_report
@@ -13,26 +11,21 @@ from duolocal.engine.engine import Engine
 from duolocal.engine.kv_choice import measure_kv
 from duolocal.errors import SettingsError
 from duolocal.models.loader import open_model
-from duolocal.models.registry import resolve
 from duolocal.sample_text import sample_text
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
+from duolocal.terminal.tables import bare_table, new_table
 from duolocal.tokenizer import load_tokenizer
 
 MIN_MEASURED_TOKENS = 1024
 
 
-def fetch(settings: LoadSettings, progress: Console) -> Path:
-    """Find or fetch the model's file."""
-    with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
-        return resolve(settings.model, on_progress=shown.update)
-
-
 def bench_memory(settings: LoadSettings, console: Console, progress: Console) -> int:
     """Print the bytes that the KV cache of these settings really takes; return the exit code."""
-    fetch(settings, progress)
+    fetch(settings.model, progress)
     with bar(progress, f"loading {clean_line(settings.model)}", ""):
         report = memory_report(
             settings.model,
@@ -49,7 +42,7 @@ def bench_memory(settings: LoadSettings, console: Console, progress: Console) ->
             kv_device_memory=settings.kv_device_memory,
             select=settings.select,
         )
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = bare_table()
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right")
     for name, value in report.items():
@@ -73,7 +66,7 @@ def measure_kv_formats(
     if num_tokens < MIN_MEASURED_TOKENS:
         # The recent tokens are exact in every format, so a short text would show no difference at all.
         raise SettingsError(f"--tokens is {num_tokens:,}: give {MIN_MEASURED_TOKENS:,} or more to see a difference")
-    path = fetch(settings, progress)
+    path = fetch(settings.model, progress)
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
         source = open_model(path)
         engine = Engine.load(
@@ -107,10 +100,7 @@ def measure_kv_formats(
                 on_progress=shown.update,
             )
         )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("KV format")
-    for heading in ("bytes/token", "mean KL", "perplexity", "rise", "top-1"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("~KV format", ">bytes/token", ">mean KL", ">perplexity", ">rise", ">top-1")
     for result in results:
         table.add_row(
             result.kv,

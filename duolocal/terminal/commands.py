@@ -4,12 +4,12 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.errors import SettingsError
 from duolocal.terminal import docs_chat, sessions_chat, settings_chat, turns_chat
 from duolocal.terminal.chat_state import CommandHost, Commands, no_words
+from duolocal.terminal.tables import bare_table
 
 COMMANDS = Commands(
     {**docs_chat.COMMANDS, **settings_chat.COMMANDS, **turns_chat.COMMANDS, **sessions_chat.COMMANDS}
@@ -51,7 +51,7 @@ def run(host: CommandHost, name: str, rest: str) -> None:
 
 @COMMANDS.add("/help", "this list")
 def _help(host: CommandHost, rest: str) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = bare_table()
     table.add_column(style="bold", no_wrap=host.console.width >= 60)
     table.add_column(overflow="fold")
     for command in COMMANDS.values():

@@ -12,12 +12,12 @@ from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.native_writer import write_native
 from duolocal.models.outer_weights import outer_note, quantize_outer
 from duolocal.models.quantized import quantize_on_load
-from duolocal.models.registry import resolve
 from duolocal.quant.grouped import group
 from duolocal.quantize.dense import write_dense
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import Bar, bar
 
 _KERNELS = {"rows": "CPU", "planes": "GPU"}
@@ -26,8 +26,7 @@ _KERNELS = {"rows": "CPU", "planes": "GPU"}
 def convert_model(settings: LoadSettings, out: Path, *, to: str, console: Console, progress: Console) -> int:
     """Write the model of `settings` to `out` as "native" or "f16"; return the exit code."""
     name = clean_line(settings.model)
-    with bar(progress, f"fetching {name}", "bytes") as shown:
-        source = open_model(resolve(settings.model, on_progress=shown.update))
+    source = open_model(fetch(settings.model, progress))
     began_s = time.monotonic()
     report: dict[str, object] = {"command": "models convert", "model": settings.model, "out": str(out), "to": to}
     with bar(progress, f"converting {name}", "tensors") as shown:

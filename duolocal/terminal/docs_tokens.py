@@ -13,10 +13,10 @@ from duolocal.documents.tokens import Counted, count_document
 from duolocal.engine.fitting import Fit
 from duolocal.engine.session import ROOM_TO_ASK
 from duolocal.models.loader import open_model
-from duolocal.models.registry import resolve
 from duolocal.settings import format_tokens
 from duolocal.terminal import docs_view, figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
 from duolocal.terminal.start import DEFAULT_CONTEXT
 from duolocal.tokenizer import Tokenizer, load_tokenizer
@@ -60,8 +60,7 @@ def count_gathered(gathered: Gathered, *, model: str, context: int | None, progr
 
 def _open(model: str, progress: Console) -> tuple[Tokenizer, int]:
     """Return the tokenizer of a model and the context it was trained for; its weights stay on the disk."""
-    with bar(progress, f"fetching {clean_line(model)}", "bytes") as shown:
-        path = resolve(model, on_progress=shown.update)
+    path = fetch(model, progress)
     with bar(progress, f"opening the tokenizer of {clean_line(model)}", ""):
         source = open_model(path)
         return load_tokenizer(source), source.config.max_positions

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.documents import Document, Skipped
 from duolocal.settings import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.tables import add_columns, new_table
 from duolocal.terminal.views import BAR_COLUMNS, share_bar
 
 _WIDE = 72  # columns; below there is no bar
@@ -18,13 +18,10 @@ _MOST_SKIPPED = 30  # lines; the rest is counted, and in --json
 
 def tokens_view(rows: Sequence[tuple[str, str, int | None, int]], *, context: int, columns: int) -> RenderableType:
     """List documents before they are loaded: (name, kind, pages, tokens)."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = new_table()
     room = columns - (10 + 7 + 11 + 6) - (BAR_COLUMNS + 2 if columns >= _WIDE else 0)
     table.add_column("name", overflow="ellipsis", no_wrap=True, max_width=max(12, room))
-    table.add_column("kind", no_wrap=True)
-    table.add_column("pages", justify="right", no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    _add_share(table, context, columns)
+    add_columns(table, "<kind", ">pages", ">tokens", *_share_columns(context, columns))
     for name, kind, pages, num_tokens in rows:
         cells = [
             Text(_fitted(clean_line(name), max(12, room))),
@@ -40,12 +37,7 @@ def loaded_view(rows: Sequence[tuple[str, int, Document | None]], *, context: in
     """List documents in the context: (name, tokens, the file where it is known)."""
     if not rows:
         return Text("no documents in the context; /load PATH adds some")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("document", overflow="fold")
-    table.add_column("pages", justify="right", no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    _add_share(table, context, columns)
-    table.add_column("source", overflow="fold")
+    table = new_table("~document", ">pages", ">tokens", *_share_columns(context, columns), "~source")
     for name, num_tokens, document in rows:
         about = ""
         if document is not None:
@@ -63,10 +55,8 @@ def loaded_view(rows: Sequence[tuple[str, int, Document | None]], *, context: in
     return Group(table, *(Text(f"* {clean_line(note)}", "yellow") for note in notes))
 
 
-def _add_share(table: Table, context: int, columns: int) -> None:
-    table.add_column("share", justify="right", no_wrap=True)
-    if columns >= _WIDE:
-        table.add_column(f"of {format_tokens(context)}", no_wrap=True)
+def _share_columns(context: int, columns: int) -> list[str]:
+    return [">share", f"<of {format_tokens(context)}"] if columns >= _WIDE else [">share"]
 
 
 def _share(num_tokens: int, context: int, columns: int) -> list[Text]:

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.documents import Document
@@ -20,6 +19,7 @@ from duolocal.terminal.eval_parts import bars, load_lineup, open_source, print_c
 from duolocal.terminal.pictures import curve
 from duolocal.terminal.progress import bar
 from duolocal.terminal.start import DEFAULT_CONTEXT
+from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import load_tokenizer
 
 PROMPT_ROOM = 256  # tokens for the question and answer around a passkey, where the context has them
@@ -70,10 +70,7 @@ def _print(result: CheckResult, whole: int, document: Document, console: Console
     dense, ours = result.comparisons
     part = "" if result.num_tokens == whole else f" (the first of {whole:,}; --tokens)"
     console.print(Text(f"{clean_line(document.name)}: {figures.tokens(result.num_tokens)}{part}"))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True)
-    for name in ("dense", result.chosen.name):
-        table.add_column(Text(clean_line(name)), justify="right", no_wrap=True)
+    table = new_table("<", ">dense", f">{clean_line(result.chosen.name)}")
     runs = [result.needles[each.name] for each in result.comparisons]
     table.add_row("KV memory", *map(figures.size, result.kv_bytes))
     table.add_row("time to read it", *(figures.duration(each.elapsed_s) for each in result.comparisons))
@@ -96,11 +93,7 @@ def _print(result: CheckResult, whole: int, document: Document, console: Console
 
 
 def _print_points(result: CheckResult, console: Console) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("setting", no_wrap=True)
-    for heading in ("KV per token", "KL", "perplexity"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table = new_table("<setting", ">KV per token", ">KL", ">perplexity", "<")
     most = max(point.kl for point in result.points)
     for point in sorted(result.points, key=lambda point: point.kv_bytes):
         chosen = point.dial is None

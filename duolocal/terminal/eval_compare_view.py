@@ -17,6 +17,7 @@ from duolocal.terminal.consoles import print_prose
 from duolocal.terminal.eval_parts import choices_report, load_lineup, open_source, print_choices
 from duolocal.terminal.pictures import curve
 from duolocal.terminal.progress import bar
+from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -68,7 +69,7 @@ def bos_ids(tokenizer: Tokenizer) -> list[int]:
 
 def _kl_table(results: Sequence[Comparison], lineup: Lineup, context: int) -> Table:
     at = f"KV at {format_tokens(context)}"
-    table = _table("heads KV", at, "B/token", "KL", "±", "worst", "top-1", "perplexity", "±")
+    table = new_table("<heads KV", f">{at}", ">B/token", ">KL", ">±", ">worst", ">top-1", ">perplexity", ">±")
     dense_bytes = lineup.dense_bytes(context)
     for result, choice in zip(results, lineup.everyone, strict=True):
         each = f"{lineup.bytes_per_token(choice):,.0f}"
@@ -79,35 +80,27 @@ def _kl_table(results: Sequence[Comparison], lineup: Lineup, context: int) -> Ta
                 f"{lineup.kv_bytes(choice, context) / dense_bytes:.0%}",
                 each,
                 f"{result.kl:.5f}",
-                _error(result.kl_error, ".4f"),
+                error_of(result.kl_error, ".4f"),
                 f"{result.worst_kl:.4f}",
                 f"{result.top1:.2%}",
                 f"{result.rise:+.2%}",
-                _error(result.rise_error, ".2%"),
+                error_of(result.rise_error, ".2%"),
             ]
         table.add_row(Text(clean_line(result.name)), *row)
     return table
 
 
 def _ppl_table(results: Sequence[Comparison]) -> Table:
-    table = _table("heads KV", "perplexity", "±", "against dense", "±", "worst window")
+    table = new_table("<heads KV", ">perplexity", ">±", ">against dense", ">±", ">worst window")
     for at, result in enumerate(results):
-        row = [f"{result.perplexity:.3f}", _error(result.perplexity_error, ".3f")]
+        row = [f"{result.perplexity:.3f}", error_of(result.perplexity_error, ".3f")]
         if at:
-            row += [f"{result.rise:+.2%}", _error(result.rise_error, ".2%"), f"{result.worst_rise:+.2%}"]
+            row += [f"{result.rise:+.2%}", error_of(result.rise_error, ".2%"), f"{result.worst_rise:+.2%}"]
         table.add_row(Text(clean_line(result.name)), *row)
     return table
 
 
-def _table(first: str, *headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first, no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _error(value: float | None, form: str) -> str:
+def error_of(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 

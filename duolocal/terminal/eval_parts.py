@@ -14,9 +14,9 @@ from duolocal.heads import HeadPlan
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.outer_weights import quantize_outer
 from duolocal.models.quantized import quantize_on_load
-from duolocal.models.registry import resolve
 from duolocal.settings import LoadSettings
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
 
 # From certain to unlikely, by the probability of each token of the right answer; they can be told apart without colour.
@@ -32,8 +32,7 @@ LEGEND = "██ 80% or more for each token of the right answer, ▓▓ 60, ▒�
 
 def open_source(settings: LoadSettings, progress: Console) -> ModelSource:
     """Find or fetch the model, and open it."""
-    with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
-        source = open_model(resolve(settings.model, on_progress=shown.update))
+    source = open_model(fetch(settings.model, progress))
     return quantize_outer(quantize_on_load(source, settings.weights), settings.outer_weights)
 
 

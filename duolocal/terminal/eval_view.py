@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.columns import Columns
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.evaluate import Choice, Lineup, Outcome, Prompt, Score, Setting, ask, passkey_prompts, score
@@ -28,6 +27,7 @@ from duolocal.terminal.eval_parts import (
 )
 from duolocal.terminal.pictures import heat_map
 from duolocal.terminal.progress import bar
+from duolocal.terminal.tables import add_columns, new_table
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 ANSWER_SHOWN = 12  # characters: enough for a passkey, and two columns fit into 80
@@ -135,9 +135,7 @@ def _print_report(report: dict[str, object], runs: Runs) -> None:
 
 
 def _print_answers(runs: Runs, console: Console) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("depth", "tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table(">depth", ">tokens")
     table.add_column("hidden", no_wrap=True, max_width=24)
     for name in runs:
         table.add_column(clean_line(name), no_wrap=True)
@@ -155,10 +153,7 @@ def _print_answers(runs: Runs, console: Console) -> None:
 def print_maps(runs: Runs, lengths: Sequence[int], depths: Sequence[float], console: Console) -> None:
     maps = []
     for name, outcomes in runs.items():
-        table = Table(box=None, pad_edge=False, header_style="bold", title=Text(clean_line(name)), title_justify="left")
-        table.add_column("depth", justify="right", no_wrap=True)
-        for length in lengths:
-            table.add_column(format_tokens(length), no_wrap=True)
+        table = new_table(">depth", *(f"<{format_tokens(length)}" for length in lengths), title=clean_line(name))
         found = cells(outcomes)
         for depth in depths:
             row = [found[length, depth] for length in lengths]
@@ -169,12 +164,9 @@ def print_maps(runs: Runs, lengths: Sequence[int], depths: Sequence[float], cons
 
 
 def _print_tasks(runs: Runs, tasks: Sequence[str], lengths: Sequence[int], console: Console) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("task", no_wrap=True)
-    table.add_column("setting", no_wrap=True)
+    table = new_table("<task", "<setting")
     for length in lengths:
-        table.add_column(format_tokens(length), no_wrap=True)
-        table.add_column("found", justify="right", no_wrap=True)
+        add_columns(table, f"<{format_tokens(length)}", ">found")
     for task in tasks:
         for name in runs:
             row: list[str | Text] = [task, Text(clean_line(name))]

@@ -14,9 +14,10 @@ from duolocal.models.loader import ModelSource
 from duolocal.settings import WEIGHTS, LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.eval_compare_view import bos_ids
+from duolocal.terminal.eval_compare_view import bos_ids, error_of
 from duolocal.terminal.eval_parts import open_source
 from duolocal.terminal.progress import bar
+from duolocal.terminal.tables import new_table
 
 
 def eval_weights(
@@ -79,11 +80,7 @@ def eval_weights(
 
 
 def _table(results: Sequence[Comparison], sources: Sequence[ModelSource]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model", overflow="fold")
-    table.add_column("weights", no_wrap=True)
-    for heading in ("size", "KL", "±", "worst", "top-1", "perplexity", "change", "±"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("~model", "<weights", ">size", ">KL", ">±", ">worst", ">top-1", ">perplexity", ">change", ">±")
     for at, (result, source) in enumerate(zip(results, sources, strict=True)):
         row = [source.weight_format, figures.size(source.size_bytes)]
         if at == 0:
@@ -91,16 +88,12 @@ def _table(results: Sequence[Comparison], sources: Sequence[ModelSource]) -> Tab
         else:
             row += [
                 f"{result.kl:.5f}",
-                _error(result.kl_error, ".4f"),
+                error_of(result.kl_error, ".4f"),
                 f"{result.worst_kl:.4f}",
                 f"{result.top1:.2%}",
                 f"{result.perplexity:.3f}",
                 f"{result.rise:+.2%}",
-                _error(result.rise_error, ".2%"),
+                error_of(result.rise_error, ".2%"),
             ]
         table.add_row(Text(clean_line(result.name)), *row)
     return table
-
-
-def _error(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.engine.head_choice import as_pattern
@@ -26,12 +25,13 @@ from duolocal.heads import (
 from duolocal.heads.published import SCORES_FILE
 from duolocal.identify import IdentifyProgress, agreement, identify
 from duolocal.models.loader import ModelSource, open_model
-from duolocal.models.registry import resolve
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.fetching import fetch
 from duolocal.terminal.heads_view import draw_map, print_map, short_name
 from duolocal.terminal.progress import Bar, bar
+from duolocal.terminal.tables import new_table
 
 TOP = 0.5  # the halves that are compared
 
@@ -60,8 +60,7 @@ def identify_heads(
     """
     others = [(Path(path).name or path, load_pattern(path)) for path in compare]
     folder = _check_place(out, published)
-    with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
-        source = open_model(resolve(settings.model, on_progress=shown.update))
+    source = open_model(fetch(settings.model, progress))
     _check_shapes(others, source)
     shipped = shipped_pattern(source.fingerprint)
     if out is None and shipped is not None:
@@ -227,10 +226,7 @@ def _compare(pattern: HeadPattern, others: Sequence[tuple[str, HeadPattern]]) ->
 def _print_agreement(rows: Sequence[dict[str, object]], console: Console) -> None:
     if not rows:
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("agreement with", overflow="fold")
-    for heading in ("top halves share", "by chance", "rank correlation"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("~agreement with", ">top halves share", ">by chance", ">rank correlation")
     for row in rows:
         spearman = "-" if row["spearman"] is None else f"{row['spearman']:.2f}"
         table.add_row(Text(clean_line(str(row["with"]))), f"{row['overlap']:.0%}", f"{row['chance']:.0%}", spearman)

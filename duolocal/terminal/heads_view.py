@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.errors import ModelNotFoundError, SettingsError
@@ -22,6 +21,7 @@ from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.registry import MODELS, cached_path, resolve
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.pictures import heat_map
+from duolocal.terminal.tables import new_table
 
 # Two ways to tell a retrieval head from a streaming head without colour: its height, and its shape. Best first.
 _RETRIEVAL, _STREAMING = "█▆▅▃", "▁·"
@@ -54,10 +54,7 @@ def short_name(name: str) -> str:
 
 def list_published(console: Console) -> int:
     """Print the models for which a pattern is published."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model", overflow="fold")
-    for heading in ("layers × KV heads", "ratio"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("~model", ">layers × KV heads", ">ratio")
     for known in KNOWN_PATTERNS:
         shape = f"{known.shape.num_layers} × {known.shape.num_kv_heads}"
         table.add_row(known.hub, shape, f"{known.default_ratio:g}")

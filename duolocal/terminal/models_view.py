@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.models.registry import ModelStatus
 from duolocal.settings import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.tables import new_table
 
 _WIDE = 150  # columns; below, source and place go under the table instead of being folded into slivers
 
@@ -17,14 +17,8 @@ _WIDE = 150  # columns; below, source and place go under the table instead of be
 def models_view(statuses: Sequence[ModelStatus], columns: int) -> RenderableType:
     """List named models: source, size, trained context, licence, where each is cached."""
     wide = columns >= _WIDE
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("name", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("context", justify="right", no_wrap=True)
-    table.add_column("licence", overflow="fold")
-    table.add_column("source" if wide else "cached", overflow="fold")
-    if wide:
-        table.add_column("cached in", overflow="fold")
+    places = ["~source", "~cached in"] if wide else ["~cached"]
+    table = new_table("<name", ">size", ">context", "~licence", *places)
     details: list[RenderableType] = []
     for status in statuses:
         model = status.model

@@ -21,6 +21,7 @@ from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.progress import bar
+from duolocal.terminal.tables import bare_table, fact_table
 
 _MOST_COLUMNS = 72
 _LOOK_S = 0.3  # at what else the machine does, before it is measured
@@ -164,7 +165,7 @@ def _title(planned: Planned) -> Text:
 
 
 def _memory(planned: Planned, rows: list[tuple[str, int, str]]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = bare_table()
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     table.add_column(justify="right", no_wrap=True)
@@ -187,9 +188,7 @@ def _memory(planned: Planned, rows: list[tuple[str, int, str]]) -> Table:
 
 def _more(planned: Planned, rates: Rates | None) -> Table:
     request, plan = planned.request, planned.plan
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = fact_table()
     dense = dense_16bit_bytes(request.config, request.context)
     table.add_row(
         "KV per token",
@@ -237,7 +236,7 @@ def whole_request(planned: Planned) -> Request:
 
 
 def _settings(found: list[Setting]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = bare_table()
     table.add_column(no_wrap=True, style="bold")
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold", style="dim")

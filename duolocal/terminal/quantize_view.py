@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from duolocal.models.loader import open_model
-from duolocal.models.registry import resolve
 from duolocal.quantize import QuantizeProgress, QuantizeResult, QuantizeSettings, quantize
 from duolocal.quantize.work_area import NAME as WORK_AREA
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import Bar, bar
+from duolocal.terminal.tables import new_table
 
 _READS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
 
@@ -31,8 +32,7 @@ def quantize_model(
     progress: Console,
 ) -> int:
     """Quantize the model of `settings` into `out`, and print what it came to."""
-    with bar(progress, f"fetching {clean_line(settings.model)}", "bytes") as shown:
-        source = open_model(resolve(settings.model, on_progress=shown.update))
+    source = open_model(fetch(settings.model, progress))
     if (out / WORK_AREA).is_dir():
         console.print(f"going on in {clean_line(str(out))}", style="dim", soft_wrap=True)
     result = None
@@ -101,11 +101,8 @@ def _show(event: QuantizeProgress, shown: Bar, method: str) -> None:
 
 
 def _losses_table(result: QuantizeResult) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("linears", no_wrap=True)
     searched = result.method == "awq"
-    for heading in ("rtn", "awq", "worst layer") if searched else ("rtn", "worst layer"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("<linears", ">rtn", *([">awq"] if searched else []), ">worst layer")
     for group, name in _READS.items():
         values = [layer.losses[group] for layer in result.layers]
         plain = [layer.plain[group] for layer in result.layers]

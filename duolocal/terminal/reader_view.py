@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.documents import Document
@@ -12,6 +11,7 @@ from duolocal.reader.session import Picked
 from duolocal.sources import Source
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.tables import bare_table
 
 EXPLAINED = (
     "documents are read in full for each question, and the model is given only the passages that its attention picks, "
@@ -54,7 +54,7 @@ def headline(picked: Picked) -> str:
 
 def picked_view(picked: Picked, files: Mapping[str, Document]) -> RenderableType:
     """List the passages in the order of the documents, with how much the question looked at them."""
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = bare_table()
     table.add_column(no_wrap=True, style="cyan", min_width=_BAR)
     table.add_column(overflow="fold", style="dim")
     most = max((source.score for source in picked.passages), default=1.0)

@@ -15,6 +15,7 @@ from duolocal.sessions.names import DOCUMENTS, files_in, session_file
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.consoles import print_prose
+from duolocal.terminal.tables import fact_table, new_table
 
 
 def _report(path: Path) -> dict[str, Any]:
@@ -62,12 +63,7 @@ def show_list(folder: Path, console: Console, *, as_json: bool) -> int:
     if not sessions and not documents:
         print_prose(console, f"nothing is saved in {clean_line(str(folder))}; chat --session NAME begins a session")
         return 0
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("name", overflow="fold")
-    for title in ("tokens", "turns", "size"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("saved (UTC)", no_wrap=True)
-    table.add_column("model, documents", overflow="fold")
+    table = new_table("~name", ">tokens", ">turns", ">size", "<saved (UTC)", "~model, documents")
     for report in sessions:
         table.add_row(*_row(report, report["name"]))
     for report in documents:
@@ -81,14 +77,8 @@ def show_list(folder: Path, console: Console, *, as_json: bool) -> int:
 def _row(report: dict[str, Any], name: str) -> list[Text]:
     size = figures.size(report.get("bytes", 0))
     if "error" in report:
-        return [
-            Text(clean_line(name)),
-            Text(""),
-            Text(""),
-            Text(size),
-            Text(""),
-            Text(clean_line(report["error"]), "red"),
-        ]
+        cells = [Text(clean_line(text)) for text in (name, "", "", size, "")]
+        return [*cells, Text(clean_line(report["error"]), "red")]
     names = ", ".join(item["name"] for item in report["documents"][:4])
     more = f" and {len(report['documents']) - 4} more" if len(report["documents"]) > 4 else ""
     about = f"{report['model']}: {names}{more}" if names else report["model"]
@@ -107,9 +97,7 @@ def show_info(folder: Path, name: str, console: Console, *, as_json: bool) -> in
         return 1 if "error" in report else 0
     if "error" in report:
         raise SessionError(report["error"])
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = fact_table()
     table.add_row("session", Text(clean_line(name)))
     table.add_row("file", Text(clean_line(f"{report['path']} ({figures.size(report['bytes'])})")))
     table.add_row("saved", Text(clean_line(report["saved"])))
@@ -152,13 +140,7 @@ def remove_sessions(folder: Path, names: Sequence[str], console: Console, *, doc
 
 def turns_view(rows: Sequence[tuple[int, int | None, str, str, int, str, bool, bool]]) -> Table:
     """List turns: (number, after, kind, name, tokens, lines that end there, on the way here, current)."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("turn", justify="right", no_wrap=True)
-    table.add_column("after", justify="right", no_wrap=True)
-    table.add_column("what", no_wrap=True)
-    table.add_column("name", overflow="ellipsis", no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table = new_table(">turn", ">after", "<what", "<name", ">tokens", "<")
     for number, after, kind, name, tokens, lines, on_way, current in rows:
         mark = " ".join(filter(None, ("<- here" if current else "", lines)))
         cells = (

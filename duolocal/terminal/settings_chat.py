@@ -3,7 +3,6 @@
 import shlex
 from dataclasses import fields
 
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.errors import SettingsError
@@ -12,6 +11,7 @@ from duolocal.terminal import views
 from duolocal.terminal.chat_state import ChatState, CommandHost, Commands, no_words
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.sampling_options import change, show_value
+from duolocal.terminal.tables import bare_table
 
 COMMANDS = Commands()
 _NEEDS_RESTART = (
@@ -46,7 +46,7 @@ def set_value(host: CommandHost, rest: str) -> None:
     """Show the sampling settings, or change one."""
     state = host.state
     if not rest:
-        table = Table(box=None, pad_edge=False, show_header=False)
+        table = bare_table()
         for item in fields(Sampling):
             table.add_row(Text(item.name, "bold"), Text(clean_line(show_value(state.sampling, item.name))))
         host.show(table)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.documents import Document
 from duolocal.sources import STANDS_OUT, Source
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.reader_view import excerpt, place, score_bar
+from duolocal.terminal.tables import bare_table
 
 _EXCERPT = 280  # characters
 _BAR = 10  # columns
@@ -17,7 +17,7 @@ _BAR = 10  # columns
 
 def sources_view(found: Sequence[Source], files: Mapping[str, Document]) -> RenderableType:
     """List passages with where they stand; files: the documents by name, for their pages."""
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = bare_table()
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(overflow="fold")

@@ -9,10 +9,10 @@ from duolocal.engine.engine import Engine
 from duolocal.engine.session import ChatSession
 from duolocal.models.loader import open_model
 from duolocal.models.quantized import quantize_on_load
-from duolocal.models.registry import resolve
 from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
 from duolocal.terminal.views import Facts
 from duolocal.tokenizer import load_tokenizer
@@ -32,8 +32,7 @@ class Started:
 def start(settings: LoadSettings, *, system: str | None, progress: Console) -> Started:
     """Load the model that `settings` names and open a session; bars go to `progress`. Raises DuoLocalError."""
     name = clean_line(settings.model)
-    with bar(progress, f"fetching {name}", "bytes") as shown:
-        path = resolve(settings.model, on_progress=shown.update)
+    path = fetch(settings.model, progress)
     began_s = time.perf_counter()
     with bar(progress, f"loading {name}", "layers") as shown:
         with without_collection():

@@ -34,6 +34,7 @@ from duolocal.terminal import figures
 from duolocal.terminal.clean import clean, clean_line
 from duolocal.terminal.progress import Bar, bar, bars
 from duolocal.terminal.start import start
+from duolocal.terminal.tables import new_table
 
 SOME_FAILED = 3
 _NAMED = 3  # of what was left out
@@ -265,10 +266,7 @@ def _say(text: str) -> None:
 
 
 def _estimate_table(result: Estimate) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("file", overflow="fold")
-    for heading in ("tokens", "parts", "time at most"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("~file", ">tokens", ">parts", ">time at most")
     for file in result.files:
         name = Text(clean_line(file.name))
         if file.error is not None:

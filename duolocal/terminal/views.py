@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from duolocal.engine.engine import EngineMemory
@@ -12,6 +11,7 @@ from duolocal.engine.session import ContextItem, Finished
 from duolocal.settings import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.tables import add_columns, fact_table, new_table
 
 BAR_COLUMNS = 20
 _KIND_STYLES = {"document": "cyan", "user": "green", "assistant": "yellow"}
@@ -91,15 +91,12 @@ def answer_line(finished: Finished, *, context: int) -> Text:
 
 def context_view(items: Sequence[ContextItem], position: int, context: int, columns: int) -> RenderableType:
     """List everything in the context with its tokens and its share of the limit."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("what", no_wrap=True)
+    table = new_table("<what")
     wide = columns >= 60
     # A question can be longer than the screen; the counts must not shrink for it.
     room = columns - (10 + 9 + 2) - (BAR_COLUMNS + 2 if wide else 0)
     table.add_column("name", overflow="ellipsis", no_wrap=True, max_width=max(8, room))
-    table.add_column("tokens", justify="right", no_wrap=True)
-    if wide:
-        table.add_column(f"share of {format_tokens(context)}", no_wrap=True)
+    add_columns(table, ">tokens", *([f"<share of {format_tokens(context)}"] if wide else []))
     for item in items:
         style = _KIND_STYLES.get(item.kind, "dim")
         cells: list[RenderableType] = [
@@ -129,9 +126,7 @@ def stats_view(
     facts: Facts, position: int, memory: EngineMemory, last: Finished | None, load: Finished | None
 ) -> RenderableType:
     """Show speeds, memory by head class beside the dense 16-bit figure, head plan, KV format, notes."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = fact_table()
     table.add_row("model", f"{clean_line(facts.model)}, weights {facts.weight_format}")
     table.add_row("loaded in", figures.duration(facts.load_s))
     for name, read in (("documents", load), ("question", last)):
