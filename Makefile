@@ -4,6 +4,7 @@
 #   TORCH=torch==2.12.0 another torch
 #   TORCH_INDEX=URL     take torch from this package index (scripts/install-torch says when that is needed)
 #   ARGS="..."          options for chat and test:  make chat ARGS="--doc notes.txt"
+#   FULL="test_x*.py"   test files of which `make test` runs everything, as test-all does of each (tests/thinning.py)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test gpu-check lint clean distclean
+.PHONY: help chat test test-all gpu-check lint clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -25,9 +26,14 @@ chat: $(VENV)/.installed ## chat with the default model; options in ARGS
 	@$(PY) chat.py $(ARGS)
 
 # In as many processes as there are cores, each on a core of its own (tests/conftest.py).
-test: $(VENV)/.developed ## run all tests; pytest options in ARGS
+IN_PARALLEL := -n auto --dist worksteal
+
+test: $(VENV)/.developed ## run the tests, some of which stand for many; pytest options in ARGS
 	@$(BIN)/duolocal models fetch $(MODEL)
-	$(PY) -m pytest $(or $(ARGS),-n auto --dist worksteal)
+	$(PY) -m pytest $(or $(ARGS),$(IN_PARALLEL)) $(FULL:%=--full '%')
+
+test-all: FULL := *
+test-all: test ## run all tests, with more examples and more of the real model: half an hour on two cores
 
 # On a machine that may have no network: with its own python3 where that sees a GPU, else with our environment.
 gpu-check: ## test and measure the GPU kernels on a CUDA device; options in ARGS

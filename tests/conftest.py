@@ -32,8 +32,7 @@ collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_trito
 
 # No deadline: one example's time says more about the load of the machine than about the code.
 settings.register_profile("default", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=500)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+settings.register_profile("full", parent=settings.get_profile("default"), max_examples=200)
 
 # What the user's shell says of terminals and languages, and how duolocal is set up there: tests that depend on one of
 # them say so. Unlike the rest of the environment this decides what is printed.
@@ -42,6 +41,13 @@ _OF_THE_SHELL = (
     *("LANGUAGE", "LC_ALL", "LC_CTYPE", "LC_MESSAGES", "LC_NUMERIC", "LC_TIME"),
     *("DUOLOCAL_SESSIONS", "DUOLOCAL_KEEP", "PYTHONIOENCODING", "PYTHONUTF8"),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.cuda.is_available():  # compiled, all of their cases take seconds
+        config.option.full = [*config.option.full, "test_triton_*.py"]
+    if not config.getoption("--hypothesis-profile"):
+        settings.load_profile("full" if "*" in config.getoption("full") else "default")
 
 
 @pytest.fixture(scope="session", autouse=True)

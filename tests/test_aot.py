@@ -1,4 +1,7 @@
-"""Every GPU kernel, compiled ahead of time for every architecture, stays within registers and shared memory.
+"""Every GPU kernel, compiled ahead of time, stays within registers and shared memory.
+
+By default that is one model with every KV format for sm_80, and every kernel for sm_90; with `--full` the usual shapes
+on all architectures. What an earlier run compiled is not compiled again (tests/aot/known.py).
 
 The compiling is done by `python -m tests.aot` in one child process: this one may be under TRITON_INTERPRET, which
 replaces the compiler. Needs triton with its own cuobjdump (Linux wheels have it), but no GPU.
@@ -17,9 +20,10 @@ from typing import Any
 import pytest
 
 from tests.aot.limits import SHARED_LIMIT, SHARED_LIMITS, problems, severity
+from tests.thinning import is_full
 
 _ROOT = Path(__file__).parent.parent
-_TIMEOUT_S = 1700  # takes about six minutes on one core
+_TIMEOUT_S = 1700  # takes about two minutes on one core where nothing is known, with --full seven
 
 
 def _missing() -> str:
@@ -37,6 +41,11 @@ def _modules() -> list[str]:
     return [file.stem for file in files if re.search(r"^def \w+_kernel\(", file.read_text(), re.MULTILINE)]
 
 
+_ARCHITECTURES = [
+    pytest.param(arch, id=f"sm_{arch}", marks=() if arch in (80, 90) else pytest.mark.full) for arch in SHARED_LIMITS
+]
+
+
 def needs_compiler(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that reads the report: the first one compiles for minutes."""
     skip = pytest.mark.skipif(bool(_missing()), reason=_missing() or "-")
@@ -44,19 +53,20 @@ def needs_compiler(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Compile everything once."""
+    matrix = "usual" if is_full(request.config, Path(__file__)) else "few"
     file = tmp_path_factory.mktemp("aot") / "report.json"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment["CUDA_VISIBLE_DEVICES"] = ""  # the same with and without a GPU
-    command = [sys.executable, "-W", "ignore", "-m", "tests.aot", "--toys", "--json", str(file)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.aot", "--matrix", matrix, "--toys", "--json", str(file)]
     run = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
     assert file.is_file(), f"exit code {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
     return json.loads(file.read_text())
 
 
 @needs_compiler
-@pytest.mark.parametrize("arch", sorted(SHARED_LIMITS), ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("arch", _ARCHITECTURES)
 @pytest.mark.parametrize("module", _modules())
 def test_kernels_fit(report: dict[str, Any], module: str, arch: int) -> None:
     rows = [row for row in report["rows"] if row["module"].endswith(f".{module}") and row["arch"] == arch]
@@ -152,6 +162,13 @@ def test_launches_are_specialised_as_real_ones(report: dict[str, Any]) -> None:
         ("good half",): {"x": "*fp16/16", "out": "*fp16/16", "n": "i32", "factor": "fp32"},
         ("good long",): pointers | {"n": "i64", "factor": "fp32"},
     }
+
+
+@needs_compiler
+def test_what_compiled_is_known_from_then_on(report: dict[str, Any]) -> None:
+    good = [row for row in report["toys"] if row["error"] is None]
+    assert len(good) > 5
+    assert report["toys_again"] == [row | {"compiled": False} for row in good]  # its compiler only aborts
 
 
 @needs_compiler

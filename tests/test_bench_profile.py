@@ -110,6 +110,7 @@ def test_other_kernels_have_no_profile() -> None:
         profile_decode(engine(None), 7, repeats=1)
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_the_command_prints_tables_and_json_last(smollm2_path: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "profile", "--contexts", "64", "--repeats", "2", "--threads", "2"]) == 0

@@ -173,6 +173,7 @@ def test_attention_equals_the_oracle(head_dim: int, group: int) -> None:
         check(cache, q, k, v, [100, 1, 1, 63, 64, 1, 2, 68])
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("num_threads", THREADS)
 @pytest.mark.parametrize("recent_size", RECENTS)
 @pytest.mark.parametrize("sink_size", SINKS)
@@ -231,6 +232,7 @@ def with_special_values(k: Tensor, v: Tensor) -> None:
     v[:, 25] *= 1e6
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("kv", KV_FORMATS)
 @pytest.mark.parametrize(("head_dim", "num_threads"), [(16, 1), (64, 2), (80, 3), (128, 2)])
 def test_every_format_equals_the_oracle_and_the_torch_path(head_dim: int, kv: str, num_threads: int) -> None:
@@ -345,6 +347,7 @@ SCORES = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("kv", ["32", "int8", "int4"])
 @pytest.mark.parametrize("name", SCORES)
 def test_softmax_extremes(name: str, kv: str) -> None:

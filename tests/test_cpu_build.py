@@ -315,7 +315,9 @@ if X86 and " avx512f" in build._cpu():
     VARIANTS["undefined-avx2"] = tuple("-march=x86_64_v3" if flag == "-march=native" else flag for flag in SANITIZED)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.full if name in list(VARIANTS)[1:] else ()) for name in VARIANTS]
+)
 def test_no_undefined_behaviour_and_nothing_beyond_the_end(
     variant: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def test_texts_ask_for_every_passkey_they_hide(smollm2_path: Path) -> None:
         short.draw(700, "a")
 
 
+@pytest.mark.full
 def test_echo_and_copy_agree_far_above_chance(smollm2_path: Path) -> None:
     source = open_model(smollm2_path)
     echo = result(source, method="echo", num_tokens=200, **SMALL)
@@ -56,6 +57,7 @@ def test_echo_and_copy_agree_far_above_chance(smollm2_path: Path) -> None:
     assert agreement(echo.scores, copied.scores, secondary_b=copied.secondary).overlap > 0.7
 
 
+@pytest.mark.full
 def test_drift_and_attribution_agree_with_the_pattern_that_ships(
     smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +74,7 @@ def test_drift_and_attribution_agree_with_the_pattern_that_ships(
     assert drift.scores != attribution.scores
 
 
+@pytest.mark.full
 def test_distill_goes_on_from_its_file(smollm2_path: Path, tmp_path: Path) -> None:
     source, file = open_model(smollm2_path), tmp_path / "heads.state.json"
     settings = {"method": "distill", "num_tokens": 520, "steps": 2, "state_file": file, **SMALL}

@@ -96,6 +96,7 @@ def test_forms_take_turns_in_fresh_processes(tmp_path: Path) -> None:
         assert 0 < speed.imported_bytes < speed.peak_bytes
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_table_of_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat_model(tmp_path / "a")

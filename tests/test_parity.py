@@ -12,6 +12,7 @@ from duolocal.tokenizer import load_tokenizer
 NUM_TOKENS = 2304
 
 
+@pytest.mark.full
 @pytest.mark.real
 @pytest.mark.parity
 def test_smollm2_computes_what_transformers_does(smollm2_path: Path) -> None:

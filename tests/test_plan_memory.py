@@ -124,11 +124,11 @@ def total(model: Path | str, options: dict[str, Any], context: int = CONTEXT) ->
     ("model", "kernels", "kv", "chunk_size"),
     [
         ("deep", "compiled", "int4", 64),
-        ("deep", "compiled", "16", 512),
+        pytest.param("deep", "compiled", "16", 512, marks=pytest.mark.full),
         ("wide", "compiled", "int8", 512),
-        ("wide", "compiled", "32", 128),
-        ("deep", "torch", "k8v4", 64),
-        ("wide", "torch", "16", 512),
+        pytest.param("wide", "compiled", "32", 128, marks=pytest.mark.full),
+        pytest.param("deep", "torch", "k8v4", 64, marks=pytest.mark.full),
+        pytest.param("wide", "torch", "16", 512, marks=pytest.mark.full),
     ],
 )
 def test_the_plan_is_what_a_process_takes(
@@ -155,7 +155,10 @@ def test_the_plan_counts_what_sparse_prefill_takes(folders: dict[str, Path]) -> 
 @pytest.mark.parametrize(
     ("kernels", "kv", "chunk_size", "short"),
     # The slow reference finds some room in what its libraries hold since the warm-up.
-    [("compiled", "int4", 256, 0.95), ("torch", "int4", 128, 0.9)],
+    [
+        ("compiled", "int4", 256, 0.95),
+        pytest.param("torch", "int4", 128, 0.9, marks=pytest.mark.full),
+    ],
 )
 def test_a_limit_at_the_plan_is_enough_and_below_it_is_not(
     folders: dict[str, Path], kernels: str, kv: str, chunk_size: int, short: float
@@ -216,6 +219,7 @@ def test_blocks_are_placed_where_they_have_room(folders: dict[str, Path]) -> Non
         placed(Free(300 * 2**20), kv_device_memory=8 * 2**20)
 
 
+@pytest.mark.full
 @linux
 @pytest.mark.real
 @pytest.mark.slow
@@ -227,6 +231,7 @@ def test_the_real_model(folders: dict[str, Path], smollm2_path: Path, kernels: s
     assert found["resident"] <= planned <= (1 + SHARE) * found["resident"], (planned, found)
 
 
+@pytest.mark.full
 @linux
 @pytest.mark.slow
 def test_the_real_model_with_digests(

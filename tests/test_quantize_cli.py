@@ -146,6 +146,7 @@ def test_options_say_what_the_package_does():
     assert (defaults.num_samples, defaults.num_tokens) == (quantize_options._SAMPLES, quantize_options._TOKENS)
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_smollm2_in_four_bits_still_answers(
     tmp_path: Path, smollm2_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -157,6 +157,7 @@ def test_what_cannot_be_measured_is_refused(words: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_a_real_model_finds_needles_in_documentation(
     tmp_path: Path, smollm2_path: Path, capsys: pytest.CaptureFixture[str]

@@ -219,6 +219,7 @@ def test_what_cannot_be_meant_is_refused(words: list[str], message: str, capsys:
 NEEDLE = "Dr Halloran keeps the spare key of the observatory under a blue flower pot."
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_a_real_model_finds_a_needle_in_a_text_three_times_its_reach(
     tmp_path: Path, smollm2_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

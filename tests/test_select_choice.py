@@ -53,6 +53,7 @@ def test_wrong_budgets_are_refused(wrong: str) -> None:
         selection_budget(wrong, 2**20)
 
 
+@pytest.mark.full
 def test_answers_do_not_depend_on_where_blocks_lie(smollm2_path: Path) -> None:
     """Read 900 tokens, answer: dense equals dense, selected equals selected, to the last bit of the logits."""
     token_ids = load_tokenizer(open_model(smollm2_path)).encode(sample_text())[:900]
@@ -70,6 +71,7 @@ def test_answers_do_not_depend_on_where_blocks_lie(smollm2_path: Path) -> None:
     assert not torch.equal(states["off", True], states["128", True])  # something was left out
 
 
+@pytest.mark.full
 def test_channels_are_found_once_and_belong_together(smollm2_path: Path, tmp_path: Path) -> None:
     source = open_model(smollm2_path)
     engine = engine_of(smollm2_path, select="256")

@@ -234,6 +234,7 @@ def test_lists_are_made_anew_when_they_must(kernels: str) -> None:
     assert (selection.made_at == -1).all()
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("outer", ["memory", "disk"])
 @pytest.mark.parametrize("slots", [0, 3, 7])

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from tests.test_triton_engine import engines, few_programs, ids  # noqa: F401  a fixture that must be seen here
 
 
-@pytest.mark.parametrize("kv", ["k8v4", "fp8"])
+@pytest.mark.parametrize("kv", ["k8v4", pytest.param("fp8", marks=pytest.mark.full)])
 def test_a_context_goes_over_to_another_engine(kv: str) -> None:
     first, second = engines(kv=kv)[0], engines(kv=kv)[0]
     first.step(ids(150))

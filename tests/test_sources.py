@@ -69,6 +69,7 @@ def tokens(count: int, seed: int) -> list[int]:
     return torch.randint(3, 320, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("kernels", ["torch", "compiled"])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("kv", "tolerance"), [("32", 2e-5), ("k8v4", 2e-3)])

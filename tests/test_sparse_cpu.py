@@ -86,6 +86,7 @@ def stored(cache: DuoCache, layer: int, which: str) -> Tensor:
     return decoded.view(table.shape[0], -1, cache.layout.head_dim)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("num_threads", THREADS)
 @pytest.mark.parametrize("kv", KV_FORMATS)
 @pytest.mark.parametrize(("head_dim", "group", "block_size"), [(64, 3, 64), (16, 1, 32), (128, 4, 128), (80, 2, 64)])
@@ -138,6 +139,7 @@ def test_block_weights_against_dense(kv: str, head_dim: int, group: int, block_s
     torch.testing.assert_close(lse, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("kv", ["32", "k8v4", "int4"])
 @pytest.mark.parametrize(("group", "tile", "start"), [(3, 64, 600), (1, 128, 577), (4, 32, 640), (5, 16, 601)])
 @pytest.mark.parametrize("sink_size", [0, 16, 70])

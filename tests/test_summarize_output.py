@@ -350,7 +350,7 @@ def test_only_what_is_new_is_done_and_the_order_is_that_of_the_inputs(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+@pytest.mark.parametrize("ending", ["jsonl", pytest.param("csv", marks=pytest.mark.full)])
 def test_killed_at_any_moment_nothing_is_lost_and_nothing_done_twice(tmp_path: Path, ending: str) -> None:
     """A job over 24 files, killed 6 times after a seeded number of events plus a seeded moment, then left to end."""
     model, folder = tmp_path / "model", tmp_path / "in"

@@ -68,6 +68,7 @@ def feed(cache: DuoCache, seed: int, cuts: list[int]) -> Tensor:
     return torch.cat(seen)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("outer", ["memory", "disk"])
 @pytest.mark.parametrize("slots", [0, 1, 5, BLOCKS - 1])
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -182,6 +182,7 @@ CASES = [
 ]
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", COMPUTE_DTYPES)
 @pytest.mark.parametrize(("kv", "head_dim", "block_size", "sink_size", "recent_size", "start", "group"), CASES)
 def test_ring_and_block_and_queries(

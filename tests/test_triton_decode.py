@@ -206,6 +206,7 @@ def test_decode_equals_the_oracle(
         check(cache, k, v, splits=splits)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize("start", [128, 255, 256, 257, 400])
 def test_block_sizes(block_size: int, start: int) -> None:
@@ -245,6 +246,7 @@ def test_a_head_without_visible_blocks_is_exact_and_splits_do_not_matter() -> No
     assert torch.equal(alone, check(streaming, k, v, splits=1))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("kv", KV_FORMATS)
 @pytest.mark.parametrize("magnitude", [1e-7, 1e-4, 1e4])
 def test_values_of_any_magnitude_keep_their_precision(kv: str, magnitude: float) -> None:
@@ -272,6 +274,7 @@ SCORES = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("kv", ["32", "int8", "int4"])
 @pytest.mark.parametrize("name", SCORES)
 def test_softmax_extremes(name: str, kv: str) -> None:

@@ -133,7 +133,9 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(linear, "_WARPS_WANTED", 1)
 
 
-@pytest.mark.parametrize(("packing", "dtype"), [("Q4_1", COMPUTE_DTYPES[0]), ("AWQ", COMPUTE_DTYPES[-1])])
+@pytest.mark.parametrize(
+    ("packing", "dtype"), [("Q4_1", COMPUTE_DTYPES[0]), pytest.param("AWQ", COMPUTE_DTYPES[-1], marks=pytest.mark.full)]
+)
 def test_prefill_and_decode_are_the_float64_path(packing: str, dtype: torch.dtype) -> None:
     engine, reference = engines(packing, dtype=dtype)
     tokens = ids(193)

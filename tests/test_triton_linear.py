@@ -102,6 +102,7 @@ def test_every_column_is_the_weight_as_decoded(name: str) -> None:
         assert bool(((got[0].double() - values[:, i]).abs() <= 2.0**-20 * values[:, i].abs()).all())
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", COMPUTE_DTYPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_equal_float64(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +115,7 @@ def test_products_equal_float64(name: str, dtype: torch.dtype, monkeypatch: pyte
             assert_near(got, x.double() @ values.T, x, values)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 @pytest.mark.parametrize("name", ["AWQ", "Q8_0"])
 def test_layers_with_bias_share_a_launch(name: str, num_rows: int) -> None:
@@ -149,6 +151,7 @@ def test_layers_of_different_kinds(num_rows: int) -> None:
         assert_near(got, x.double() @ values.T + (0.0 if bias is None else bias.double()), x, values)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 @pytest.mark.parametrize("name", ["Q4_1", "AWQ"])
 def test_residual_is_added(name: str, num_rows: int) -> None:
@@ -160,6 +163,7 @@ def test_residual_is_added(name: str, num_rows: int) -> None:
     assert_near(got, x.double() @ values.T + residual.double(), x, values)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", COMPUTE_DTYPES, ids=str)
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
@@ -174,6 +178,7 @@ def test_fused_norm_is_the_norm(name: str, num_rows: int, dtype: torch.dtype) ->
         assert_near(got, exact @ values.T, exact.to(dtype), values)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", COMPUTE_DTYPES, ids=str)
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 @pytest.mark.parametrize("kinds", [("AWQ", "AWQ"), ("Q4_1", "Q4_1"), ("Q8_0", "Q8_0"), ("Q4_0", "Q8_0")], ids=str)

@@ -201,6 +201,7 @@ def check_band(context: Context, start: int, end: int) -> None:
     assert_lse(lse, wanted_lse, tolerance=5e-5)  # products of the inputs are exact
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", COMPUTE_DTYPES)
 @pytest.mark.parametrize(
     ("head_dim", "group"), [(64, 1), (64, 3), (80, 4), (96, 3), (96, 8), (128, 1), (128, 4), (256, 2)]
@@ -211,6 +212,7 @@ def test_band_equals_the_oracle(head_dim: int, group: int, dtype: torch.dtype) -
     check_band(context, 180, 217)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("recent_size", RECENTS)
 @pytest.mark.parametrize("sink_size", SINKS)
 def test_band_at_the_edges_of_sinks_and_windows(sink_size: int, recent_size: int) -> None:
@@ -246,6 +248,7 @@ def check(context: Context, start: int, end: int, *, route: str, tolerance: floa
     assert_near(out, wanted, size, tolerance=tolerance)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dtype", COMPUTE_DTYPES)
 @pytest.mark.parametrize("kv", KV_FORMATS)
@@ -270,6 +273,7 @@ SHAPES = [  # head_dim, group, format, retrieval heads
 ]
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("head_dim", "group", "kv", "retrieval"), SHAPES)
 def test_shapes_of_heads(head_dim: int, group: int, kv: str, retrieval: tuple[bool, ...], route: str) -> None:
@@ -284,6 +288,7 @@ def test_layers_of_one_class_of_heads() -> None:
     assert blocks_attention(make(300, retrieval=(False,)).cache, make(300, retrieval=(False,)).q[:9], 280) is None
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("sink_size", "recent_size"), [(0, 1), (1, 128), (64, 16), (70, 256), (70, 130)])
 def test_blocks_at_the_edges_of_sinks_and_windows(sink_size: int, recent_size: int, route: str) -> None:
@@ -301,6 +306,7 @@ def test_blocks_at_the_edges_of_sinks_and_windows(sink_size: int, recent_size: i
         check(context, start, end, route=route)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 def test_block_sizes(block_size: int, route: str) -> None:
@@ -398,6 +404,7 @@ def test_log_sum_exps_of_every_shape() -> None:
         assert torch.equal(unpadded(shape, 5), lse[0])
 
 
+@pytest.mark.cover(1)
 @pytest.mark.skipif(INTERPRETED, reason="hours in the interpreter")
 @pytest.mark.parametrize("kv", KV_FORMATS)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])

@@ -87,6 +87,7 @@ def selection_of(cache: LayerCache) -> LayerSelection:
 # --- digests ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(
     ("kv", "head_dim", "block_size"),
     [(kv, 64, 64) for kv in KV_FORMATS]
@@ -221,6 +222,7 @@ def check_weights(cache: LayerCache, q: Tensor, q_blocks: Tensor, row: int, foun
     return weights
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(
     ("kv", "head_dim", "block_size", "group", "sink_size", "start", "budget"),
     [
@@ -541,6 +543,7 @@ def listed_oracle(cache: LayerCache, q: Tensor, q_blocks: Tensor, k: Tensor, v: 
     return dense, size
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(
     ("kv", "head_dim", "block_size", "sink_size", "start", "budget", "splits"),
     [

@@ -37,6 +37,7 @@ def parts(context: Context, start: int, end: int) -> tuple[Tensor, Tensor, Tenso
     return q * cache.head_dim**-0.5, keys, values, (j >= cache.sink_size) & (i - j >= cache.recent_size)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("kv", ["16", "fp8", "k8v4", "int4"])
 @pytest.mark.parametrize(("head_dim", "group", "sink_size"), [(64, 3, 0), (128, 4, 16), (80, 1, 70)])
 def test_block_scores_against_dense(kv: str, head_dim: int, group: int, sink_size: int) -> None:
@@ -55,6 +56,7 @@ def test_block_scores_against_dense(kv: str, head_dim: int, group: int, sink_siz
     assert bool((wanted[..., -1] == float("-inf")).any()) and bool(wanted[..., -1].isfinite().any())
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("kv", ["16", "fp8", "k8v4", "int4"])
 @pytest.mark.parametrize(("head_dim", "group", "tile"), [(64, 3, 32), (128, 4, 16), (96, 2, 64)])
 def test_attention_over_any_blocks_against_dense(kv: str, head_dim: int, group: int, tile: int) -> None:
@@ -82,6 +84,7 @@ def test_attention_over_any_blocks_against_dense(kv: str, head_dim: int, group: 
     assert bool((got_lse[0, :, :tile] == float("-inf")).all())
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("kv", ["k8v4", "int4"])
 @pytest.mark.parametrize(("start", "end"), [(256, 480), (301, 470), (0, 300), (470, 490)])
 def test_chunks_choose_what_the_torch_reference_does(kv: str, start: int, end: int) -> None:

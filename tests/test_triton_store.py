@@ -98,6 +98,7 @@ def assert_records(cache: LayerCache, k: Tensor, v: Tensor) -> None:
     assert bool((cache.records[free] == 0xFF).all()), "a free record was written"
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", COMPUTE_DTYPES)
 @pytest.mark.parametrize(("kv", "head_dim"), [(kv, 64) for kv in KV_FORMATS] + [(kv, 96) for kv in ("int8", "int4")])
 def test_records_are_those_of_encode_blocks(kv: str, head_dim: int, dtype: torch.dtype) -> None:
@@ -107,6 +108,7 @@ def test_records_are_those_of_encode_blocks(kv: str, head_dim: int, dtype: torch
     assert_records(cache, k, v)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(("block_size", "head_dim"), [(16, 128), (32, 80), (64, 256), (128, 128)])
 @pytest.mark.parametrize("kv", ["k8v4", "fp8"])
 def test_sizes_of_blocks_and_heads(kv: str, block_size: int, head_dim: int) -> None:
@@ -117,6 +119,7 @@ def test_sizes_of_blocks_and_heads(kv: str, block_size: int, head_dim: int) -> N
     assert_records(cache, k, v)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("sink_size", [0, 1, 64, 70, 400])
 @pytest.mark.parametrize("recent_size", [128, 200])
 def test_the_ring_holds_what_the_reference_writes(sink_size: int, recent_size: int) -> None:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -23,13 +24,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cover(n): of its cases, make test runs some with all combinations of n values")
 
 
+def is_full(config: pytest.Config, file: Path) -> bool:
+    """Return whether everything of a test file is wanted."""
+    return any(fnmatch(file.name, glob) for glob in config.getoption("full"))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    full = config.getoption("full")
     left_out: set[pytest.Item] = set()
     covered: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if any(fnmatch(item.path.name, glob) for glob in full):
+        if is_full(config, item.path):
             continue
         if item.get_closest_marker("full"):
             left_out.add(item)

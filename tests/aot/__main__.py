@@ -1,6 +1,6 @@
 """Print what every GPU kernel needs on every architecture, compiled here and now, without a GPU.
 
-python -m tests.aot [--full] [--arch 80 90] [--only TEXT] [--json FILE] [--toys] [--jobs N]
+python -m tests.aot [--matrix few|usual|all] [--arch 80 90] [--only TEXT] [--json FILE] [--toys] [--jobs N]
 
 Exit code 1 if anything is over a limit, 2 if it cannot run.
 """
@@ -21,7 +21,7 @@ from typing import Any
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.aot", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--full", action="store_true", help="every shape and format on every architecture: many minutes"
+        "--matrix", choices=("few", "usual", "all"), default="usual", help="which shapes and formats; all: many minutes"
     )
     parser.add_argument("--arch", type=int, nargs="+", help="only these architectures: 80, 86, 89, 90")
     parser.add_argument("--only", metavar="TEXT", help="only kernels whose name has TEXT in it")
@@ -60,7 +60,7 @@ def report(arguments: argparse.Namespace) -> int:
     recorder, toys = Recorder(), Recorder()
     kernels, failed = cases.kernels()
     failed_toys: dict[str, str] = {}
-    for case in cases.all_cases(full=arguments.full):
+    for case in cases.all_cases(arguments.matrix):
         try:
             recorder.run(case.name, case.run, case.architectures)
         except Exception as error:  # noqa: BLE001 - one operation that fails must not hide the others
@@ -89,15 +89,21 @@ def report(arguments: argparse.Namespace) -> int:
     rows = build.compile_all(everything, jobs=arguments.jobs, progress=progress, known=known)
     rows, toy_rows = rows[: len(launches)], rows[len(launches) :]
     if arguments.toys:
-        (crash,) = build.compile_all(list(warm.launches.values()), jobs=1, compile_one=lambda launch: os.abort())
+        (crash,) = build.compile_all(list(warm.launches.values()), jobs=1, compile_one=_abort)
         toy_rows.append(crash | {"cases": ["crash"]})
-    for row in [*rows, *toy_rows]:
+    toys_again: list[dict[str, Any]] = []
+    if arguments.toys:
+        known.save(copy := Path(os.environ["TRITON_CACHE_DIR"], "known.json"))
+        toys_again = build.compile_all(list(toys.launches.values()), jobs=1, known=Known(copy), compile_one=_abort)
+        toys_again = [row for row in toys_again if not row["compiled"]]
+    for row in [*rows, *toy_rows, *toys_again]:
         row["problems"] = problems(row, cases.REGISTER_LIMITS)
     whole = {
         "triton": triton.__version__,
         "seconds": round(time.monotonic() - began, 1),
         "rows": rows,
         "toys": toy_rows,
+        "toys_again": toys_again,
         "failed_toys": failed_toys,
         "failed_cases": failed,
         "unused_kernels": unused,
@@ -163,6 +169,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         for line in (head, *lines)
     )
     return "\n".join(text)
+
+
+def _abort(launch: object) -> dict[str, Any]:
+    os.abort()
 
 
 def _progress(total: int) -> Callable[[int], None]:

@@ -103,18 +103,24 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
 
 
-def all_cases(*, full: bool) -> Iterator[Case]:
-    """Yield the cases of CI, or all of them."""
+def all_cases(matrix: str) -> Iterator[Case]:
+    """Yield the cases of a matrix: "few" is for every change, "usual" for changes of kernels, "all" for by hand."""
+    yield from {"few": few_cases, "usual": usual_cases, "all": every_case}[matrix]()
+
+
+def every_case() -> Iterator[Case]:
+    """Yield every shape and format on every architecture: many minutes."""
+    for model in MODELS:
+        for dtype in (torch.bfloat16, torch.float16):
+            yield from attention_cases(model, KV_FORMATS, dtype=dtype)
+            for weights in WEIGHTS:
+                for biased in (False, True):
+                    yield from layer_cases(model, weights, dtype=dtype, biased=biased, tokens=(1, 2, 20, 64, 1000))
+
+
+def usual_cases() -> Iterator[Case]:
+    """Yield all that the most common shapes meet, everywhere; of others, what is compiled differently for them."""
     bf16, f16, ends = torch.bfloat16, torch.float16, (80, 90)
-    if full:
-        for model in MODELS:
-            for dtype in (bf16, f16):
-                yield from attention_cases(model, KV_FORMATS, dtype=dtype)
-                for weights in WEIGHTS:
-                    for biased in (False, True):
-                        yield from layer_cases(model, weights, dtype=dtype, biased=biased, tokens=(1, 2, 20, 64, 1000))
-        return
-    # Everything that the most common shapes meet, everywhere; of other shapes, what is compiled differently for them.
     yield from attention_cases(LLAMA, KV_FORMATS, dtype=bf16, chunks=CHUNKS[:1])
     yield from attention_cases(LLAMA, ("int4",), dtype=bf16, chunks=CHUNKS[1:], architectures=ends)
     yield from layer_cases(LLAMA, "awq-g128", dtype=bf16, tokens=(*TOKENS, 64))
@@ -124,6 +130,17 @@ def all_cases(*, full: bool) -> Iterator[Case]:
     yield from layer_cases(QWEN, "Q4_0", dtype=bf16, biased=True, operations=("qkv",), architectures=ends)
     for model in (PHI, GEMMA):
         yield from attention_cases(model, ("int4", "16"), dtype=bf16, chunks=CHUNKS[:1], architectures=ends)
+
+
+def few_cases() -> Iterator[Case]:
+    """Yield one model with every KV format where registers are scarcest, and on the newest what CI's GPU users run."""
+    bf16, old, new = torch.bfloat16, (80,), (90,)
+    yield from attention_cases(LLAMA, KV_FORMATS, dtype=bf16, chunks=CHUNKS[:1], contexts=(2048,), architectures=old)
+    yield from attention_cases(LLAMA, ("int4",), dtype=bf16, chunks=CHUNKS[:1], contexts=(2048,), architectures=new)
+    yield from layer_cases(LLAMA, "awq-g128", dtype=bf16, architectures=(80, 90))
+    yield from layer_cases(SMOLLM2, "Q4_1", dtype=bf16, operations=("qkv",), architectures=old)
+    yield from layer_cases(SMOLLM2, "Q8_0", dtype=torch.float16, operations=("qkv",), architectures=old)
+    yield from attention_cases(GEMMA, ("int4",), dtype=bf16, chunks=CHUNKS[:1], contexts=(2048,), architectures=old)
 
 
 def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -269,13 +286,14 @@ def attention_cases(
     *,
     dtype: torch.dtype,
     chunks: Sequence[tuple[int, int]] = CHUNKS,
+    contexts: Sequence[int] = SELECTED_BLOCKS,
     architectures: tuple[int, ...] = ARCHITECTURES,
 ) -> Iterator[Case]:
     """Yield what `duolocal.cache.gpu_path` does: one token, and chunks of a prompt, in every KV format given."""
     for kv in formats:
         name = f"{model.name} {str(dtype).removeprefix('torch.')} {kv}"
         yield Case(f"{name} decode", partial(decode, model, kv, dtype), architectures)
-        for max_blocks in SELECTED_BLOCKS if kv in SELECTED_FORMATS else ():
+        for max_blocks in contexts if kv in SELECTED_FORMATS else ():
             run = partial(decode_selected, model, kv, dtype, max_blocks)
             yield Case(f"{name} selected decode of {max_blocks} blocks", run, architectures)
         for n, start in chunks:

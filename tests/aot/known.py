@@ -37,14 +37,14 @@ class Known:
         if outcome.get("error") is None:
             self.outcomes[key] = outcome
 
-    def save(self) -> None:
+    def save(self, file: Path | None = None) -> None:
         """Write what is known; a folder that cannot be written only costs the next run its time."""
-        kept = dict(list(self.outcomes.items())[-_KEPT:])
-        half = self.file.with_name(f"{self.file.name}.{os.getpid()}")
+        file = file or self.file
+        half = file.with_name(f"{file.name}.{os.getpid()}")
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            half.write_text(json.dumps(kept))
-            half.replace(self.file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            half.write_text(json.dumps(dict(list(self.outcomes.items())[-_KEPT:])))
+            half.replace(file)
         except OSError:
             return
 
