@@ -20,7 +20,6 @@ os.environ.setdefault("OMP_PROC_BIND", "true")  # two threads on one core would 
 import torch
 
 from duolocal.bench.machine import machine_facts
-from duolocal.bench.synthetic import fill_with_random_tokens
 from duolocal.cache import DuoCache
 from duolocal.cache.compiled_path import CompiledPath
 from duolocal.heads import uniform_plan
@@ -28,6 +27,7 @@ from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.sparse import Chosen, SparsePrefill, blocks_seen
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
+from duolocal.models.synthetic import fill_with_random_tokens
 from duolocal.quant.kv import kv_layout
 from duolocal.settings import parse_tokens
 

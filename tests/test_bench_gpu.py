@@ -20,7 +20,6 @@ from duolocal.bench.gpu import floors, sizes, suite
 from duolocal.bench.gpu.correctness import read_junit, run_files
 from duolocal.bench.gpu.measure import Bench, Ceilings, changed, poisoned
 from duolocal.bench.gpu.prefill import interpolated
-from duolocal.bench.gpu.random_model import random_int4, random_weights
 from duolocal.bench.gpu.suite import (
     SECTIONS,
     Section,
@@ -33,7 +32,10 @@ from duolocal.bench.gpu.suite import (
 )
 from duolocal.engine.engine import Engine
 from duolocal.errors import DuoLocalError
+from duolocal.heads import HeadPlan
 from duolocal.kernels.torch_kernels import TorchKernels
+from duolocal.models.assemble import assemble
+from duolocal.models.synthetic import RandomTensors, random_int4
 from duolocal.models.transformer import Transformer
 from duolocal.terminal.bench_gpu_view import render
 from tests.triton_device import COMPUTE_DTYPES, DEVICE, INTERPRETED
@@ -198,9 +200,12 @@ def test_hidden_states_stay_finite_and_of_size_one() -> None:
     from dataclasses import replace
 
     config = replace(sizes.TINY.config, num_layers=16, hidden_size=256, intermediate_size=512, num_heads=16)
-    weights = random_weights(config, group_size=32, device=torch.device("cpu"), dtype=torch.float32, seed=1)
-    transformer = Transformer(config, weights, context=64, device=torch.device("cpu"), dtype=torch.float32)
-    plan = importlib.import_module("duolocal.bench.gpu.random_model").half_retrieval(16, 2, sink_size=4, recent_size=16)
+    device, dtype = torch.device("cpu"), torch.float32
+    weights = assemble(
+        config, RandomTensors("INT4", "F32", group_size=32, device=device, seed=1), device=device, dtype=dtype
+    )
+    transformer = Transformer(config, weights, context=64, device=device, dtype=dtype)
+    plan = HeadPlan(((True, False),) * 16, sink_size=4, recent_size=16, source="test")
     engine = Engine.build(transformer, plan, kv="int4", chunk_size=16)
     logits = engine.logits(list(range(40)))
     assert logits.isfinite().all() and 0.01 < float(logits.std()) < 10
@@ -219,12 +224,11 @@ def test_the_real_sizes_come_to_the_known_bytes() -> None:
 
 @needs_triton
 def test_bytes_of_a_layer_are_those_of_an_engine() -> None:
-    from duolocal.bench.gpu.engines import engine_for, fill
+    from duolocal.bench.gpu.engines import bench_weights, engine_for, fill
     from duolocal.bench.gpu.layers import read_bytes
 
     bench = bench_of([])
-    weights = random_weights(sizes.TINY.config, group_size=32, device=DEVICE, dtype=bench.dtype, seed=0)
-    engine = engine_for(bench, weights, heads="50%", context=640)
+    engine = engine_for(bench, bench_weights(bench), heads="50%", context=640)
     for tokens in (0, 3, 30, 127, 200, 600):
         fill(engine, tokens, seed=1)
         assert engine.position == tokens

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from duolocal.bench.synthetic import fill_with_random_tokens
 from duolocal.cache import DuoCache
 from duolocal.heads import HeadPlan
 from duolocal.kernels.blocks import decode_blocks, hadamard
+from duolocal.models.synthetic import fill_with_random_tokens
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from tests.oracle import oracle_attention
 

@@ -1,6 +1,6 @@
 """Decode of one model in several ways, in turns: all blocks or selected ones, in memory or beyond it.
 
-The cache is filled with random numbers (`bench.synthetic`): what is measured is time, and whether two ways compute the
+The cache is filled with random numbers (`models.synthetic`): what is measured is time, and whether two ways compute the
 same to the last bit. Which blocks matter to a text is not measured here.
 """
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from duolocal.bench.synthetic import fill_with_random_tokens
 from duolocal.bench.timing import Spread, spread
 from duolocal.cache import CacheMemory
 from duolocal.engine.engine import Engine
+from duolocal.models.synthetic import fill_with_random_tokens
 from duolocal.sampling import Sampling
 
 FIRST_ID = 1  # what is decoded from; any id does

@@ -18,18 +18,17 @@ import torch
 
 from duolocal.cache import DuoCache
 from duolocal.heads import uniform_plan
-from duolocal.kernels.blocks import BlockLayout, encode_blocks
+from duolocal.kernels.blocks import BlockLayout
 from duolocal.kernels.interface import Kernels
 from duolocal.models.assemble import TensorSource, assemble
 from duolocal.models.config import ModelConfig
+from duolocal.models.synthetic import RandomTensors, fill_with_random_tokens
 from duolocal.models.transformer import Transformer
-from duolocal.models.weights import LayerWeights, ModelWeights
+from duolocal.models.weights import ModelWeights
 from duolocal.paths import cache_folder
 from duolocal.plan.duration import Rates
 from duolocal.plan.weights import AWQ_GROUP
-from duolocal.quant.awq import AWQWeight
-from duolocal.quant.gguf_pack import quantize_rows
-from duolocal.quant.weight import DenseWeight, Linear, Weight
+from duolocal.quant.weight import Weight
 
 VERSION = 1  # of what is measured: figures of another one are not taken
 CHUNK = 128  # tokens
@@ -38,7 +37,6 @@ LEAST_BYTES = 96 << 20  # of weights: more than a processor's caches hold
 _OUTPUT_ROWS = 8192
 _DISTINCT_BLOCKS = 64
 _REPEATS = 3
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,8 @@ def sample_model(
     cut = replace(config, num_layers=count)
     if tensors is None:
         cut = replace(cut, vocab_size=_OUTPUT_ROWS, tie_embeddings=True, bos_id=None, eos_ids=())
-        weights = _random_weights(cut, layer_format, outer_format, device=device, dtype=dtype, arrange=arrange)
-    else:
-        weights = assemble(cut, tensors, device=device, dtype=dtype, arrange=arrange)
+        tensors = RandomTensors(layer_format, outer_format, group_size=AWQ_GROUP, device=device)
+    weights = assemble(cut, tensors, device=device, dtype=dtype, arrange=arrange)
     outer = {id(weights.embedding), id(weights.lm_head)}
     matrices = [matrix for matrix in weights.matrices() if id(matrix) not in outer]
     return Sample(
@@ -121,7 +118,8 @@ def measure_rates(
         ids = torch.arange(count, device=device) % config.vocab_size
         positions = torch.arange(start, start + count, device=device)
         for _ in range(_REPEATS + 1):  # the first one loads what it touches
-            _fill(cache, layout, start)
+            cache.reset()
+            fill_with_random_tokens(cache, start, seed=0, distinct_blocks=_DISTINCT_BLOCKS)
             _wait(device)
             began_s = time.perf_counter()
             cache.begin(count)
@@ -221,82 +219,3 @@ def _difference(far_s: float, near_s: float) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _fill(cache: DuoCache, layout: BlockLayout, num_tokens: int) -> None:
-    """Bring a cache to `num_tokens` random tokens."""
-    cache.reset()
-    num_blocks = num_tokens // layout.block_size
-    cache.pool.grow(num_blocks)
-    if num_blocks:
-        generator = torch.Generator().manual_seed(0)
-        shape = (_DISTINCT_BLOCKS, layout.block_size, layout.head_dim)
-        keys, values = (torch.randn(shape, generator=generator).to(cache.device) for _ in range(2))
-        blocks = encode_blocks(keys, values, layout)
-        entries = cache.pool.table[:, :num_blocks].reshape(-1)
-        chosen = torch.randint(_DISTINCT_BLOCKS, entries.shape, generator=generator).to(cache.device)
-        cache.pool.put(entries, blocks[chosen])
-    cache.ring.data.normal_()
-    cache.num_tokens = num_tokens
-
-
-def _random_weights(
-    config: ModelConfig,
-    layer_format: str,
-    outer_format: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    arrange: Callable[[Weight], Weight] | None,
-) -> ModelWeights:
-    generator = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int, name: str) -> Weight:
-        weight = _random_matrix(rows, columns, name, generator, device)
-        return weight if arrange is None else arrange(weight)
-
-    def linear(rows: int, columns: int, bias: bool = False) -> Linear:
-        added = torch.zeros(rows, dtype=dtype, device=device) if bias else None
-        return Linear(matrix(rows, columns, layer_format), added)
-
-    def ones(size: int) -> torch.Tensor:
-        return torch.ones(size, dtype=dtype, device=device)
-
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layers = tuple(
-        LayerWeights(
-            attention_norm=ones(hidden),
-            q_proj=linear(q_size, hidden, config.qkv_bias),
-            k_proj=linear(kv_size, hidden, config.qkv_bias),
-            v_proj=linear(kv_size, hidden, config.qkv_bias),
-            o_proj=linear(hidden, q_size, config.o_bias),
-            mlp_norm=ones(hidden),
-            gate_proj=linear(inner, hidden, config.mlp_bias),
-            up_proj=linear(inner, hidden, config.mlp_bias),
-            down_proj=linear(hidden, inner, config.mlp_bias),
-            q_norm=ones(config.head_dim) if config.qk_norm else None,
-            k_norm=ones(config.head_dim) if config.qk_norm else None,
-        )
-        for _ in range(config.num_layers)
-    )
-    outer = matrix(config.vocab_size, hidden, outer_format)
-    return ModelWeights(embedding=outer, layers=layers, norm=ones(hidden), lm_head=outer)
-
-
-def _random_matrix(rows: int, columns: int, name: str, generator: torch.Generator, device: torch.device) -> Weight:
-    if name == "AWQ":
-        group = AWQ_GROUP if columns % AWQ_GROUP == 0 else columns
-        codes = (
-            torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
-            for shape in ((columns, rows // 8), (columns // group, rows // 8))
-        )
-        qweight, qzeros = codes
-        scales = torch.full((columns // group, rows), columns**-0.5 / 8, dtype=torch.float16)
-        return AWQWeight(qweight.to(device), qzeros.to(device), scales.to(device))
-    values = torch.randn(rows, columns, generator=generator).mul_(columns**-0.5)
-    if name in _DTYPES:
-        return DenseWeight(values.to(_DTYPES[name]).to(device))
-    # Formats that nobody packs here are as fast as the one of as many bits that somebody does.
-    packed = "Q8_0" if name in ("Q8_0", "Q6_K", "INT8") else "Q4_1"
-    return quantize_rows(DenseWeight(values), packed, device=device)  # type: ignore[arg-type]

@@ -7,9 +7,9 @@ not in it.
 import torch
 
 from duolocal.bench.gpu.decode import measure
+from duolocal.bench.gpu.engines import bench_weights
 from duolocal.bench.gpu.measure import Bench
 from duolocal.bench.gpu.prefill import one
-from duolocal.bench.gpu.random_model import bench_weights
 
 
 def run(bench: Bench) -> None:

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 
 from duolocal.bench.decode import bytes_per_token
-from duolocal.bench.gpu.engines import engine_for, fill, reserved_for, room_to_decode, tokens_s, warm_tokens
+from duolocal.bench.gpu.engines import (
+    bench_weights,
+    engine_for,
+    fill,
+    reserved_for,
+    room_to_decode,
+    tokens_s,
+    warm_tokens,
+)
 from duolocal.bench.gpu.measure import Bench
-from duolocal.bench.gpu.random_model import bench_weights
 from duolocal.bench.timing import spread
 from duolocal.engine.engine import Engine
 from duolocal.models.weights import ModelWeights

@@ -6,19 +6,18 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from duolocal.bench.gpu.measure import Bench
-from duolocal.bench.gpu.random_model import all_retrieval, half_retrieval
-from duolocal.bench.synthetic import fill_with_random_tokens
 from duolocal.cache import ON_DEVICE, Placement
 from duolocal.cache.selection import SelectionPolicy
 from duolocal.engine.engine import Engine
 from duolocal.heads import HeadPlan
 from duolocal.kernels.gpu.operations import TritonKernels
+from duolocal.models.assemble import assemble
+from duolocal.models.synthetic import DENSE, RandomTensors, fill_with_random_tokens
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import ModelWeights
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE
 from duolocal.sampling import Sampling
 
-PLANS = {"50%": half_retrieval, "all": all_retrieval}
 WARM_TOKENS = 4  # the first token's step, the first of its kind, the capture, one replay
 
 
@@ -33,7 +32,7 @@ def engine_for(
     placement: Placement = ON_DEVICE,
     select: SelectionPolicy | None = None,
 ) -> Engine:
-    """Return an engine with room for `context` tokens; heads: a name of PLANS."""
+    """Return an engine with room for `context` tokens; heads: as of `plan_of`."""
     transformer = Transformer(
         bench.sizes.config,
         weights,
@@ -47,11 +46,20 @@ def engine_for(
 
 
 def plan_of(bench: Bench, heads: str) -> HeadPlan:
-    """Return the plan that PLANS has under this name."""
+    """Return the plan in which every other KV head of every layer is a retrieval head ("50%"), or every one ("all")."""
     sizes, config = bench.sizes, bench.sizes.config
-    return PLANS[heads](
-        config.num_layers, config.num_kv_heads, sink_size=sizes.sink_size, recent_size=sizes.recent_size
-    )
+    flags = tuple(heads == "all" or head % 2 == 0 for head in range(config.num_kv_heads))
+    source = "all heads retrieval" if heads == "all" else "every other head"
+    return HeadPlan((flags,) * config.num_layers, sizes.sink_size, sizes.recent_size, source)
+
+
+def bench_weights(bench: Bench) -> ModelWeights:
+    """Return the suite's model: random 4-bit matrices; embedding, lm_head and norms in the compute dtype."""
+    outer = next(name for name, dtype in DENSE.items() if dtype == bench.dtype)
+    tensors = RandomTensors("INT4", outer, group_size=bench.sizes.group_size, device=bench.device, seed=bench.seed)
+    weights = assemble(bench.sizes.config, tensors, device=bench.device, dtype=bench.dtype)
+    bench.synchronize()
+    return weights
 
 
 def fill(engine: Engine, num_tokens: int, *, seed: int) -> None:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from duolocal.bench.gpu.floors import attention_read_bytes
 from duolocal.bench.gpu.measure import Bench
-from duolocal.bench.synthetic import fill_with_random_tokens
 from duolocal.cache import DuoCache
 from duolocal.cache.gpu_path import GpuPath
 from duolocal.heads import HeadPlan
 from duolocal.kernels.gpu.layer_cache import LayerCache
 from duolocal.kernels.gpu.operations import TritonKernels
+from duolocal.models.synthetic import fill_with_random_tokens
 from duolocal.quant.kv import kv_layout
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from duolocal.bench.gpu.sizes import Sizes
+from duolocal.models.synthetic import random_int4
+from duolocal.quant.grouped import GroupedWeight
 
 Call = Callable[[], Any]
 _TRACE_CHARACTERS = 1500
@@ -125,6 +127,10 @@ class Bench:
         """Return normal numbers on the device in `dtype` (the compute dtype when None)."""
         x = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         return x.normal_(std=std, generator=self._generator)
+
+    def int4(self, out_features: int, in_features: int) -> GroupedWeight:
+        """Return a random 4-bit weight on the device, in the suite's groups."""
+        return random_int4(out_features, in_features, self.sizes.group_size, self._generator)
 
     def copies(self, num_bytes: int) -> int:
         """Return among how many inputs of `num_bytes` to rotate, so that none comes from a cache."""

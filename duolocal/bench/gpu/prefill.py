@@ -8,10 +8,9 @@ is close; such a record says `sampled`.
 import time
 from typing import Any
 
-from duolocal.bench.gpu.engines import engine_for, fill, random_ids
+from duolocal.bench.gpu.engines import bench_weights, engine_for, fill, random_ids
 from duolocal.bench.gpu.floors import prefill_flop
 from duolocal.bench.gpu.measure import Bench
-from duolocal.bench.gpu.random_model import bench_weights
 from duolocal.engine.engine import Engine
 from duolocal.models.weights import ModelWeights
 

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
 from duolocal.bench.gpu.measure import Bench, changed
-from duolocal.bench.gpu.random_model import random_int4
 from duolocal.kernels.gpu import linear
 from duolocal.kernels.gpu.operations import TritonKernels
 from duolocal.kernels.interface import Norm
@@ -43,13 +42,9 @@ def run(bench: Bench) -> None:
 def _one_row(bench: Bench, name: str, outs: tuple[int, ...], ins: int) -> None:
     kernels = TritonKernels(bench.dtype)
     weight_bytes = 0
-    generator = torch.Generator(device=bench.device).manual_seed(bench.seed)
-    first = [Linear(random_int4(out, ins, bench.sizes.group_size, generator)) for out in outs]
+    first = [Linear(bench.int4(out, ins)) for out in outs]
     weight_bytes = sum(layer.weight.nbytes for layer in first)
-    layers = [first] + [
-        [Linear(random_int4(out, ins, bench.sizes.group_size, generator)) for out in outs]
-        for _ in range(bench.copies(weight_bytes) - 1)
-    ]
+    layers = [first] + [[Linear(bench.int4(out, ins)) for out in outs] for _ in range(bench.copies(weight_bytes) - 1)]
     x, residual = bench.randn(1, ins), bench.randn(1, outs[0])
     norm = Norm(bench.randn(ins).abs_().add_(0.5), 1e-5)
 
@@ -120,12 +115,9 @@ def _lm_head(bench: Bench) -> None:
 def _many_rows(bench: Bench, rows: int, out: int, ins: int) -> None:
     """Record our product by both routes, and the library's alone: the crossover shows."""
     kernels = TritonKernels(bench.dtype)
-    generator = torch.Generator(device=bench.device).manual_seed(bench.seed)
-    weight = random_int4(out, ins, bench.sizes.group_size, generator)
+    weight = bench.int4(out, ins)
     copies = bench.copies(weight.nbytes) if rows <= 64 else 1
-    layers = [Linear(weight)] + [
-        Linear(random_int4(out, ins, bench.sizes.group_size, generator)) for _ in range(copies - 1)
-    ]
+    layers = [Linear(weight)] + [Linear(bench.int4(out, ins)) for _ in range(copies - 1)]
     x = bench.randn(rows, ins)
     dense = weight.dequantize(bench.dtype)
     wanted = x[:256].float() @ dense.float().T

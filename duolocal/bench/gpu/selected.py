@@ -15,7 +15,6 @@ from duolocal.bench.decode import bytes_per_token
 from duolocal.bench.gpu import engines
 from duolocal.bench.gpu.layers import angles, appending, layers_of, new_tokens
 from duolocal.bench.gpu.measure import Bench
-from duolocal.bench.gpu.random_model import bench_weights
 from duolocal.bench.timing import spread
 from duolocal.cache import ON_DEVICE, Placement
 from duolocal.cache.selection import REUSE, SelectionPolicy
@@ -44,7 +43,7 @@ WAYS = (Way("all", False), Way("selected", True), Way("selected, offloaded", Tru
 
 def run(bench: Bench) -> None:
     """Measure every way at every context, and the kernels of one layer alone."""
-    weights = bench_weights(bench)
+    weights = engines.bench_weights(bench)
     for way in WAYS:
         with bench.item("selected decode", way=way.name):
             bench.forget_peak()

@@ -7,12 +7,10 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from duolocal.bench.gpu.layers import angles, appending, filled_cache, layers_of, new_tokens, read_bytes
 from duolocal.bench.gpu.measure import Bench, Call, changed
-from duolocal.bench.gpu.random_model import random_int4
 from duolocal.kernels.gpu import append, decode, linear
 from duolocal.kernels.gpu.operations import TritonKernels
 from duolocal.quant.weight import Linear
@@ -59,10 +57,9 @@ def _product(bench: Bench, name: str, *, gated: bool) -> None:
     config = bench.sizes.config
     hidden, ffn = config.hidden_size, config.intermediate_size
     outs, ins = ((ffn, ffn), hidden) if gated else ((hidden,), ffn)
-    generator = torch.Generator(device=bench.device).manual_seed(bench.seed)
 
     def weights() -> list[Linear]:
-        return [Linear(random_int4(out, ins, bench.sizes.group_size, generator)) for out in outs]
+        return [Linear(bench.int4(out, ins)) for out in outs]
 
     first = weights()
     num_bytes = sum(layer.weight.nbytes for layer in first)
