@@ -23,7 +23,7 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
 }
 _MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers in the block tables
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 MAX_THREADS = 256  # of one pool
 KERNELS = ("auto", "compiled", "torch")
 WEIGHTS = ("auto", "nf4", "int8")

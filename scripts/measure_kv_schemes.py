@@ -17,12 +17,13 @@ from torch import Tensor
 
 from duolocal.cache import cache as cache_module
 from duolocal.cache.cache import DuoCache
-from duolocal.engine.kv_choice import _log_probs, _Tally
+from duolocal.engine.kv_choice import _log_probs
 from duolocal.heads import uniform_plan
 from duolocal.kernels.blocks import BlockLayout, Plane, decode_blocks, encode_blocks, hadamard
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
 from duolocal.models.transformer import Transformer
+from duolocal.predictions import Predictions, Reference
 from duolocal.quant.kv import kv_layout
 from duolocal.sample_text import sample_text
 from duolocal.tokenizer import load_tokenizer
@@ -95,8 +96,6 @@ def main() -> None:
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         retrieval=True,
-        sink_size=None,
-        recent_size=None,
     )
     layout = kv_layout("32", head_dim=config.head_dim, dtype=dtype)
     candidates = schemes()
@@ -104,16 +103,16 @@ def main() -> None:
         DuoCache, plan, layout, num_heads=config.num_heads, context=len(ids), device=device, dtype=dtype
     )
     caches = {scheme.name: make() for scheme in candidates}
-    tallies = {scheme.name: _Tally() for scheme in candidates}
+    tallies = {scheme.name: Predictions() for scheme in candidates}
     for start in range(0, len(ids) - 1, arguments.chunk_size):
         chunk = slice(start, min(start + arguments.chunk_size, len(ids) - 1))
-        reference: Tensor | None = None
+        reference: Reference | None = None
         for scheme in candidates:
             cache_module.encode_blocks = lambda k, v, layout, scheme=scheme: encode_blocks(  # type: ignore[assignment]
                 scheme.key(k), scheme.value(v), layout
             )
             log_probs = _log_probs(transformer, caches[scheme.name], ids, chunk)
-            reference = log_probs if reference is None else reference
+            reference = Reference(log_probs) if reference is None else reference
             tallies[scheme.name].add(log_probs, reference, ids[chunk.start + 1 : chunk.stop + 1])
         print(f"{chunk.stop} of {len(ids)} tokens", flush=True)
     base = tallies[candidates[0].name].perplexity
@@ -124,15 +123,15 @@ def main() -> None:
             {
                 "scheme": scheme.name,
                 "bits": scheme.bits,
-                "mean_kl": tally.kl / tally.count,
+                "mean_kl": tally.mean_kl,
                 "perplexity": tally.perplexity,
                 "perplexity_rise": tally.perplexity / base - 1,
-                "top1_agreement": tally.agreed / tally.count,
+                "top1_agreement": tally.top1,
             }
         )
         print(
-            f"| {scheme.name} | {scheme.bits:g} | {tally.kl / tally.count:.5f} | {tally.perplexity:.3f} "
-            f"| {tally.perplexity / base - 1:+.2%} | {tally.agreed / tally.count:.2%} |"
+            f"| {scheme.name} | {scheme.bits:g} | {tally.mean_kl:.5f} | {tally.perplexity:.3f} "
+            f"| {tally.perplexity / base - 1:+.2%} | {tally.top1:.2%} |"
         )
     print(json.dumps({"model": arguments.model, "tokens": len(ids), "rows": rows}))
 

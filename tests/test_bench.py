@@ -22,6 +22,7 @@ from duolocal.engine.engine import Engine
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
 from duolocal.processes import peak_bytes, resident_bytes
+from duolocal.settings import LoadSettings
 from duolocal.terminal.bench_options import parse_sizes
 from tests.tiny import random_model, save_checkpoint, tiny_config
 from tests.tokenizer_files import LLAMA3_SPLIT, byte_level
@@ -151,8 +152,8 @@ def test_chunks_that_hold_a_whole_context_are_measured_once() -> None:
 def test_load_is_timed_in_fresh_processes(tmp_path: Path) -> None:
     save_checkpoint(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level(LLAMA3_SPLIT, ["<|end_of_text|>"])))
-    options = {"context": None, "longest_default": 48, "kv": "32", "heads": "all"}
-    speed = measure_load(tmp_path, [5, 6, 7], options, repeats=2, threads=1)
+    settings = LoadSettings("tiny", context=48, kv="32", heads="all", threads=1)
+    speed = measure_load(tmp_path, [5, 6, 7], settings, repeats=2)
     assert list(speed.steps_s) == ["start", "import", "open", "load", "first token", "total"]
     assert {steps_s.runs for steps_s in speed.steps_s.values()} == {2}
     assert all(steps_s.least > 0 for steps_s in speed.steps_s.values())

@@ -15,6 +15,7 @@ from duolocal import __version__, cli
 from duolocal.documents import Document
 from duolocal.models.registry import DEFAULT_MODEL
 from duolocal.sampling import CHAT_SAMPLING, Sampling
+from duolocal.settings import LoadSettings
 from duolocal.terminal import bench_view, chat_options, fetching, model_options
 from duolocal.terminal.once import answer_once
 from tests.terminal_fakes import FACTS, FakeSession, Reason
@@ -198,33 +199,19 @@ def test_fetch_prints_the_path_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_bench_memory_prints_a_table_and_json_last(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: dict[str, object] = {}
+    asked: list[LoadSettings] = []
 
-    def memory_report(model: str, **options: object) -> dict[str, object]:
-        asked.update(options, model=model)
-        return {"model": model, "kv_bytes": 3 * 2**20, "share": 0.25, "versions": {"torch": "2.13"}}
+    def memory_report(settings: LoadSettings) -> dict[str, object]:
+        asked.append(settings)
+        return {"model": settings.model, "kv_bytes": 3 * 2**20, "share": 0.25, "versions": {"torch": "2.13"}}
 
     monkeypatch.setattr(bench_view, "memory_report", memory_report)
     monkeypatch.setattr(fetching, "resolve", lambda model, on_progress: Path(model))
     assert cli.main(["bench", "memory", "--model", "tiny", "--context", "32K", "--kv", "int8", "--sink-size", "0"]) == 0
-    assert asked == {
-        "model": "tiny",
-        "context": 32768,
-        "kv": "int8",
-        "heads": "auto",
-        "sink_size": 0,
-        "recent_size": None,
-        "device": "auto",
-        "threads": None,
-        "kernels": "auto",
-        "weights": "auto",
-        "outer_weights": "auto",
-        "kv_device_memory": None,
-        "select": "off",
-    }
+    assert asked == [LoadSettings("tiny", context=32768, kv="int8", sink_size=0)]
     lines = capsys.readouterr().out.splitlines()
     assert "3,145,728 bytes (3 MiB)" in lines[1]
-    assert json.loads(lines[-1]) == memory_report("tiny")
+    assert json.loads(lines[-1]) == memory_report(asked[0])
 
 
 def test_a_kv_measurement_too_short_to_show_anything_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,14 +210,15 @@ def test_transient_memory_does_not_grow_with_the_context() -> None:
     ("settings", "message"),
     [
         ({"context": 4}, "context is 4; it must be 16 tokens or more"),
-        ({"chunk_size": 0}, "chunk_size is 0; it must be 1 token or more"),
+        ({"chunk_size": 0}, "--chunk-size is 0: give 1 or more"),
         ({"kv": "int3"}, "unknown KV format 'int3': choose auto or one of 32, 16, int8, fp8, k8v4, int4"),
         ({"device": "tpu"}, "device 'tpu' is unknown: use auto, cpu or cuda"),
-        ({"dtype": "int8"}, "dtype 'int8' is unknown: use auto or one of float32, bfloat16, float16, float64"),
+        ({"dtype": "int8"}, "--dtype is 'int8': give one of auto, float32, bfloat16, float16, float64"),
         ({"heads": "1.5"}, "--heads 1.5: a ratio must lie between 0 and 1"),
         ({"heads": "nowhere.json"}, "head pattern nowhere.json: No such file or directory"),
-        ({"sink_size": -1, "heads": "all"}, "sink_size is -1; it must be 0 or more"),
-        ({"recent_size": 0, "heads": "all"}, "recent_size is 0; it must be 1 or more"),
+        ({"sink_size": -1, "heads": "all"}, "--sink-size is -1: give 0 or more"),
+        ({"recent_size": 0, "heads": "all"}, "--recent-size is 0: give 1 or more"),
+        ({"contxt": 64}, "no setting is called 'contxt': did you mean context?"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(tmp_path: Path, settings: dict[str, object], message: str) -> None:

@@ -13,7 +13,6 @@ from duolocal.evaluate.check import (
     FORMATS,
     Point,
     advise,
-    at_ratio,
     check,
     document_tokens,
     judge,
@@ -23,7 +22,7 @@ from duolocal.evaluate.check import (
 )
 from duolocal.evaluate.compare import Comparison, WindowFigures
 from duolocal.evaluate.grid import cells
-from duolocal.heads import HeadPattern, HeadPlan
+from duolocal.heads import HeadPattern, HeadPlan, HeadsSpec
 from duolocal.models.loader import open_model
 from duolocal.models.transformer import Transformer
 from duolocal.sample_text import sample_text
@@ -178,9 +177,12 @@ def test_neighbours_turn_one_dial_by_one_step() -> None:
 
 
 def test_the_same_ranking_at_another_ratio() -> None:
-    assert [at_ratio(heads, 0.75) for heads in ("auto", "all", "0.5", "ratio=0.5")] == ["0.75"] * 4
-    assert at_ratio("my.json", 0.75) == at_ratio("my.json@0.5", 0.75) == "my.json@0.75"
-    assert at_ratio("published", 0.5) == "published@0.5"
+    for heads, at_step in (
+        *((heads, "0.75") for heads in ("auto", "all", "0.5", "ratio=0.5", "5e-1")),
+        *((heads, "my.json@0.75") for heads in ("my.json", "my.json@0.5", "my.json@5e-1")),
+        ("published", "published@0.75"),
+    ):
+        assert str(HeadsSpec.parse(heads).at(0.75)) == at_step
 
 
 def test_a_document_is_cut_only_when_asked() -> None:

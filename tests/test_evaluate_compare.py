@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from duolocal.engine import memory
 from duolocal.engine.engine import Engine
 from duolocal.errors import MemoryLimitError, SettingsError
 from duolocal.evaluate import Choice, Lineup, Setting, combinations, engines
@@ -17,6 +16,7 @@ from duolocal.evaluate import compare as compare_module
 from duolocal.evaluate.compare import Comparison, WindowFigures, compare, cut_windows
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
+from duolocal.plan.memory import dense_16bit_bytes
 from tests.oracle import OracleCache
 from tests.tiny import random_model, tiny_config
 
@@ -192,7 +192,7 @@ def test_caches_that_do_not_fit_together_are_refused(monkeypatch: pytest.MonkeyP
     this.check_memory(context=400)
     size: Any = 40 * 2**20  # each of the three caches takes 20 MiB at 80K tokens
     monkeypatch.setattr(engines, "available_bytes", lambda device: size)
-    assert memory.dense_16bit_bytes(this.transformer.config, 80 * 1024) == 20 * 2**20
+    assert dense_16bit_bytes(this.transformer.config, 80 * 1024) == 20 * 2**20
     with pytest.raises(MemoryLimitError, match=r"^3 caches of 81,920 tokens, one of them dense, need 0\.1 GiB on cpu"):
         this.check_memory(context=80 * 1024)
     with pytest.raises(MemoryLimitError, match=r"^2 caches of 81,920"):

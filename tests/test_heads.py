@@ -124,10 +124,10 @@ def test_a_published_folder_is_a_pattern_too(tmp_path: Path) -> None:
 
 def test_heads_by_chance_are_the_seeds() -> None:
     shape = {"num_layers": 30, "num_kv_heads": 3, "fingerprint": None}
-    plan, note = plan_heads("random@0.5", **shape)  # type: ignore[arg-type]
+    plan, note = plan_heads("random@0.5", **shape)
     assert plan.num_retrieval == 45 and note == "retrieval heads by chance (seed 0): for comparisons, not for use"
-    assert plan == plan_heads("random:0@0.5", **shape)[0]  # type: ignore[arg-type]
-    other = plan_heads("random:1@0.5", **shape)[0]  # type: ignore[arg-type]
+    assert plan == plan_heads("random:0@0.5", **shape)[0]
+    other = plan_heads("random:1@0.5", **shape)[0]
     assert other.num_retrieval == 45 and other != plan
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from duolocal.engine import head_choice
 from duolocal.engine.engine import Engine
+from duolocal.engine.events import LoadEvents
 from duolocal.heads import load_pattern
 from duolocal.models.loader import open_model
 from tests.tiny import save_checkpoint
@@ -27,7 +28,12 @@ def load(model: Path, **settings: Any) -> Engine:
 
 def test_ranked_on_first_use_and_remembered(model: Path, tmp_path: Path) -> None:
     progress: list[tuple[int, int]] = []
-    engine = load(model, context=1024, on_identify=lambda *at: progress.append(at))
+
+    class Seen(LoadEvents):
+        def identifying(self, done: int, total: int) -> None:
+            progress.append((done, total))
+
+    engine = load(model, context=1024, events=Seen())
     assert progress
     assert progress[-1][0] == progress[-1][1]
     assert (engine.plan.num_retrieval, engine.plan.num_streaming) == (4, 2)  # two thirds
@@ -42,10 +48,9 @@ def test_ranked_on_first_use_and_remembered(model: Path, tmp_path: Path) -> None
     assert (kept.method, kept.fingerprints) == ("echo", (engine.source.fingerprint,))
     assert kept.secondary is not None
 
-    def unexpected(done: int, total: int) -> None:
-        raise AssertionError("ranked although it is remembered")
-
-    again = load(model, context=1024, on_identify=unexpected)
+    progress.clear()
+    again = load(model, context=1024, events=Seen())
+    assert progress == []
     assert again.plan.retrieval == engine.plan.retrieval
     assert any("as found on this machine by echo" in note for note in again.notes)
     half = load(model, context=1024, heads="0.5", sink_size=4, recent_size=32)

@@ -9,8 +9,10 @@ import torch
 
 from duolocal.engine import kv_choice
 from duolocal.engine.engine import Engine
+from duolocal.engine.events import LoadEvents
 from duolocal.engine.kv_choice import KVMeasurement, measure_kv, verdict
 from duolocal.models.loader import open_model
+from duolocal.models.transformer import Transformer
 from duolocal.quant.kv import KV_FORMATS
 from tests.tiny import save_checkpoint
 from tests.tokenizer_files import chatml, write
@@ -24,6 +26,11 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_checkpoint(folder, "llama", vocab_size=1024)
     write(folder, chatml())
     return folder
+
+
+class Seen(LoadEvents):
+    def __init__(self, progress: list[tuple[int, int]]) -> None:
+        self.measuring = lambda done, total: progress.append((done, total))  # type: ignore[method-assign]
 
 
 def measured(kv: str, *, kl: float, rise: float) -> KVMeasurement:
@@ -47,7 +54,7 @@ def test_the_smallest_that_passes(int4: tuple[float, float], int8: tuple[float, 
 
 def test_measured_on_first_use_and_remembered(model: Path, tmp_path: Path) -> None:
     progress: list[tuple[int, int]] = []
-    engine = Engine.load(str(model), context=256, on_measure=lambda *at: progress.append(at))
+    engine = Engine.load(str(model), context=256, events=Seen(progress))
     assert progress[-1] == (600, 600)
     remembered = json.loads((tmp_path / "cache" / "models" / "kv-formats.json").read_text())
     assert engine.source is not None
@@ -56,7 +63,7 @@ def test_measured_on_first_use_and_remembered(model: Path, tmp_path: Path) -> No
     assert {result["kv"] for result in entry["results"]} == {"int4", "k8v4", "int8"}
     assert any("chosen by measurement on 600 tokens" in note for note in engine.notes)
     progress.clear()
-    again = Engine.load(str(model), context=256, on_measure=lambda *at: progress.append(at))
+    again = Engine.load(str(model), context=256, events=Seen(progress))
     assert again.kv == engine.kv
     assert progress == []
     assert any("when this model was first used here" in note for note in again.notes)
@@ -66,29 +73,24 @@ def test_a_damaged_memory_is_measured_again(model: Path, tmp_path: Path) -> None
     folder = tmp_path / "cache" / "models"
     folder.mkdir(parents=True)
     (folder / "kv-formats.json").write_text('{"x": ')
-    progress: list[int] = []
-    Engine.load(str(model), context=256, on_measure=lambda done, total: progress.append(done))
+    progress: list[tuple[int, int]] = []
+    Engine.load(str(model), context=256, events=Seen(progress))
     assert progress
 
 
 def test_the_shipped_verdict_needs_no_measurement(smollm2_path: Path) -> None:
-    def unexpected(done: int, total: int) -> None:
-        raise AssertionError("measured although a verdict ships")
-
-    engine = Engine.load(str(smollm2_path), context=1024, on_measure=unexpected)
-    assert engine.kv == "k8v4"
+    progress: list[tuple[int, int]] = []
+    engine = Engine.load(str(smollm2_path), context=1024, events=Seen(progress))
+    assert engine.kv == "k8v4" and progress == []
 
 
 def test_coarser_formats_measure_worse(model: Path) -> None:
     """Side by side on one model, the order is 32 (nothing lost but rounding to 16), int8, k8v4, int4."""
     source = open_model(model)
     token_ids = torch.randint(0, 1000, (700,), generator=torch.Generator().manual_seed(0)).tolist()
-    results = {
-        result.kv: result
-        for result in measure_kv(
-            source, source.load(), token_ids, device=torch.device("cpu"), dtype=torch.float32, chunk_size=256
-        )
-    }
+    device, dtype = torch.device("cpu"), torch.float32
+    transformer = Transformer(source.config, source.load(), context=16, device=device, dtype=dtype)
+    results = {result.kv: result for result in measure_kv(source, transformer, token_ids, chunk_size=256)}
     assert set(results) == set(KV_FORMATS) - {"16"}
     assert results["32"].mean_kl < results["int8"].mean_kl < results["k8v4"].mean_kl < results["int4"].mean_kl
     assert results["32"].mean_kl < 1e-5

@@ -15,6 +15,7 @@ from duolocal.bench.forms import FORMS, disk_bytes, form_command
 from duolocal.bench.load import measure_loads
 from duolocal.errors import DuoLocalError
 from duolocal.models.loader import open_model
+from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
 from duolocal.terminal import bench_options, models_options
 from tests.loading import loaded_state
@@ -88,8 +89,8 @@ def test_forms_take_turns_in_fresh_processes(tmp_path: Path) -> None:
     chat_model(tmp_path / "a")
     paths = {"one": tmp_path / "a", "two": tmp_path / "a"}
     steps: list[str] = []
-    options = {"context": 48, "longest_default": 48, "kv": "32", "heads": "all"}
-    found = measure_loads(paths, [5, 6], options, repeats=2, threads=1, on_step=steps.append)
+    settings = LoadSettings("tiny", context=48, kv="32", heads="all", threads=1)
+    found = measure_loads(paths, [5, 6], settings, repeats=2, on_step=steps.append)
     assert steps == ["one: run 1 of 2", "two: run 1 of 2", "one: run 2 of 2", "two: run 2 of 2"]
     for speed in found.values():
         assert speed.steps_s["total"].runs == 2 and speed.prompt_s is None

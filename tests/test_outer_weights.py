@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from duolocal import cli
 from duolocal.engine.engine import Engine
+from duolocal.engine.events import LoadEvents
 from duolocal.errors import ModelFileError, SettingsError
 from duolocal.kernels.cpu import build
 from duolocal.models.loader import open_model
@@ -198,6 +199,11 @@ def test_an_engine_computes_with_them(tmp_path: Path, kernels: str, wanted: str)
         pytest.skip(str(build.unsupported()))
     huggingface_model("llama").half().save_pretrained(tmp_path)
     rows: list[int] = []
+
+    class Seen(LoadEvents):
+        def quantizing(self, done: int, total: int) -> None:
+            rows.append(done)
+
     engine = Engine.load(
         str(tmp_path),
         context=48,
@@ -206,7 +212,7 @@ def test_an_engine_computes_with_them(tmp_path: Path, kernels: str, wanted: str)
         kernels=kernels,
         threads=1,
         outer_weights=wanted,
-        on_quantize=lambda done, total: rows.append(done),
+        events=Seen(),
     )
     assert rows == [320, 320]
     assert any(f"as --outer-weights {wanted} asks" in note for note in engine.notes)

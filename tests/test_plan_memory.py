@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from safetensors.torch import save_file
 
 from duolocal.cache import Placement
 from duolocal.engine import engine as engine_module
+from duolocal.engine import memory as memory_module
 from duolocal.engine.engine import Engine
-from duolocal.engine.memory import placement_for
+from duolocal.engine.known_model import OpenedModel
+from duolocal.engine.memory import choose_placement
 from duolocal.engine.planning import plan_settings
+from duolocal.engine.resolve import resolve
 from duolocal.errors import MemoryLimitError
-from duolocal.heads import uniform_plan
 from duolocal.models.loader import open_model
-from duolocal.plan.fitting import Free
-from duolocal.plan.weights import weights_of
+from duolocal.plan.fitting import Free, Freedom
 from duolocal.settings import LoadSettings
 
 CONTEXT = 4096
@@ -174,41 +176,28 @@ def test_a_limit_at_the_plan_is_enough_and_below_it_is_not(
 def test_the_engine_refuses_by_the_same_arithmetic(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_of("torch", "int4", 64)
     planned = total(folders["small"], options)
-    monkeypatch.setattr(engine_module, "available_bytes", lambda device: planned)
+    monkeypatch.setattr(memory_module, "available_bytes", lambda device: planned)
     engine = Engine.load(str(folders["small"]), context=CONTEXT, **options)
     assert engine.context == CONTEXT
-    monkeypatch.setattr(engine_module, "available_bytes", lambda device: int(0.9 * planned))
+    monkeypatch.setattr(memory_module, "available_bytes", lambda device: int(0.9 * planned))
     with pytest.raises(MemoryLimitError, match=r"^context 4,096 needs 0\.0 GiB on cpu .* this fits: --"):
         Engine.load(str(folders["small"]), context=CONTEXT, **options)
 
 
 def test_blocks_are_placed_where_they_have_room(folders: dict[str, Path]) -> None:
     """On the device if all fit, else with as large a cache there as has room, else not at all."""
-    source = open_model(folders["deep"])
-    config = source.config
-    heads = uniform_plan(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        retrieval=True,
-        sink_size=None,
-        recent_size=None,
+    settings = LoadSettings(
+        "deep", heads="all", kv="16", context=32 * 1024, chunk_size=64, device="cpu", kernels="torch"
     )
+    model = OpenedModel(open_model(folders["deep"]))
 
     def placed(free: Free, **changes: Any) -> Placement:
-        options: dict[str, Any] = {
-            "kv": "16",
-            "weights": weights_of(source, kernels="torch", dtype=torch.float32),
-            "context": 32 * 1024,
-            "chunk_size": 64,
-            "device": torch.device("cpu"),
-            "dtype": torch.float32,
-            "kernels": "torch",
-            "folder": Path("blocks"),
-        }
-        return placement_for(config, heads, free=free, **(options | changes))
+        resolved = resolve(replace(settings, **changes), model)
+        found = choose_placement(resolved.request(), free, Freedom(resolved.kv))
+        return Placement(found.kv_device_memory, found.outer)
 
     blocks = 32 * 1024 * 32 * 256  # of 32 heads: 268 MB
-    assert placed(Free(2**40)) == Placement(None, "disk", Path("blocks"))
+    assert placed(Free(2**40)) == Placement(None, "disk")
     placement = placed(Free(300 * 2**20, disk=2**40))
     assert placement.outer == "disk" and placement.device_bytes is not None and placement.device_bytes < blocks
     with pytest.raises(MemoryLimitError, match=r"^context 32,768 needs 0\.3 GiB on cpu \(weights 0\.1, KV blocks"):

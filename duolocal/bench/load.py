@@ -4,13 +4,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from duolocal.bench.child import Child, runner_command
 from duolocal.bench.first_prompt import first_prompt_s
 from duolocal.bench.timing import Spread, spread
+from duolocal.settings import LoadSettings
 
 
 @dataclass(frozen=True)
@@ -42,43 +43,39 @@ class LoadSpeed:
 def measure_load(
     path: Path,
     token_ids: Sequence[int],
-    options: dict[str, Any],
+    settings: LoadSettings,
     *,
     repeats: int,
-    threads: int | None,
     cold: bool = False,
     prompt: Sequence[str] | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> LoadSpeed:
     """Measure one model; see `measure_loads`."""
     paths = {"": path}
-    return measure_loads(
-        paths, token_ids, options, repeats=repeats, threads=threads, cold=cold, prompt=prompt, on_step=on_step
-    )[""]
+    return measure_loads(paths, token_ids, settings, repeats=repeats, cold=cold, prompt=prompt, on_step=on_step)[""]
 
 
 def measure_loads(
     paths: Mapping[str, Path],
     token_ids: Sequence[int],
-    options: dict[str, Any],
+    settings: LoadSettings,
     *,
     repeats: int,
-    threads: int | None,
     cold: bool = False,
     prompt: Sequence[str] | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, LoadSpeed]:
-    """Start, import, open, load with `options`, and answer `token_ids` with one token, `repeats` times.
+    """Start, import, open, load with `settings`, and answer `token_ids` with one token, `repeats` times.
 
-    The models, named by the keys of `paths`, take turns; each run is a fresh process. options: `context`,
-    `longest_default` and those of `Engine.load`. cold: drop the files from the page cache before each run where the
-    system can (Linux). prompt: options of `duolocal chat` beside --model, to time its first prompt too; None: not.
+    The models, named by the keys of `paths`, take turns; each run is a fresh process. cold: drop the files from the
+    page cache before each run where the system can (Linux). prompt: options of `duolocal chat` beside --model, to time
+    its first prompt too; None: not.
     """
     runs: dict[str, list[_Run]] = {name: [] for name in paths}
     for number in range(repeats):
         for name, path in paths.items():
             on_step(f"{name}: run {number + 1} of {repeats}".removeprefix(": "))
-            runs[name].append(_run(path, token_ids, options, threads=threads, cold=cold, prompt=prompt))
+            runs[name].append(_run(path, token_ids, settings, cold=cold, prompt=prompt))
     return {name: _summary(found) for name, found in runs.items()}
 
 
@@ -95,22 +92,23 @@ class _Run:
 def _run(
     path: Path,
     token_ids: Sequence[int],
-    options: dict[str, Any],
+    settings: LoadSettings,
     *,
-    threads: int | None,
     cold: bool,
     prompt: Sequence[str] | None,
 ) -> _Run:
     cold = cold and forget(path)
     began_s = time.perf_counter()
-    with Child("duolocal", runner_command("first_token"), threads=threads) as child:
-        answer = child.ask("first_token", path=str(path), token_ids=list(token_ids), threads=threads, **options)
+    with Child("duolocal", runner_command("first_token"), threads=settings.threads) as child:
+        answer = child.ask(
+            "first_token", settings=asdict(replace(settings, model=str(path))), token_ids=list(token_ids)
+        )
         total_s = time.perf_counter() - began_s
     start_s = total_s - sum(answer["steps_s"].values())
     prompt_s = None
     if prompt is not None:
         cold = cold and forget(path)
-        prompt_s = first_prompt_s(["--model", str(path), *prompt], threads=threads)
+        prompt_s = first_prompt_s(["--model", str(path), *prompt], threads=settings.threads)
     return _Run({"start": start_s, **answer["steps_s"], "total": total_s}, answer, prompt_s, cold)
 
 

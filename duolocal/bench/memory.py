@@ -9,50 +9,22 @@ import torch
 import duolocal
 from duolocal.cache import DuoCache
 from duolocal.engine.engine import Engine
+from duolocal.settings import LoadSettings
 
 
-def memory_report(
-    model: str,
-    *,
-    context: int | None = None,
-    kv: str = "auto",
-    heads: str | float = "auto",
-    sink_size: int | None = None,
-    recent_size: int | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    kernels: str = "auto",
-    weights: str = "auto",
-    outer_weights: str = "auto",
-    kv_device_memory: int | None = None,
-    select: str = "off",
-) -> dict[str, object]:
+def memory_report(settings: LoadSettings) -> dict[str, object]:
     """Allocate a model's whole cache and count the bytes, by head class, next to a dense 16-bit cache.
 
     Bytes are those of the tensors' storages. On a CPU every byte is also written, and what the process grew by is
     reported as `resident_growth_bytes`, so that the figures cannot be promises; not where blocks lie in a file or have
     digests.
     """
-    engine = Engine.load(
-        model,
-        context=context,
-        kv=kv,
-        heads=heads,
-        sink_size=sink_size,
-        recent_size=recent_size,
-        device=device,
-        threads=threads,
-        kernels=kernels,
-        weights=weights,
-        outer_weights=outer_weights,
-        kv_device_memory=kv_device_memory,
-        select=select,
-    )
+    engine = Engine.load(settings.model, settings)
     memory, plan, layout = engine.memory(), engine.plan, engine.cache.layout
     cache = memory.cache
     return {
         "benchmark": "memory",
-        "model": model,
+        "model": settings.model,
         "context": engine.context,
         "device": str(engine.transformer.device),
         "kv": engine.kv,

@@ -9,10 +9,10 @@ from typing import Any
 
 from duolocal.bench.child import Child, runner_command
 from duolocal.bench.compare import DUOLOCAL, RunnerSpec
-from duolocal.engine.memory import dense_16bit_bytes
 from duolocal.errors import MemoryLimitError, SettingsError
 from duolocal.models.loader import ModelSource
 from duolocal.models.registry import models_folder
+from duolocal.plan.memory import dense_16bit_bytes
 from duolocal.settings import LoadSettings
 
 LLAMA_CPP, REQUANTIZED, TRANSFORMERS = "llama.cpp", "llama.cpp Q4_0", "transformers"

@@ -8,39 +8,33 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from duolocal.cache import ON_DEVICE, CacheMemory, DuoCache, Placement, SelectionPolicy, Snapshot
 from duolocal.engine.decoder import Decoder, GpuDecoder, HostDecoder
-from duolocal.engine.head_choice import can_rank, published_for, rank_on_first_use, ranking_context
-from duolocal.engine.kernels import arrangement, choose_kernels, undecoded_note
-from duolocal.engine.kv_choice import choose_kv
-from duolocal.engine.memory import available_bytes, dense_16bit_bytes, free_places, placement_for
-from duolocal.engine.place import device_named, dtype_named, tier_note
-from duolocal.engine.prefill_choice import prefill_note, prefill_policy
-from duolocal.engine.select_choice import choose_channels, selection_budget, selection_note
-from duolocal.errors import ContextOverflowError, SettingsError, TokenizerError
-from duolocal.heads import HeadPlan, choose_heads
-from duolocal.kernels.cpu.operations import CpuKernels
+from duolocal.engine.events import QUIET, LoadEvents
+from duolocal.engine.known_model import OpenedModel
+from duolocal.engine.loading import decide, load_notes, load_weights, selection_policy
+from duolocal.engine.memory import choose_placement, free_places
+from duolocal.engine.place import tier_note
+from duolocal.engine.resolve import Resolved, resolve, settings_with
+from duolocal.errors import ContextOverflowError, TokenizerError
+from duolocal.heads import HeadPlan
 from duolocal.kernels.sparse import SparsePrefill
+from duolocal.models import registry
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource, open_model
-from duolocal.models.outer_weights import outer_note, quantize_outer
-from duolocal.models.quantized import kept_dense_note, quantize_on_load
-from duolocal.models.registry import resolve
-from duolocal.models.rope import extended, parse_rope_scaling
 from duolocal.models.transformer import Transformer
 from duolocal.paths import cache_folder
-from duolocal.plan.weights import weights_of
-from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, KV_FORMATS, kv_layout
+from duolocal.plan.fitting import Free, Freedom
+from duolocal.plan.memory import dense_16bit_bytes
+from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, kv_layout
 from duolocal.sampling import Sampling
+from duolocal.settings import LoadSettings
 
-DEFAULT_CHUNK_SIZE = {"cpu": 512, "cuda": 4096}  # tokens
-MIN_CONTEXT = 16  # tokens
 WARM_UP_TOKENS = 32  # of a short chunk, such as a question
 
 Result = TypeVar("Result")
@@ -91,149 +85,37 @@ class Engine:
     def load(
         cls,
         model: str | ModelSource,
+        settings: LoadSettings | None = None,
         *,
-        context: int | None = None,
-        kv: str = "auto",
-        heads: str | float = "auto",
-        sink_size: int | None = None,
-        recent_size: int | None = None,
-        chunk_size: int | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        rope: str | None = None,
-        threads: int | None = None,
-        kernels: str = "auto",
-        weights: str = "auto",
-        outer_weights: str = "auto",
-        kv_device_memory: int | None = None,
-        select: str = "off",
-        prefill: str = "exact",
-        on_fetch: Callable[[int, int], None] | None = None,
-        on_layer: Callable[[int, int], None] | None = None,
-        on_measure: Callable[[int, int], None] | None = None,
-        on_identify: Callable[[int, int], None] | None = None,
-        on_build: Callable[[], None] | None = None,
-        on_quantize: Callable[[int, int], None] | None = None,
-        on_learn: Callable[[int, int], None] | None = None,
+        events: LoadEvents = QUIET,
+        **changes: Any,
     ) -> "Engine":
         """Load a model by name, hub id or path (or an opened ModelSource) and reserve its whole context.
 
-        context: tokens, None for what the model was trained for; kv: "auto" or a name of `KV_FORMATS`; heads:
-        "auto", "all", a ratio, "published", or a pattern file or folder (`choose_heads`); sink_size, recent_size:
-        tokens; chunk_size: tokens per prefill step; device: "auto", "cpu" or "cuda"; dtype: "auto" or a name of
-        DTYPES; rope: a scaling that overrides the model's; threads: of the CPU, None for one per physical core;
-        kernels: "auto", "compiled" or "torch"; weights: "auto" for the bits of the file, "nf4" or "int8" to quantize a
-        16-bit model while it is loaded; outer_weights: "auto", "int8" or "int4" for lm_head and embedding
-        (`quantize_outer`); kv_device_memory: bytes of the device that KV blocks may take, the others lying in host
-        memory or, without a GPU, in a file; None: as many as fit; select: "off", or which blocks decode reads: "auto"
-        or a number of tokens (`selection_budget`); prefill: "exact" or "sparse" (`prefill_policy`). The callbacks get
-        (done, total): bytes fetched, layers loaded, tokens of a KV measurement, steps of ranking an unknown model's
-        heads, rows of lm_head and embedding made smaller, tokens read to find the channels of digests; `on_build` is
-        called with nothing before kernels are compiled, once per machine.
-        Raises DuoLocalError with one line saying what to do, before any work is done in vain.
+        settings: what to load it with, None for the defaults; changes: fields of LoadSettings in place of theirs, as in
+        `Engine.load("smollm2-135m", context=4096, kv="int8")`. events: told of what takes time. Raises DuoLocalError
+        with one line saying what to do, before any work is done in vain.
         """
-        source = model if isinstance(model, ModelSource) else open_model(resolve(model, on_progress=on_fetch))
-        source = quantize_on_load(source, weights)
-        dense_note = kept_dense_note(source)
-        source = quantize_outer(source, outer_weights, on_progress=on_quantize)
-        where = device_named(device)
-        compute = dtype_named(dtype, where)
-        config = source.config
-        context = config.max_positions if context is None else context
-        chunk_size = DEFAULT_CHUNK_SIZE[where.type] if chunk_size is None else chunk_size
-        if context < MIN_CONTEXT:
-            raise SettingsError(f"context is {context}; it must be {MIN_CONTEXT} tokens or more")
-        budget = selection_budget(select, context)
-        sparse = prefill_policy(prefill, chunk_size=chunk_size)
-        if chunk_size < 1:
-            raise SettingsError(f"chunk_size is {chunk_size}; it must be 1 token or more")
-        if config.sliding_window is not None and context > config.sliding_window:
-            raise SettingsError(
-                f"this model attends to {config.sliding_window:,} tokens at most (sliding window); "
-                f"use --context {config.sliding_window} or less"
-            )
-        override = parse_rope_scaling(rope, config) if rope else None
-        config, rope_note = extended(config, context, override=override)
-        name = model if isinstance(model, str) else ""
-        published = published_for(source, name)
-        choice = choose_heads(
-            heads,
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            fingerprint=source.fingerprint,
-            sink_size=sink_size,
-            recent_size=recent_size,
-            published=published,
-            can_rank=can_rank(source, context),
-        )
-        plan, heads_note = choice.plan, choice.note
-        chosen, kernels_note = choose_kernels(
-            kernels, config, device=where, dtype=compute, num_threads=threads, on_build=on_build
-        )
-        place = partial(
-            placement_for,
-            config,
-            weights=weights_of(source, kernels=chosen.name, dtype=compute, device=where.type),
-            context=context,
-            chunk_size=chunk_size,
-            device=where,
-            dtype=compute,
-            kernels=chosen.name,
-            free=free_places(where, cache_folder(), available=available_bytes(where)),
-            folder=cache_folder() / "kv",
-            threads=chosen.num_threads if isinstance(chosen, CpuKernels) else 1,
-            kv_device_memory=kv_device_memory,
-            select=budget,
-            sparse=sparse is not None,
-        )
-        # The smallest format stands for "auto" until the weights that it is measured with are loaded.
-        placement = place(plan, kv=KV_FORMATS[-1] if kv == "auto" else kv)
-        loaded = source.load(device=where, dtype=compute, arrange=arrangement(chosen, compute), on_layer=on_layer)
-        if choice.unranked:
-            ranking = Transformer(
-                source.config, loaded, context=ranking_context(source), device=where, dtype=compute, kernels=chosen
-            )
-            plan, heads_note = rank_on_first_use(
-                choice,
-                source,
-                ranking,
-                sink_size=sink_size,
-                recent_size=recent_size,
-                published=published,
-                on_progress=on_identify,
-            )
-        kv_note = None
-        if kv == "auto":
-            kv, kv_note = choose_kv(
-                source,
-                loaded,
-                device=where,
-                dtype=compute,
-                chunk_size=chunk_size,
-                kernels=chosen,
-                on_progress=on_measure,
-            )
-            placement = place(plan, kv=kv)
-        transformer = Transformer(config, loaded, context=context, device=where, dtype=compute, kernels=chosen)
-        slow_note = undecoded_note(chosen, loaded)
-        found = (rope_note, heads_note, kv_note, kernels_note, slow_note, dense_note, outer_note(source))
-        notes = [note for note in found if note]
-        policy = None
-        if budget is not None:
-            policy = SelectionPolicy(budget, choose_channels(source, transformer, plan, on_progress=on_learn))
-            notes.append(selection_note(budget))
-        if sparse is not None:
-            notes.append(prefill_note(sparse))
+        settings = settings_with(model, settings, changes)
+        if not isinstance(model, ModelSource):
+            model = open_model(registry.resolve(model, on_progress=events.fetching))
+        resolved = resolve(settings, OpenedModel(model, settings.model, events))
+        free = free_places(resolved.device, cache_folder())
+        placement = _place(resolved, free)
+        transformer = load_weights(resolved, events)
+        if resolved.undecided:
+            resolved = decide(resolved, transformer, events)
+            placement = _place(resolved, free)
         engine = cls.build(
             transformer,
-            plan,
-            kv=kv,
-            chunk_size=chunk_size,
-            source=source,
-            notes=notes,
+            resolved.heads.plan,
+            kv=resolved.kv,
+            chunk_size=resolved.chunk_size,
+            source=resolved.model.source,
+            notes=load_notes(resolved, transformer),
             placement=placement,
-            select=policy,
-            prefill=sparse,
+            select=selection_policy(resolved, transformer, events),
+            prefill=resolved.sparse,
         )
         if engine.cache.pool.tiered:
             engine.notes.append(tier_note(engine.cache))
@@ -249,6 +131,7 @@ class Engine:
         *,
         kv: str,
         chunk_size: int,
+        context: int | None = None,
         block_size: int = DEFAULT_BLOCK_SIZE,
         source: ModelSource | None = None,
         notes: Sequence[str] = (),
@@ -256,14 +139,14 @@ class Engine:
         select: SelectionPolicy | None = None,
         prefill: SparsePrefill | None = None,
     ) -> "Engine":
-        """Give a Transformer a cache for its `context` under `plan` and KV format `kv`."""
+        """Give a Transformer a cache under `plan` and KV format `kv`, for `context` tokens or all it was made for."""
         config = transformer.config
         layout = kv_layout(kv, head_dim=config.head_dim, dtype=transformer.dtype, block_size=block_size)
         cache = DuoCache(
             plan,
             layout,
             num_heads=config.num_heads,
-            context=transformer.context,
+            context=transformer.context if context is None else context,
             device=transformer.device,
             dtype=transformer.dtype,
             kernels=transformer.kernels,
@@ -487,3 +370,9 @@ class Engine:
         if self._gpu_decoder is None:
             self._gpu_decoder = GpuDecoder(self)  # kept: it holds the graphs
         return self._gpu_decoder.restart(sampling)
+
+
+def _place(resolved: Resolved, free: Free) -> Placement:
+    """Return where the blocks lie; raises MemoryLimitError, before anything is allocated, where nothing has room."""
+    placed = choose_placement(resolved.request(), free, Freedom(resolved.counted_kv))
+    return Placement(placed.kv_device_memory, placed.outer, cache_folder() / "kv")

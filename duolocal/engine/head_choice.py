@@ -6,7 +6,7 @@ passes only.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from duolocal.errors import SettingsError
@@ -16,12 +16,12 @@ from duolocal.heads import (
     UNMEASURED_RATIO,
     HeadChoice,
     HeadPattern,
-    HeadPlan,
     KnownPattern,
     ModelShape,
     known_pattern,
     remember_pattern,
 )
+from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
 
@@ -34,15 +34,19 @@ LEAST_POSITIONS = 2 * (WINDOW + 2)
 DRIFT_POSITIONS = 4096  # tokens of drift's texts, as in duolocal.identify, which is not imported until it is needed
 
 
-def can_rank(source: ModelSource, context: int) -> bool:
+def can_rank(config: ModelConfig, context: int) -> bool:
     """Say whether ranking the heads of this model means anything: contexts beyond the window, and room for echo."""
-    return context > WINDOW and ranking_context(source) >= LEAST_POSITIONS
+    return context > WINDOW and ranking_context(config) >= LEAST_POSITIONS
 
 
-def ranking_context(source: ModelSource) -> int:
-    """Return the context that the Transformer for `rank_on_first_use` needs, tokens."""
-    config = source.config
+def ranking_context(config: ModelConfig) -> int:
+    """Return how many tokens of context a ranking takes."""
     return min(config.max_positions, config.sliding_window or config.max_positions, DRIFT_POSITIONS)
+
+
+def shape_of(config: ModelConfig) -> ModelShape:
+    """Return what of a model a published pattern has to fit."""
+    return ModelShape(config.num_layers, config.num_heads, config.num_kv_heads, config.hidden_size)
 
 
 def published_for(source: ModelSource, name: str = "") -> KnownPattern | None:
@@ -51,19 +55,12 @@ def published_for(source: ModelSource, name: str = "") -> KnownPattern | None:
     name: what the user called it. The others are those of the file or folder, of a hub's cache folder, and the
     metadata's.
     """
-    config = source.config
-    shape = ModelShape(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        hidden_size=config.hidden_size,
-    )
     names = [name, source.path.name, *(part for part in source.path.parts if part.startswith("models--"))]
     for key in ("general.name", "general.basename"):
         value = source.metadata.get(key)
         if isinstance(value, str):
             names.append(value)
-    return known_pattern(names, shape)
+    return known_pattern(names, shape_of(source.config))
 
 
 def as_pattern(
@@ -102,15 +99,25 @@ def rank_on_first_use(
     recent_size: int | None,
     published: KnownPattern | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[HeadPlan, str]:
-    """Rank the heads of a model, remember that, and return the plan and a note for people.
+) -> HeadChoice:
+    """Rank the heads of a model, remember that, and return the choice with its plan and a note for people.
 
-    transformer: for `ranking_context` tokens; `on_progress` gets (done, total).
+    transformer: of the model, for any context; `on_progress` gets (done, total).
     """
     from duolocal.identify import IdentifyResult, identify  # its methods are needed here only
 
-    result, method = None, "drift" if ranking_context(source) == DRIFT_POSITIONS else "echo"
-    for event in identify(_Loaded(source, transformer), method=method):
+    config = source.config
+    context = ranking_context(config)
+    result, method = None, "drift" if context == DRIFT_POSITIONS else "echo"
+    short = Transformer(
+        config,
+        transformer.weights,
+        context=context,
+        device=transformer.device,
+        dtype=transformer.dtype,
+        kernels=transformer.kernels,
+    )
+    for event in identify(_Loaded(source, short), method=method):
         if isinstance(event, IdentifyResult):
             result = event
         elif on_progress is not None:
@@ -122,13 +129,12 @@ def rank_on_first_use(
         kept = "remembered"
     except SettingsError as error:
         kept = f"not remembered ({error})"
-    plan = pattern.cut(
-        pattern.default_ratio if choice.ratio is None else choice.ratio, sink_size=sink_size, recent_size=recent_size
-    )
+    ratio = pattern.default_ratio if choice.ratio is None else choice.ratio
     note = (
         f"retrieval heads found by {method} in {result.elapsed_s:.0f} s, as no pattern is known for this "
         f"model, and {kept} (`duolocal heads identify` looks more closely; --heads all keeps the whole context)"
     )
     if published is not None:
         note += f"; a pattern is published for {published.name}: --heads published fetches it"
-    return plan, note
+    plan = pattern.cut(ratio, sink_size=sink_size, recent_size=recent_size)
+    return replace(choice, plan=plan, note=note, unranked=False)

@@ -37,39 +37,73 @@ def choose_kernels(
     num_threads: int | None = None,
     on_build: Callable[[], None] | None = None,
 ) -> tuple[Kernels, str | None]:
-    """Return the kernels `name` ("auto", "compiled" or "torch") stands for, and a line when auto had to take torch.
+    """Return the kernels `name` stands for, built, and a line when auto had to take torch (`kernels_named`)."""
+    found, note = kernels_named(name, config, device=device, dtype=dtype, num_threads=num_threads)
+    return make_kernels(found, device=device, dtype=dtype, num_threads=num_threads, on_build=on_build), note
 
-    Compiled are C kernels on a CPU and Triton kernels on a GPU. num_threads: None for one per physical core.
-    `on_build` is called before kernels are compiled, which takes seconds and happens once per machine (a GPU's are
-    compiled when they first run: `Engine.warm_up`). On a CPU torch's own threads are set to what does not compete
-    with ours. Raises SettingsError where compiled kernels are asked for and cannot be had, KernelError where building
-    them fails.
+
+def kernels_named(
+    name: str,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_threads: int | None = None,
+    here: bool = True,
+) -> tuple[str, str | None]:
+    """Return which kernels "auto", "compiled" or "torch" stands for, and a line when auto had to take torch.
+
+    "compiled" are C kernels on a CPU, "triton" those on a GPU, "torch" needs neither. here: whether `device` is this
+    machine's; of a GPU that is elsewhere only the model is checked. Builds nothing. Raises SettingsError where compiled
+    kernels are asked for and cannot be had.
     """
     if name not in ("auto", "compiled", "torch"):
         raise SettingsError(f"kernels {name!r} are unknown: use auto, compiled or torch")
     if num_threads is not None and not 1 <= num_threads <= MAX_THREADS:
         raise SettingsError(f"threads is {num_threads}: give 1 to {MAX_THREADS}")
     if device.type == "cpu":
-        settle_heap()
-    reason = unsupported_cpu(config, dtype) if device.type == "cpu" else _unsupported_gpu(config, device, dtype)
+        reason = unsupported_cpu(config, dtype)
+    else:
+        reason = _unsupported_gpu(config, dtype) or (_missing_gpu(device) if here else None)
     if name == "compiled" and reason is not None:
         raise SettingsError(f"compiled kernels cannot be used: {reason}; use --kernels torch")
     if name == "torch" or reason is not None:
+        return "torch", f"the slow torch kernels compute here: {reason}" if name == "auto" else None
+    return "triton" if device.type == "cuda" else "compiled", None
+
+
+def make_kernels(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_threads: int | None = None,
+    on_build: Callable[[], None] | None = None,
+) -> Kernels:
+    """Build the kernels that `kernels_named` named, and set torch's own threads to what does not compete with them.
+
+    num_threads: None for one per physical core. `on_build` is called before kernels are compiled, which takes seconds
+    and happens once per machine (a GPU's are compiled when they first run: `Engine.warm_up`). Raises KernelError where
+    building fails.
+    """
+    if device.type == "cpu":
+        settle_heap()
+    if name == "torch":
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        return TorchKernels(dtype), f"the slow torch kernels compute here: {reason}" if name == "auto" else None
-    if device.type == "cuda":
+        return TorchKernels(dtype)
+    if name == "triton":
         folder = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton")))
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a newer triton's default would not be what is tested
         if on_build is not None and not (folder.is_dir() and any(folder.iterdir())):
             on_build()
         from duolocal.kernels.gpu.operations import TritonKernels  # imports triton
 
-        return TritonKernels(dtype), None
+        return TritonKernels(dtype)
     build.build(on_build=on_build)
     # All heavy work is in our threads; torch's would compete with them for the same cores.
     torch.set_num_threads(1)
-    return CpuKernels(num_threads or threads.default_threads()), None
+    return CpuKernels(num_threads or threads.default_threads())
 
 
 def arrange_rows(weight: Weight) -> Weight:
@@ -113,17 +147,21 @@ def unsupported_cpu(config: ModelConfig, dtype: torch.dtype) -> str | None:
     return build.unsupported() or attention.unsupported(layout, config.num_heads // config.num_kv_heads)
 
 
-def _unsupported_gpu(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def _unsupported_gpu(config: ModelConfig, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return f"they compute in 16 bits, --dtype is {str(dtype).removeprefix('torch.')}"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
     group_size = config.num_heads // config.num_kv_heads
     if config.head_dim % 16 or config.head_dim > 256 or group_size > 16:
         return (
             "they take a head_dim that is a multiple of 16 up to 256 and up to 16 query heads per KV head, "
             f"this model has {config.head_dim} and {group_size}"
         )
+    return None
+
+
+def _missing_gpu(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return "they need compute capability {}.{}, this GPU has {}.{}".format(*MIN_CAPABILITY, *capability)

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from duolocal.cache import DuoCache
 from duolocal.heads import uniform_plan
-from duolocal.kernels.interface import Kernels
 from duolocal.models.loader import ModelSource
 from duolocal.models.registry import models_folder
 from duolocal.models.rope import extended
 from duolocal.models.transformer import Transformer
-from duolocal.models.weights import ModelWeights
+from duolocal.predictions import Predictions, Reference
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from duolocal.sample_text import sample_text
 from duolocal.tokenizer import load_tokenizer
@@ -49,46 +48,36 @@ class KVMeasurement:
     top1_agreement: float
 
 
+def known_kv(fingerprint: str) -> tuple[str, str] | None:
+    """Return the format that was measured for these weights, and a line saying where; None: nowhere yet."""
+    if (kv := _shipped().get(fingerprint)) is not None:
+        return kv, f"KV format {kv}: the smallest that passed this model's measurement (docs/kv-formats.md)"
+    if (kv := _remembered().get(fingerprint)) is not None:
+        return kv, f"KV format {kv}: the smallest that passed when this model was first used here"
+    return None
+
+
 def choose_kv(
     source: ModelSource,
-    weights: ModelWeights,
+    transformer: Transformer,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     chunk_size: int,
-    kernels: Kernels | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[str, str]:
-    """Return the format for these weights and a line saying where it comes from."""
-    known = _shipped().get(source.fingerprint)
+    """Return the format for a loaded model and a line saying where it comes from; measured unless it is known."""
+    known = known_kv(source.fingerprint)
     if known is not None:
-        return known, f"KV format {known}: the smallest that passed this model's measurement (docs/kv-formats.md)"
-    known = _remembered().get(source.fingerprint)
-    if known is not None:
-        return known, f"KV format {known}: the smallest that passed when this model was first used here"
+        return known
     token_ids = load_tokenizer(source).encode(sample_text())[:FIRST_USE_TOKENS]
-    results = list(
-        measure_kv(
-            source,
-            weights,
-            token_ids,
-            formats=[name for name in CANDIDATES if name != REFERENCE],
-            device=device,
-            dtype=dtype,
-            chunk_size=chunk_size,
-            kernels=kernels,
-            on_progress=on_progress,
-        )
+    formats = [name for name in CANDIDATES if name != REFERENCE]
+    measured = measure_kv(
+        source, transformer, token_ids, formats=formats, chunk_size=chunk_size, on_progress=on_progress
     )
+    results = list(measured)
     choice = verdict(results)
     _remember(source.fingerprint, choice, results)
     figures = ", ".join(f"{r.kv}: KL {r.mean_kl:.4f}, perplexity {r.perplexity_rise:+.1%}" for r in results)
     return choice, f"KV format {choice}, chosen by measurement on {len(token_ids):,} tokens ({figures})"
-
-
-def known_kv(fingerprint: str) -> str | None:
-    """Return the format that was measured for these weights, shipped or found on this machine before; None: neither."""
-    return _shipped().get(fingerprint) or _remembered().get(fingerprint)
 
 
 def verdict(results: Iterable[KVMeasurement]) -> str:
@@ -103,51 +92,46 @@ def verdict(results: Iterable[KVMeasurement]) -> str:
 
 def measure_kv(
     source: ModelSource,
-    weights: ModelWeights,
+    transformer: Transformer,
     token_ids: list[int],
     *,
     formats: Iterable[str] = ALL_FORMATS,
-    device: torch.device,
-    dtype: torch.dtype,
     chunk_size: int,
-    kernels: Kernels | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[KVMeasurement]:
     """Yield one measurement per format over `token_ids`, all fed side by side so that memory stays bounded.
 
-    Each is measured with all heads retrieval. `on_progress` gets (tokens done, tokens in all).
+    Each is measured with all heads retrieval. transformer: of the model, for any context; `on_progress` gets
+    (tokens done, tokens in all).
     """
     config, _ = extended(source.config, len(token_ids))
-    transformer = Transformer(config, weights, context=len(token_ids), device=device, dtype=dtype, kernels=kernels)
-    plan = uniform_plan(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        retrieval=True,
-        sink_size=None,
-        recent_size=None,
+    device, dtype, kernels = transformer.device, transformer.dtype, transformer.kernels
+    transformer = Transformer(
+        config, transformer.weights, context=len(token_ids), device=device, dtype=dtype, kernels=kernels
     )
+    plan = uniform_plan(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, retrieval=True)
     names = [REFERENCE, *formats]
-    caches = {}
-    for name in names:
-        layout = kv_layout(name, head_dim=config.head_dim, dtype=dtype)
-        caches[name] = DuoCache(
+    caches = {
+        name: DuoCache(
             plan,
-            layout,
+            kv_layout(name, head_dim=config.head_dim, dtype=dtype),
             num_heads=config.num_heads,
             context=len(token_ids),
             device=device,
             dtype=dtype,
             kernels=kernels,
         )
-    tallies = {name: _Tally() for name in names}
+        for name in names
+    }
+    tallies = {name: Predictions() for name in names}
     ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
     for start in range(0, len(token_ids) - 1, chunk_size):
         chunk = slice(start, min(start + chunk_size, len(token_ids) - 1))
         targets = ids[chunk.start + 1 : chunk.stop + 1]
-        reference: Tensor | None = None
+        reference: Reference | None = None
         for name in names:
             log_probs = _log_probs(transformer, caches[name], ids, chunk)
-            reference = log_probs if reference is None else reference
+            reference = Reference(log_probs) if reference is None else reference
             tallies[name].add(log_probs, reference, targets)
         if on_progress is not None:
             on_progress(chunk.stop + 1, len(token_ids))
@@ -157,10 +141,10 @@ def measure_kv(
         yield KVMeasurement(
             kv=name,
             bytes_per_token=caches[name].layout.bytes_per_token,
-            mean_kl=tally.kl / tally.count,
+            mean_kl=tally.mean_kl,
             perplexity=tally.perplexity,
             perplexity_rise=tally.perplexity / base - 1,
-            top1_agreement=tally.agreed / tally.count,
+            top1_agreement=tally.top1,
         )
 
 
@@ -171,24 +155,6 @@ def _log_probs(transformer: Transformer, cache: DuoCache, ids: Tensor, chunk: sl
     hidden = transformer.hidden(ids[chunk], positions, cache)
     cache.commit()
     return transformer.logits(hidden).log_softmax(-1)  # [chunk, vocab_size]
-
-
-class _Tally:
-    """Sums over predictions."""
-
-    def __init__(self) -> None:
-        self.count = self.agreed = 0
-        self.kl = self.nll = 0.0
-
-    def add(self, log_probs: Tensor, reference: Tensor, targets: Tensor) -> None:
-        self.count += len(targets)
-        self.nll -= log_probs.gather(1, targets[:, None]).double().sum().item()
-        self.agreed += int((log_probs.argmax(-1) == reference.argmax(-1)).sum())
-        self.kl += (reference.exp() * (reference - log_probs)).sum(-1).double().sum().item()
-
-    @property
-    def perplexity(self) -> float:
-        return float(torch.tensor(self.nll / self.count, dtype=torch.float64).exp())
 
 
 def _shipped() -> dict[str, str]:

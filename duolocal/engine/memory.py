@@ -5,76 +5,16 @@ Owns what this machine has free and the words of a refusal. The arithmetic is `d
 """
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from duolocal.cache.home import Placement
 from duolocal.errors import MemoryLimitError
-from duolocal.heads import HeadPlan
-from duolocal.kernels.blocks import BlockLayout
-from duolocal.models.config import ModelConfig
 from duolocal.plan.fitting import Free, Freedom, nearest, place
-from duolocal.plan.memory import MemoryPlan, Request, dense_16bit_bytes, plan_memory
-from duolocal.plan.weights import Weights, weights_of_size
-from duolocal.quant.kv import kv_layout
-
-__all__ = [
-    "GIB",
-    "MemoryNeeds",
-    "available_bytes",
-    "check_memory",
-    "choose_placement",
-    "dense_16bit_bytes",
-    "free_places",
-    "memory_needs",
-    "placement_for",
-    "refusal",
-]
+from duolocal.plan.memory import Request, plan_memory
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class MemoryNeeds:
-    """Bytes that a load and its longest prefill will hold on the device."""
-
-    weights: int
-    blocks: int
-    windows: int
-    transient: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.blocks + self.windows + self.transient
-
-
-def memory_needs(
-    config: ModelConfig,
-    plan: HeadPlan,
-    layout: BlockLayout,
-    *,
-    weight_bytes: int,
-    context: int,
-    chunk_size: int,
-    dtype: torch.dtype,
-    kernels: str,
-) -> MemoryNeeds:
-    """Return the bytes that `context` tokens need, prefilled `chunk_size` at a time by the kernels of that name."""
-    request = Request(
-        config=config,
-        heads=plan,
-        layout=layout,
-        weights=weights_of_size(weight_bytes),
-        context=context,
-        chunk_size=chunk_size,
-        dtype=dtype,
-        kernels=kernels,
-        device="cuda" if kernels == "triton" else "cpu",
-    )
-    return _needs(plan_memory(request))
 
 
 def available_bytes(device: torch.device) -> int:
@@ -87,13 +27,8 @@ def available_bytes(device: torch.device) -> int:
     return available if limit is None else min(available, limit)
 
 
-def free_places(device: torch.device, folder: Path, *, available: int | None = None) -> Free:
-    """Return what may be taken now: on `device`, beside a GPU, and on the disk of `folder`, which need not exist yet.
-
-    available: of the device, where it is known.
-    """
-    if available is None:
-        available = available_bytes(device)
+def free_places(device: torch.device, folder: Path) -> Free:
+    """Return what may be taken now: on `device`, beside a GPU, and on the disk of `folder`, which may not exist yet."""
     host = available_bytes(torch.device("cpu")) if device.type == "cuda" else 0
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -101,7 +36,7 @@ def free_places(device: torch.device, folder: Path, *, available: int | None = N
         disk = shutil.disk_usage(folder).free
     except OSError:
         disk = 0
-    return Free(available, host, disk)
+    return Free(available_bytes(device), host, disk)
 
 
 def choose_placement(request: Request, free: Free, freedom: Freedom) -> Request:
@@ -122,7 +57,7 @@ def choose_placement(request: Request, free: Free, freedom: Freedom) -> Request:
 def refusal(request: Request, free: Free, freedom: Freedom) -> MemoryLimitError:
     """Return the error for a request that has no room: one line with the numbers and up to three settings that fit."""
     plan = plan_memory(request)
-    needs = _needs(plan)
+    device = plan.device
     found = nearest(request, free, freedom)
     if found:
         advice = f"this fits: {' or '.join(setting.words for setting in found)}"
@@ -136,98 +71,9 @@ def refusal(request: Request, free: Free, freedom: Freedom) -> MemoryLimitError:
             beyond = f" and {needed / GIB:.1f} GiB on the {where}, where {there / GIB:.1f} GiB are free"
     return MemoryLimitError(
         f"context {request.context:,} needs {plan.total / GIB:.1f} GiB on {request.device} "
-        f"(weights {needs.weights / GIB:.1f}, KV blocks {needs.blocks / GIB:.1f}, "
-        f"windows {needs.windows / GIB:.1f}, working {needs.transient / GIB:.1f}){beyond}, "
+        f"(weights {device.weights / GIB:.1f}, KV blocks {(device.blocks + device.digests) / GIB:.1f}, "
+        f"windows {device.windows / GIB:.1f}, working {device.transient / GIB:.1f}){beyond}, "
         f"and {free.device / GIB:.1f} GiB are free; {advice}"
-    )
-
-
-def check_memory(
-    config: ModelConfig,
-    plan: HeadPlan,
-    *,
-    kv: str,
-    weight_bytes: int,
-    context: int,
-    chunk_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    kernels: str,
-    available: int,
-    weights: Weights | None = None,
-    threads: int = 1,
-) -> None:
-    """Refuse a context whose blocks would not all fit on the device, naming the numbers and what fits.
-
-    weights: their sizes; None to count `weight_bytes` alone. Raises MemoryLimitError before anything is allocated.
-    """
-    request = Request(
-        config=config,
-        heads=plan,
-        layout=kv_layout(kv, head_dim=config.head_dim, dtype=dtype),
-        weights=weights_of_size(weight_bytes) if weights is None else weights,
-        context=context,
-        chunk_size=chunk_size,
-        dtype=dtype,
-        kernels=kernels,
-        device=device.type,
-        threads=threads,
-    )
-    choose_placement(request, Free(available), Freedom(kv, offload=False))
-
-
-def placement_for(
-    config: ModelConfig,
-    plan: HeadPlan,
-    *,
-    kv: str,
-    weights: Weights,
-    context: int,
-    chunk_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    kernels: str,
-    free: Free,
-    folder: Path,
-    threads: int = 1,
-    kv_device_memory: int | None = None,
-    select: int | None = None,
-    sparse: bool = False,
-) -> Placement:
-    """Return where the blocks of a context lie.
-
-    weights: `duolocal.plan.weights.weights_of` the opened model; free: `free_places`, before it is loaded;
-    kv_device_memory: as `--kv-device-memory`, None for as many blocks on the device as fit; select: the token budget of
-    selected decode; sparse: whether prefill chooses blocks. Raises MemoryLimitError, before anything is allocated,
-    naming the numbers and what fits.
-    """
-    request = Request(
-        config=config,
-        heads=plan,
-        layout=kv_layout(kv, head_dim=config.head_dim, dtype=dtype),
-        weights=weights,
-        context=context,
-        chunk_size=chunk_size,
-        dtype=dtype,
-        kernels=kernels,
-        device=device.type,
-        threads=threads,
-        kv_device_memory=kv_device_memory,
-        outer="disk" if device.type == "cpu" else "memory",
-        select=select,
-        sparse=sparse,
-    )
-    placed = choose_placement(request, free, Freedom(kv))
-    return Placement(placed.kv_device_memory, placed.outer, folder)
-
-
-def _needs(plan: MemoryPlan) -> MemoryNeeds:
-    device = plan.device
-    return MemoryNeeds(
-        weights=device.weights,
-        blocks=device.blocks + device.digests,
-        windows=device.windows,
-        transient=device.copies + device.working + device.workspace + device.tokens,
     )
 
 

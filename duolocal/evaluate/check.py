@@ -18,7 +18,7 @@ from duolocal.evaluate.engines import Choice, Lineup
 from duolocal.evaluate.grid import Outcome, ask
 from duolocal.evaluate.passkey import draw_passkey, passkey_question
 from duolocal.evaluate.prompts import Prompt, hide, prompt_ids
-from duolocal.heads import HeadPlan
+from duolocal.heads import HeadPlan, HeadsSpec
 from duolocal.tokenizer import Tokenizer
 
 DEPTHS = (0.5, 0.1, 0.9, 0.3, 0.7)  # of the passkeys, in the order in which time is given to them
@@ -247,7 +247,7 @@ def neighbours(chosen: Choice, make_plan: MakePlan) -> list[tuple[str, Choice]]:
     more = [step for step in RATIOS if step > ratio + 0.05]
     fewer = [step for step in RATIOS if step < ratio - 0.05]
     for step in (*more[:1], *fewer[-1:]):
-        heads = at_ratio(chosen.setting.heads, step)
+        heads = str(HeadsSpec.parse(chosen.setting.heads).at(step))
         with suppress(SettingsError):  # without a ranking of heads there is no other ratio
             at_step = make_plan(heads, plan)
             if at_step.num_retrieval != plan.num_retrieval:
@@ -262,14 +262,6 @@ def neighbours(chosen: Choice, make_plan: MakePlan) -> list[tuple[str, Choice]]:
                 dial = f"--recent-size {recent}"
                 found.append((dial, replace(chosen, name=dial, plan=replace(plan, recent_size=recent))))
     return found
-
-
-def at_ratio(heads: str, ratio: float) -> str:
-    """Return what `--heads` has to say for the same ranking of heads, cut at another ratio."""
-    pattern, _, tail = heads.rpartition("@")
-    named = pattern if pattern and re.fullmatch(r"[0-9.]+", tail) else heads
-    ranked_by_default = named in ("auto", "all") or re.fullmatch(r"(ratio=)?[0-9.]+", named)
-    return f"{ratio:g}" if ranked_by_default else f"{named}@{ratio:g}"
 
 
 def _curve(

@@ -1,6 +1,4 @@
-"""Distributions of the next token, against those of the dense cache: KL, top-1 agreement, perplexity.
-
-    KL(dense ‖ this) = Σ_v p_dense(v) · (log p_dense(v) − log p_this(v)), in nats, for every position
+"""Distributions of the next token, against those of the dense cache: KL, top-1 agreement, perplexity (`predictions`).
 
 All caches are fed the same real tokens side by side, chunk by chunk, so one dense pass serves every setting and nothing
 grows with the text but one number per prediction. A text is read in windows, each with an empty cache; what a window's
@@ -21,6 +19,7 @@ from duolocal.errors import SettingsError
 from duolocal.evaluate.engines import LOGIT_ROWS
 from duolocal.evaluate.grid import clock
 from duolocal.models.transformer import Transformer
+from duolocal.predictions import Predictions, Reference
 
 QUARTERS = 4
 MIN_WINDOW = 16  # tokens
@@ -171,7 +170,7 @@ def compare(
         for _, engine in engines:
             engine.reset()
         for tally in tallies:
-            tally.begin()
+            tally.windows.append(Predictions())
         for start in range(0, len(window) - 1, dense.chunk_size):
             stop = min(start + dense.chunk_size, len(window) - 1)
             hidden = []
@@ -196,38 +195,22 @@ def _compare_chunk(
     """Add the predictions made from `hidden` [q_len, hidden_size] of every engine, dense first, a tile at a time."""
     for row in range(0, len(targets), LOGIT_ROWS):
         rows = slice(row, row + LOGIT_ROWS)
-        expected = transformers[0].logits(hidden[0][rows]).log_softmax(-1)  # [rows, vocab_size] float32
-        weights, likeliest = expected.exp(), expected.argmax(-1)
-        for at, (model, states, tally) in enumerate(zip(transformers, hidden, tallies, strict=True)):
-            log_probs = expected if at == 0 else model.logits(states[rows]).log_softmax(-1)
-            nll = -log_probs.gather(1, targets[rows, None]).double().sum().item()
-            agreed = int((log_probs.argmax(-1) == likeliest).sum())
-            # The terms of either sign cancel almost: float64 keeps the sum of 100,000 of them exact enough.
-            kl = (weights * (expected - log_probs)).sum(-1, dtype=torch.float64)
-            tally.add(kl, nll, agreed)
+        dense: Reference | None = None
+        for model, states, tally in zip(transformers, hidden, tallies, strict=True):
+            log_probs = model.logits(states[rows]).log_softmax(-1)  # [rows, vocab_size] float32
+            dense = Reference(log_probs) if dense is None else dense
+            tally.windows[-1].add(log_probs, dense, targets[rows])
 
 
 class _Tally:
     """What one engine's predictions come to, window by window."""
 
     def __init__(self) -> None:
-        self.kl: list[list[Tensor]] = []  # per window and tile, float32 on the CPU
-        self.nll: list[float] = []
-        self.agreed: list[int] = []
+        self.windows: list[Predictions] = []
         self.elapsed_s = 0.0
 
-    def begin(self) -> None:
-        self.kl.append([])
-        self.nll.append(0.0)
-        self.agreed.append(0)
-
-    def add(self, kl: Tensor, nll: float, agreed: int) -> None:
-        self.kl[-1].append(kl.float().cpu())
-        self.nll[-1] += nll
-        self.agreed[-1] += agreed
-
     def result(self, name: str, dense: "_Tally") -> Comparison:
-        kl = [torch.cat(parts).double() for parts in self.kl]
+        kl = [window.kl for window in self.windows]
         ranked = torch.cat(kl).sort().values
         quarters = [
             torch.cat([window.tensor_split(QUARTERS)[quarter] for window in kl]).mean().item()
@@ -236,14 +219,8 @@ class _Tally:
         return Comparison(
             name=name,
             windows=tuple(
-                WindowFigures(
-                    count=len(values),
-                    kl=values.mean().item(),
-                    nll=nll / len(values),
-                    dense_nll=dense_nll / len(values),
-                    top1=agreed / len(values),
-                )
-                for values, nll, dense_nll, agreed in zip(kl, self.nll, dense.nll, self.agreed, strict=True)
+                WindowFigures(count=ours.count, kl=ours.mean_kl, nll=ours.nll, dense_nll=theirs.nll, top1=ours.top1)
+                for ours, theirs in zip(self.windows, dense.windows, strict=True)
             ),
             kl_median=ranked[len(ranked) // 2].item(),
             kl_p99=ranked[int(0.99 * (len(ranked) - 1))].item(),

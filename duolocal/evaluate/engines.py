@@ -6,26 +6,31 @@ it here; what the caches take together is refused before the weights are loaded,
 
 import gc
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from duolocal.cache import DuoCache, SelectionPolicy
-from duolocal.engine.engine import DEFAULT_CHUNK_SIZE, Engine
-from duolocal.engine.head_choice import can_rank, published_for
-from duolocal.engine.kv_choice import choose_kv
-from duolocal.engine.memory import GIB, MemoryNeeds, available_bytes, dense_16bit_bytes, memory_needs
-from duolocal.engine.prefill_choice import prefill_policy
-from duolocal.engine.select_choice import choose_channels, selection_budget
-from duolocal.errors import MemoryLimitError, SettingsError
-from duolocal.heads import HeadChoice, HeadPlan, KnownPattern, choose_heads, uniform_plan
+from duolocal.cache import SelectionPolicy
+from duolocal.engine.engine import Engine
+from duolocal.engine.events import QUIET, LoadEvents
+from duolocal.engine.head_choice import published_for
+from duolocal.engine.known_model import OpenedModel
+from duolocal.engine.loading import decide, load_notes, load_weights, selection_policy
+from duolocal.engine.memory import GIB, available_bytes
+from duolocal.engine.resolve import resolve, settings_with
+from duolocal.errors import MemoryLimitError
+from duolocal.heads import HeadPlan, plan_heads, uniform_plan
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
-from duolocal.quant.kv import KV_FORMATS, kv_layout
+from duolocal.plan.memory import Request, bytes_per_token, dense_16bit_bytes, plan_memory
+from duolocal.plan.weights import weights_of_size
+from duolocal.quant.kv import kv_layout
+from duolocal.settings import LoadSettings
 
 DENSE_KV = "16"
 DENSE_NAME = "dense"
@@ -90,107 +95,47 @@ class Lineup:
         self.chunk_size = chunk_size
         self.source = source
         self.notes = list(notes)
-        config = transformer.config
-        plan = uniform_plan(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            retrieval=True,
-            sink_size=None,
-            recent_size=None,
-        )
-        self.dense = Choice(DENSE_NAME, plan, DENSE_KV)
+        self.dense = Choice(DENSE_NAME, _dense_plan(transformer.config), DENSE_KV)
 
     @classmethod
     def load(
         cls,
         source: ModelSource,
-        settings: Sequence[Setting],
+        choices: Sequence[Setting],
+        settings: LoadSettings | None = None,
         *,
-        context: int,
-        name: str = "",
         side_by_side: bool = True,
-        device: str = "auto",
-        threads: int | None = None,
-        kernels: str = "auto",
-        on_layer: Callable[[int, int], None] | None = None,
-        on_measure: Callable[[int, int], None] | None = None,
-        on_identify: Callable[[int, int], None] | None = None,
-        on_build: Callable[[], None] | None = None,
+        events: LoadEvents = QUIET,
+        **changes: Any,
     ) -> "Lineup":
-        """Load the weights for contexts of up to `context` tokens; device, threads, kernels as in `Engine.load`.
+        """Load the weights once for every choice, each a change to `settings`, with their `context` for the caches.
 
-        name: what the user called the model. side_by_side: whether all caches will be in memory at once, or no more
-        than two. The callbacks get (done, total). Raises DuoLocalError, MemoryLimitError before the weights are loaded.
+        settings, events, changes: as of `Engine.load`. side_by_side: whether all caches will be in memory at once, or
+        no more than two. Raises DuoLocalError, MemoryLimitError before the weights are loaded.
         """
-        assert settings
-        published = published_for(source, name)
-        wishes = [_heads(setting, source, context, published) for setting in settings]
-        where, dtype = _expected(device)
-        # Before the weights are loaded the smallest format stands for "auto".
-        formats = [KV_FORMATS[-1] if setting.kv == "auto" else _known(setting.kv) for setting in settings]
-        _check_memory(
-            source.config,
-            [(wish.plan, kv) for wish, kv in zip(wishes, formats, strict=True)],
-            weight_bytes=source.size_bytes,
-            context=context,
-            device=where,
-            dtype=dtype,
-            kernels="torch" if kernels == "torch" else {"cpu": "compiled"}.get(where.type, "triton"),
-            side_by_side=side_by_side,
-        )
-        # Heads that nobody has ranked are ranked by the engine; the other settings find the ranking remembered.
-        lead = next((at for at, wish in enumerate(wishes) if wish.unranked), 0)
-        engine = Engine.load(
-            source,
-            context=context,
-            heads=settings[lead].heads,
-            kv=settings[lead].kv,
-            sink_size=settings[lead].sink_size,
-            recent_size=settings[lead].recent_size,
-            device=device,
-            threads=threads,
-            kernels=kernels,
-            on_layer=on_layer,
-            on_measure=on_measure,
-            on_identify=on_identify,
-            on_build=on_build,
-        )
-        transformer, chunk_size, notes = engine.transformer, engine.chunk_size, list(engine.notes)
-        lead_plan, automatic = engine.plan, engine.kv if settings[lead].kv == "auto" else None
-        del engine  # with its cache
-        _give_back(transformer.device)
-        choices = []
-        for at, (setting, wish) in enumerate(zip(settings, wishes, strict=True)):
-            kv = setting.kv
-            if kv == "auto":
-                if automatic is None:
-                    automatic, kv_note = choose_kv(
-                        source,
-                        transformer.weights,
-                        device=transformer.device,
-                        dtype=transformer.dtype,
-                        chunk_size=chunk_size,
-                        kernels=transformer.kernels,
-                        on_progress=on_measure,
-                    )
-                    notes.append(kv_note)
-                kv = automatic
-            plan, note = lead_plan, None
-            if at != lead:
-                wish = _heads(setting, source, context, published) if wish.unranked else wish
-                plan, note = wish.plan, wish.note
-                if wish.unranked:
-                    raise SettingsError(f"the ranking of heads could not be kept: give --heads {setting.heads} alone")
-            budget, policy = selection_budget(setting.select, context), None
-            if budget is not None:
-                policy = SelectionPolicy(budget, choose_channels(source, transformer, plan))
-            sparse = prefill_policy(setting.prefill, chunk_size=chunk_size)
-            choices.append(Choice(_name(setting, kv), plan, kv, setting, policy, sparse))
-            notes += [note] if note and note not in notes else []
-        lineup = cls(transformer, choices, chunk_size=chunk_size, source=source, notes=notes)
-        if any(setting.kv == "auto" for setting in settings):
-            lineup.check_memory(context=context, side_by_side=side_by_side)
-        return lineup
+        shared = replace(settings_with(source, settings, changes), kv_device_memory=None)
+        model = OpenedModel(source, shared.model, events)
+        asked = [replace(shared, **vars(choice)) for choice in choices]
+        resolved = [resolve(one, model) for one in asked]
+        _check_memory([one.request() for one in resolved], side_by_side=side_by_side)
+        transformer = load_weights(resolved[0], events)
+        if any(one.undecided for one in resolved):  # what the first of them has measured is remembered for the others
+            resolved = [decide(resolve(one, model), transformer, events) for one in asked]
+            loaded = [replace(one.request(), weights=weights_of_size(0)) for one in resolved]
+            _check_memory(loaded, side_by_side=side_by_side)
+        made = [
+            Choice(
+                _name(choice, one.kv),
+                one.heads.plan,
+                one.kv,
+                choice,
+                selection_policy(one, transformer, events),
+                one.sparse,
+            )
+            for choice, one in zip(choices, resolved, strict=True)
+        ]
+        notes = dict.fromkeys(note for one in resolved for note in load_notes(one, transformer))
+        return cls(transformer, made, chunk_size=resolved[0].chunk_size, source=source, notes=list(notes))
 
     @property
     def everyone(self) -> list[Choice]:
@@ -199,47 +144,42 @@ class Lineup:
 
     def engine(self, choice: Choice, *, context: int | None = None) -> Engine:
         """Give the weights a new cache for `context` tokens (None: as many as the weights were loaded for)."""
-        transformer = self.transformer
-        assert context is None or context <= transformer.context
-        _give_back(transformer.device)
-        cache = DuoCache(
+        assert context is None or context <= self.transformer.context
+        _give_back(self.transformer.device)
+        engine = Engine.build(
+            self.transformer,
             choice.plan,
-            kv_layout(choice.kv, head_dim=transformer.config.head_dim, dtype=transformer.dtype),
-            num_heads=transformer.config.num_heads,
-            context=transformer.context if context is None else context,
-            device=transformer.device,
-            dtype=transformer.dtype,
-            kernels=transformer.kernels,
+            kv=choice.kv,
+            chunk_size=self.chunk_size,
+            context=context,
+            source=self.source,
             select=choice.select,
             prefill=choice.prefill,
         )
-        return Engine(transformer, cache, source=self.source, kv=choice.kv, chunk_size=self.chunk_size)
+        if engine.cache.capturable:
+            engine.warm_up()
+        return engine
 
     def plan(self, heads: str, like: HeadPlan) -> HeadPlan:
         """Return the plan for another `--heads` with the window of `like`. Raises SettingsError where none is known."""
-        config = self.transformer.config
-        choice = choose_heads(
+        plan, _ = plan_heads(
             heads,
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
+            num_layers=like.num_layers,
+            num_kv_heads=like.num_kv_heads,
             fingerprint=None if self.source is None else self.source.fingerprint,
             sink_size=like.sink_size,
             recent_size=like.recent_size,
             published=None if self.source is None else published_for(self.source),
         )
-        return choice.plan
+        return plan
 
     def kv_bytes(self, choice: Choice, context: int) -> int:
         """Return what the cache of `choice` takes for `context` tokens, windows included."""
-        config, dtype = self.transformer.config, self.transformer.dtype
-        needs = _needs(config, choice.plan, choice.kv, context=context, dtype=dtype, kernels="compiled")
-        return needs.blocks + needs.windows
+        return plan_memory(self._request(choice, context)).device.cache
 
     def bytes_per_token(self, choice: Choice) -> float:
         """Return what each further token takes once the windows are full: the blocks of the retrieval heads."""
-        config, dtype = self.transformer.config, self.transformer.dtype
-        layout = kv_layout(choice.kv, head_dim=config.head_dim, dtype=dtype)
-        return choice.plan.num_retrieval * layout.bytes_per_token
+        return bytes_per_token(self._request(choice, self.transformer.context))
 
     def dense_bytes(self, context: int) -> int:
         """Return what an ordinary 16-bit cache takes for `context` tokens."""
@@ -248,16 +188,28 @@ class Lineup:
     def check_memory(self, *, context: int, side_by_side: bool = True, choices: Sequence[Choice] | None = None) -> None:
         """Raise MemoryLimitError where the caches do not fit beside the weights that are loaded."""
         chosen = self.choices if choices is None else choices
-        _check_memory(
-            self.transformer.config,
-            [(choice.plan, choice.kv) for choice in chosen],
-            weight_bytes=0,  # they are there
+        _check_memory([self._request(choice, context) for choice in chosen], side_by_side=side_by_side)
+
+    def _request(self, choice: Choice, context: int) -> Request:
+        """Return what the memory beside the loaded weights depends on."""
+        transformer = self.transformer
+        return Request(
+            config=transformer.config,
+            heads=choice.plan,
+            layout=kv_layout(choice.kv, head_dim=transformer.config.head_dim, dtype=transformer.dtype),
+            weights=weights_of_size(0),
             context=context,
-            device=self.transformer.device,
-            dtype=self.transformer.dtype,
-            kernels=self.transformer.kernels.name,
-            side_by_side=side_by_side,
+            chunk_size=self.chunk_size,
+            dtype=transformer.dtype,
+            kernels=transformer.kernels.name,
+            device=transformer.device.type,
+            select=None if choice.select is None else choice.select.budget,
+            sparse=choice.prefill is not None,
         )
+
+
+def _dense_plan(config: ModelConfig) -> HeadPlan:
+    return uniform_plan(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, retrieval=True)
 
 
 def _give_back(device: torch.device) -> None:
@@ -265,25 +217,6 @@ def _give_back(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _heads(setting: Setting, source: ModelSource, context: int, published: KnownPattern | None) -> HeadChoice:
-    return choose_heads(
-        setting.heads,
-        num_layers=source.config.num_layers,
-        num_kv_heads=source.config.num_kv_heads,
-        fingerprint=source.fingerprint,
-        sink_size=setting.sink_size,
-        recent_size=setting.recent_size,
-        published=published,
-        can_rank=can_rank(source, context),
-    )
-
-
-def _known(kv: str) -> str:
-    if kv not in KV_FORMATS:
-        raise SettingsError(f"unknown KV format {kv!r}: choose auto or one of {', '.join(KV_FORMATS)}")
-    return kv
 
 
 def _name(setting: Setting, kv: str) -> str:
@@ -305,71 +238,24 @@ def _unique(choices: Sequence[Choice]) -> list[Choice]:
     return out
 
 
-def _expected(device: str) -> tuple[torch.device, torch.dtype]:
-    """Return where `Engine.load` will compute and how wide: for what can be refused before it."""
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16
-    return torch.device("cpu"), torch.float32
-
-
-def _needs(
-    config: ModelConfig,
-    plan: HeadPlan,
-    kv: str,
-    *,
-    context: int,
-    dtype: torch.dtype,
-    kernels: str,
-    weight_bytes: int = 0,
-    chunk_size: int = 1,
-) -> MemoryNeeds:
-    return memory_needs(
-        config,
-        plan,
-        kv_layout(kv, head_dim=config.head_dim, dtype=dtype),
-        weight_bytes=weight_bytes,
-        context=context,
-        chunk_size=chunk_size,
-        dtype=dtype,
-        kernels=kernels,
-    )
-
-
-def _check_memory(
-    config: ModelConfig,
-    kinds: Sequence[tuple[HeadPlan, str]],
-    *,
-    weight_bytes: int,
-    context: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    kernels: str,
-    side_by_side: bool,
-) -> None:
+def _check_memory(requests: Sequence[Request], *, side_by_side: bool) -> None:
     """Refuse caches that do not fit together with the dense one, the weights and the distributions compared."""
-    dense = uniform_plan(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        retrieval=True,
-        sink_size=None,
-        recent_size=None,
-    )
-    chunk_size = DEFAULT_CHUNK_SIZE[device.type]
-    needs = [
-        _needs(config, plan, kv, context=context, dtype=dtype, kernels=kernels, chunk_size=chunk_size)
-        for plan, kv in [(dense, DENSE_KV), *kinds]
-    ]
-    sizes = [need.blocks + need.windows for need in needs]
+    first = requests[0]
+    config, weights = first.config, first.weights.nbytes
+    layout = kv_layout(DENSE_KV, head_dim=config.head_dim, dtype=first.dtype)
+    dense = replace(first, heads=_dense_plan(config), layout=layout, select=None, sparse=False)
+    plans = [plan_memory(request).device for request in (dense, *requests)]
+    sizes = [plan.cache for plan in plans]
     caches = sum(sizes if side_by_side else sorted(sizes)[-2:])
-    working = max(need.transient for need in needs) + LOGIT_ROWS * config.vocab_size * 4 * _LOGIT_COPIES
+    working = max(plan.transient for plan in plans) + LOGIT_ROWS * config.vocab_size * 4 * _LOGIT_COPIES
     if side_by_side:
-        working += len(needs) * chunk_size * config.hidden_size * dtype.itemsize
-    available = available_bytes(device)
-    total = weight_bytes + caches + working
+        working += len(plans) * first.chunk_size * config.hidden_size * first.dtype.itemsize
+    available = available_bytes(torch.device(first.device))
+    total = weights + caches + working
     if total > available:
         count = len(sizes) if side_by_side else 2
         raise MemoryLimitError(
-            f"{count} caches of {context:,} tokens, one of them dense, need {total / GIB:.1f} GiB on {device.type} "
-            f"(weights {weight_bytes / GIB:.1f}, KV {caches / GIB:.1f}, working {working / GIB:.1f}), and "
+            f"{count} caches of {first.context:,} tokens, one of them dense, need {total / GIB:.1f} GiB on "
+            f"{first.device} (weights {weights / GIB:.1f}, KV {caches / GIB:.1f}, working {working / GIB:.1f}), and "
             f"{available / GIB:.1f} GiB are free: measure fewer tokens at a time, or fewer settings"
         )

@@ -13,6 +13,7 @@ import torch
 
 from duolocal.engine.engine import Engine
 from duolocal.evaluate.prompts import Prompt
+from duolocal.predictions import negative_log_likelihood
 from duolocal.sampling import Sampling
 from duolocal.tokenizer import Tokenizer
 
@@ -63,8 +64,8 @@ def ask(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iter
         # Selected decode is for single tokens: a chunk reads everything.
         one_by_one = engine.cache.selection is not None
         logits = torch.cat([engine.logits([token]) for token in fed]) if one_by_one else engine.logits(fed)
-        right = torch.tensor(prompt.answer_ids, device=logits.device)[:, None]
-        log_probs = logits.log_softmax(-1).gather(1, right)
+        right = torch.tensor(prompt.answer_ids, device=logits.device)
+        nll = negative_log_likelihood(logits.log_softmax(-1), right)
         answer = tokenizer.decode(answer_ids, continues=True)
         said = [wanted.lower() in answer.lower() for wanted in prompt.wanted]
         done += prompt.num_tokens
@@ -77,7 +78,7 @@ def ask(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iter
             answer=answer,
             share=sum(said) / len(said),
             found=all(said) and not any(word.lower() in answer.lower() for word in prompt.unwanted),
-            nll=-float(log_probs.mean()),
+            nll=float(nll.mean()),
             prefill_s=read_s - began_s,
             decode_s=(answered_s - read_s) / max(1, len(answer_ids)),
         )

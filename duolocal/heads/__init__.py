@@ -7,6 +7,7 @@ writes DuoAttention's layout; `known` says for which models a pattern is publish
 from duolocal.heads.choose import (
     UNMEASURED_RATIO,
     HeadChoice,
+    HeadsSpec,
     choose_heads,
     load_pattern,
     pattern_meant,
@@ -30,6 +31,7 @@ __all__ = [
     "HeadChoice",
     "HeadPattern",
     "HeadPlan",
+    "HeadsSpec",
     "KnownPattern",
     "ModelShape",
     "choose_heads",

@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from duolocal.errors import SettingsError
-from duolocal.heads.known import LICENCE, SOURCE, KnownPattern, pattern_called, published_pattern
+from duolocal.heads.known import LICENCE, SOURCE, KnownPattern, is_here, pattern_called, published_pattern
 from duolocal.heads.pattern import (
     HeadPattern,
     parse_pattern,
     read_json_pattern,
     write_json_pattern,
 )
-from duolocal.heads.plan import HeadPlan, uniform_plan
+from duolocal.heads.plan import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadPlan, uniform_plan
 from duolocal.heads.published import read_published, write_published
 from duolocal.paths import cache_folder
 
@@ -42,11 +43,40 @@ class HeadChoice:
 
 
 @dataclass(frozen=True)
-class _Wish:
-    """--heads, taken apart."""
+class HeadsSpec:
+    """--heads, taken apart: whose ranking of the heads, and the share of them that are retrieval heads."""
 
     pattern: str  # "auto", "all", "published", "published:NAME", "random", "random:SEED" or a path
-    ratio: float | None
+    ratio: float | None = None  # None: the pattern's own
+
+    @classmethod
+    def parse(cls, heads: "str | float | HeadsSpec") -> "HeadsSpec":
+        """Read what --heads says, as `choose_heads` describes it. Raises SettingsError for a ratio beyond 0..1."""
+        if isinstance(heads, HeadsSpec):
+            return heads
+        if isinstance(heads, (int, float)):
+            return cls("auto", _ratio(heads, heads))
+        if (number := _number(heads.removeprefix("ratio="))) is not None:
+            return cls("auto", _ratio(number, heads))
+        pattern, at, tail = heads.rpartition("@")
+        if at and pattern and (number := _number(tail)) is not None and not Path(heads).expanduser().exists():
+            return cls(pattern, _ratio(number, heads))
+        return cls(heads)
+
+    def at(self, ratio: float) -> "HeadsSpec":
+        """Return the same ranking of heads cut at another ratio; that of "all" is the model's own."""
+        return HeadsSpec("auto" if self.pattern == "all" else self.pattern, ratio)
+
+    @property
+    def kind(self) -> str:
+        """The pattern without the name or the seed after a colon."""
+        return self.pattern.partition(":")[0]
+
+    def __str__(self) -> str:
+        """Write it as --heads takes it."""
+        if self.ratio is None:
+            return self.pattern
+        return f"{self.ratio:g}" if self.pattern == "auto" else f"{self.pattern}@{self.ratio:g}"
 
 
 def shipped_pattern(fingerprint: str) -> HeadPattern | None:
@@ -108,7 +138,7 @@ def save_pattern(pattern: HeadPattern, path: str | Path, *, published: bool | No
 
 
 def choose_heads(
-    heads: str | float,
+    heads: str | float | HeadsSpec,
     *,
     num_layers: int,
     num_kv_heads: int,
@@ -117,6 +147,7 @@ def choose_heads(
     recent_size: int | None = None,
     published: KnownPattern | None = None,
     can_rank: bool = False,
+    fetch: bool = True,
 ) -> HeadChoice:
     """Return the plan that `heads` asks for, or that the heads have to be ranked first.
 
@@ -124,7 +155,8 @@ def choose_heads(
     "random" or "random:SEED" (heads by chance, to compare with), the path of a pattern file or folder; after all of
     these but "all" and a ratio, "@0.5" cuts at another ratio than the pattern's own. published: the pattern that is
     published for the model, if any. can_rank: whether the caller can find a pattern; without, "auto" for an unknown
-    model keeps the whole context in every head.
+    model keeps the whole context in every head. fetch: whether a published pattern that is not on this machine is
+    fetched; without, a plan with as many retrieval heads stands for it, and the note says so.
     Raises SettingsError, and DownloadError for a published pattern that cannot be fetched.
     """
     uniform = partial(
@@ -134,7 +166,7 @@ def choose_heads(
         sink_size=sink_size,
         recent_size=recent_size,
     )
-    wish = _parse(heads)
+    wish = HeadsSpec.parse(heads)
     if wish.pattern == "all":
         return HeadChoice(uniform(retrieval=True))
     if wish.pattern == "auto" and wish.ratio in (0.0, 1.0):
@@ -153,12 +185,12 @@ def choose_heads(
             )
         if pattern is None:
             raise SettingsError(
-                f"--heads {heads}: a ratio needs a ranking of heads, and none ships for this model; "
+                f"--heads {wish}: a ratio needs a ranking of heads, and none ships for this model; "
                 "use --heads all or a pattern file"
             )
-    elif wish.pattern.partition(":")[0] == PUBLISHED:
-        pattern, note = _published(wish.pattern, published)
-    elif wish.pattern.partition(":")[0] == RANDOM:
+    elif wish.kind == PUBLISHED:
+        pattern, note = _published(wish.pattern, published, fetch=fetch)
+    elif wish.kind == RANDOM:
         pattern, note = _random(wish.pattern, num_layers, num_kv_heads)
     else:
         pattern = _load(wish.pattern)
@@ -170,26 +202,9 @@ def choose_heads(
     return HeadChoice(_cut(pattern, wish.ratio, sink_size, recent_size), note, False, wish.ratio)
 
 
-def plan_heads(
-    heads: str | float,
-    *,
-    num_layers: int,
-    num_kv_heads: int,
-    fingerprint: str | None,
-    sink_size: int | None = None,
-    recent_size: int | None = None,
-    published: KnownPattern | None = None,
-) -> tuple[HeadPlan, str | None]:
-    """Return the plan that `heads` asks for, and a note for people or None; as `choose_heads`, ranking nothing."""
-    choice = choose_heads(
-        heads,
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
-        fingerprint=fingerprint,
-        sink_size=sink_size,
-        recent_size=recent_size,
-        published=published,
-    )
+def plan_heads(heads: str | float | HeadsSpec, **options: Any) -> tuple[HeadPlan, str | None]:
+    """Return the plan that `heads` asks for, and a note for people or None; options as of `choose_heads`."""
+    choice = choose_heads(heads, **options)
     return choice.plan, choice.note
 
 
@@ -200,7 +215,7 @@ def pattern_meant(
 
     For "all" there is no pattern. Raises SettingsError and DownloadError.
     """
-    wish = _parse(heads)
+    wish = HeadsSpec.parse(heads)
     if wish.pattern == "all":
         return None, 1.0
     if wish.pattern == "auto":
@@ -208,9 +223,9 @@ def pattern_meant(
         if fingerprint is not None:
             pattern = shipped_pattern(fingerprint) or remembered_pattern(fingerprint)
         return pattern, wish.ratio
-    if wish.pattern.partition(":")[0] == PUBLISHED:
+    if wish.kind == PUBLISHED:
         return _published(wish.pattern, published)[0], wish.ratio
-    if wish.pattern.partition(":")[0] == RANDOM:
+    if wish.kind == RANDOM:
         raise SettingsError(f"--heads {heads}: heads by chance have no pattern to show; they are for comparisons")
     return _load(wish.pattern), wish.ratio
 
@@ -224,30 +239,14 @@ def _load(text: str) -> HeadPattern:
     return load_pattern(text)
 
 
-def _parse(heads: str | float) -> _Wish:
-    if isinstance(heads, (int, float)):
-        return _Wish("auto", _ratio(str(heads), heads))
-    if heads == "all":
-        return _Wish("all", None)
-    bare = heads.removeprefix("ratio=")
-    if _is_number(bare):
-        return _Wish("auto", _ratio(bare, heads))
-    pattern, at, tail = heads.rpartition("@")
-    if at and pattern and _is_number(tail) and not Path(heads).expanduser().exists():
-        return _Wish(pattern, _ratio(tail, heads))
-    return _Wish(heads, None)
-
-
-def _is_number(text: str) -> bool:
+def _number(text: str) -> float | None:
     try:
-        float(text)
+        return float(text)
     except ValueError:
-        return False
-    return True
+        return None
 
 
-def _ratio(text: str, heads: str | float) -> float:
-    ratio = float(text)
+def _ratio(ratio: float, heads: str | float) -> float:
     if not 0 <= ratio <= 1:
         raise SettingsError(f"--heads {heads}: a ratio must lie between 0 and 1")
     return ratio
@@ -272,7 +271,7 @@ def _known(fingerprint: str | None, num_layers: int, num_kv_heads: int) -> tuple
     )
 
 
-def _published(spelled: str, known: KnownPattern | None) -> tuple[HeadPattern, str]:
+def _published(spelled: str, known: KnownPattern | None, *, fetch: bool = True) -> tuple[HeadPattern, str]:
     name = spelled.partition(":")[2]
     if name:
         known = pattern_called(name)
@@ -280,6 +279,12 @@ def _published(spelled: str, known: KnownPattern | None) -> tuple[HeadPattern, s
         raise SettingsError(
             "--heads published: no pattern is published for this model (`duolocal heads list` names those there are; "
             "published:NAME takes one for a model of another name)"
+        )
+    if not fetch and not is_here(known):
+        stand_in = _unranked(known.shape.num_layers, known.shape.num_kv_heads)
+        return replace(stand_in, default_ratio=known.default_ratio, source=f"published pattern {known.name}"), (
+            f"the head pattern of {known.name} is not on this machine (loading fetches it): counted with its ratio and "
+            f"a window of {stand_in.sink_size} + {stand_in.recent_size} tokens"
         )
     return published_pattern(known), f"head pattern of {known.name} from {SOURCE} ({LICENCE} licence)"
 
@@ -297,13 +302,10 @@ def _random(spelled: str, num_layers: int, num_kv_heads: int) -> tuple[HeadPatte
 
 def _unranked(num_layers: int, num_kv_heads: int) -> HeadPattern:
     """Return a pattern that knows nothing: cut, it has the right number of heads, spread over the layers."""
-    plan = uniform_plan(
-        num_layers=num_layers, num_kv_heads=num_kv_heads, retrieval=False, sink_size=None, recent_size=None
-    )
     return HeadPattern(
         scores=((0.0,) * num_kv_heads,) * num_layers,
-        sink_size=plan.sink_size,
-        recent_size=plan.recent_size,
+        sink_size=DEFAULT_SINK_SIZE,
+        recent_size=DEFAULT_RECENT_SIZE,
         default_ratio=UNMEASURED_RATIO,
         source="heads not yet ranked",
     )

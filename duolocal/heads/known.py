@@ -144,18 +144,40 @@ def pattern_called(name: str) -> KnownPattern:
     raise SettingsError(f"no head pattern is published as {name!r:.80}: there are {names}")
 
 
+def is_here(known: KnownPattern) -> bool:
+    """Say whether `published_pattern` would fetch nothing."""
+    return _mirror() is not None or _is_complete(_kept(known))
+
+
 def published_pattern(known: KnownPattern) -> HeadPattern:
     """Return a published pattern, fetching its two files into the cache folder when they are not there.
 
     Raises DownloadError saying what to place where, and SettingsError for files that are no pattern.
     """
-    address = os.environ.get(ADDRESS_VARIABLE, "").rstrip("/") or f"{_ADDRESS}/attn_patterns"
-    if not re.match(r"https?://", address):
-        return _read(Path(address).expanduser() / known.folder, known)
-    folder = cache_folder() / "head-patterns" / "published" / known.name
-    if not all((folder / name).is_file() for name in (CONFIG_FILE, SCORES_FILE)):
-        _fetch(known, address, folder)
+    mirror, folder = _mirror(), _kept(known)
+    if mirror is not None:
+        return _read(mirror / known.folder, known)
+    if not _is_complete(folder):
+        _fetch(known, _address(), folder)
     return _read(folder, known)
+
+
+def _address() -> str:
+    return os.environ.get(ADDRESS_VARIABLE, "").rstrip("/") or f"{_ADDRESS}/attn_patterns"
+
+
+def _mirror() -> Path | None:
+    """Return the local folder that stands for the repository, or None."""
+    address = _address()
+    return None if re.match(r"https?://", address) else Path(address).expanduser()
+
+
+def _kept(known: KnownPattern) -> Path:
+    return cache_folder() / "head-patterns" / "published" / known.name
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (CONFIG_FILE, SCORES_FILE))
 
 
 def _read(folder: Path, known: KnownPattern) -> HeadPattern:

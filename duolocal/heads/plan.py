@@ -46,9 +46,14 @@ class HeadPlan:
 
 
 def uniform_plan(
-    *, num_layers: int, num_kv_heads: int, retrieval: bool, sink_size: int | None, recent_size: int | None
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    retrieval: bool,
+    sink_size: int | None = None,
+    recent_size: int | None = None,
 ) -> HeadPlan:
-    """Return the plan in which all heads are retrieval heads, or none."""
+    """Return the plan in which all heads are retrieval heads, or none; sizes None for the default ones."""
     return HeadPlan(
         retrieval=((retrieval,) * num_kv_heads,) * num_layers,
         sink_size=DEFAULT_SINK_SIZE if sink_size is None else sink_size,

@@ -23,6 +23,7 @@ from duolocal.identify.mix import mixed_hidden, needs_checkpointing
 from duolocal.identify.results import IdentifyProgress, last_of
 from duolocal.identify.text import PasskeyText
 from duolocal.models.transformer import Transformer
+from duolocal.predictions import Reference
 
 TEXTS = 5
 ANSWER_WEIGHT = 0.05  # KL at an answer is some twenty times that at ordinary text
@@ -82,11 +83,10 @@ def divergence(
     rows = torch.cat((around, torch.tensor(text.predicted_at, device=device)))
     hidden = partial(mixed_hidden, transformer, ids, rows, sink_size=sink_size, recent_size=recent_size)
     with torch.no_grad():
-        full = transformer.logits(hidden(None)).log_softmax(-1)  # [rows, vocab_size]
+        full = Reference(transformer.logits(hidden(None)).log_softmax(-1))  # [rows, vocab_size]
     wide = torch.promote_types(transformer.dtype, torch.float32)
     gates = torch.full((config.num_layers, config.num_kv_heads), HALF, dtype=wide, device=device, requires_grad=True)
-    mixed = transformer.logits(hidden(gates, checkpointing=checkpointing)).log_softmax(-1)
-    kl = (full.exp() * (full - mixed)).sum(-1)
+    kl = full.kl(transformer.logits(hidden(gates, checkpointing=checkpointing)).log_softmax(-1))
     at_text, at_answers = kl[: len(around)].mean(), kl[len(around) :].mean()
     (gradient,) = torch.autograd.grad(at_text + ANSWER_WEIGHT * at_answers, gates)
     return gradient.to("cpu", torch.float64), float(at_text.detach()), float(at_answers.detach())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from duolocal.errors import SettingsError
-from duolocal.heads import HeadPlan
+from duolocal.heads import HeadPlan, HeadsSpec
 from duolocal.plan.memory import GIB, MemoryPlan, Request, plan_memory
 from duolocal.plan.weights import Weights
 from duolocal.quant.kv import KV_FORMATS, kv_layout
@@ -21,6 +21,9 @@ RATIOS = (0.75, 0.5, 0.33, 0.25, 0.125)
 LEAST_GAIN = 1.05  # a second change is worth a context longer by so much
 _MIB = 2**20
 _CACHE_STEPS = (GIB, 256 * _MIB, 64 * _MIB, 16 * _MIB, _MIB)  # --kv-device-memory is a round number
+
+
+AUTO_HEADS = HeadsSpec("auto")
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,14 @@ class Freedom:
     """What may be varied to make a request fit.
 
     kv: the name of the format of `Request.layout`. cut: the head plan at another ratio of retrieval heads, None where
-    there is no ranking to cut; heads: what --heads calls that ranking, "" for the model's own. outer_weights: the
+    there is no ranking to cut; heads: what --heads calls that ranking. outer_weights: the
     weights with lm_head and embedding in another format, None where that is not possible; weights: the same for those
     of the layers of a 16-bit model. offload: whether blocks may live beyond the device.
     """
 
     kv: str
     cut: Callable[[float], HeadPlan] | None = None
-    heads: str = ""
+    heads: HeadsSpec = AUTO_HEADS
     outer_weights: Callable[[str], Weights] | None = None
     weights: Callable[[str], Weights] | None = None
     offload: bool = True
@@ -235,7 +238,7 @@ def _ratios(setting: Setting, free: Free, freedom: Freedom) -> Iterator[Setting]
         if heads.num_retrieval < setting.request.heads.num_retrieval:
             yield _with(
                 setting,
-                ("--heads", f"{freedom.heads}@{ratio:g}" if freedom.heads else f"{ratio:g}"),
+                ("--heads", str(freedom.heads.at(ratio))),
                 "fewer heads see the whole context",
                 replace(setting.request, heads=heads),
             )

@@ -85,6 +85,16 @@ class DeviceMemory:
     def windows(self) -> int:
         return self.retrieval_windows + self.streaming_windows
 
+    @property
+    def cache(self) -> int:
+        """Bytes of the KV cache."""
+        return self.blocks + self.digests + self.windows
+
+    @property
+    def transient(self) -> int:
+        """Bytes that are neither weights in their file's bits nor cache."""
+        return self.copies + self.working + self.workspace + self.tokens
+
 
 @dataclass(frozen=True)
 class MemoryPlan:

@@ -61,16 +61,6 @@ def bench_forms(
         paths[_free(f"{source.kind} {source.weight_format}", paths)] = path
         del source  # its mapped pages could not be dropped
     del first
-    options = {
-        "context": settings.context,
-        "longest_default": CONTEXT,
-        "kv": settings.kv,
-        "heads": settings.heads,
-        "sink_size": settings.sink_size,
-        "recent_size": settings.recent_size,
-        "device": settings.device,
-        "kernels": settings.kernels,
-    }
     prompt = settings.options()[2:] if can_measure() else None  # without --model and its name
     folder = Path(tempfile.mkdtemp(prefix="duolocal-forms-", dir=work))
     try:
@@ -90,9 +80,8 @@ def bench_forms(
             speeds = measure_loads(
                 paths,
                 token_ids,
-                options,
+                settings,
                 repeats=repeats,
-                threads=settings.threads,
                 cold=cold,
                 prompt=prompt,
                 on_step=line.show,

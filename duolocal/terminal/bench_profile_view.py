@@ -11,7 +11,7 @@ from duolocal.bench.machine import machine_facts
 from duolocal.bench.profile import Ceilings, StepProfile, compiled_kernels, measure_ceilings, profile_decode
 from duolocal.bench.profile import profile_prefill as profile_chunk
 from duolocal.bench.text import text_ids
-from duolocal.engine.engine import DEFAULT_CHUNK_SIZE
+from duolocal.engine.resolve import DEFAULT_CHUNK_SIZE
 from duolocal.settings import LoadSettings
 from duolocal.terminal.bench_speed_view import fetch_and_open, load_engine
 from duolocal.terminal.still import StillLine

@@ -22,7 +22,6 @@ from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
-from duolocal.terminal.start import DEFAULT_CONTEXT
 from duolocal.terminal.still import StillLine
 from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import load_tokenizer
@@ -112,26 +111,13 @@ def bench_load(settings: LoadSettings, console: Console, progress: Console, *, r
     source = fetch_and_open(settings, progress)
     path, token_ids = source.path, text_ids(load_tokenizer(source), PROMPT_TOKENS)
     del source  # its mapped pages could not be dropped
-    options = {
-        "context": settings.context,
-        "longest_default": DEFAULT_CONTEXT,
-        "kv": settings.kv,
-        "heads": settings.heads,
-        "sink_size": settings.sink_size,
-        "recent_size": settings.recent_size,
-        "device": settings.device,
-        "kernels": settings.kernels,
-        "weights": settings.weights,
-        "outer_weights": settings.outer_weights,
-    }
     prompt = settings.options()[2:] if can_measure() else None  # without --model and its name
     with StillLine(progress) as line:
         speed = measure_load(
             path,
             token_ids,
-            options,
+            settings,
             repeats=repeats,
-            threads=settings.threads,
             cold=cold,
             prompt=prompt,
             on_step=line.show,
@@ -166,21 +152,12 @@ def load_engine(
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
         return Engine.load(
             source,
+            settings,
             context=context,
-            kv=settings.kv,
-            heads=settings.heads,
-            sink_size=settings.sink_size,
-            recent_size=settings.recent_size,
             chunk_size=chunk_size,
-            device=settings.device,
-            threads=settings.threads,
-            kernels=settings.kernels,
-            outer_weights=settings.outer_weights,
-            select=settings.select,
-            on_layer=shown.update,
-            on_identify=shown.identifying,
-            on_build=shown.compiling,
-            on_quantize=shown.quantizing,
+            kv_device_memory=None,
+            prefill="exact",
+            events=shown,
         )
 
 

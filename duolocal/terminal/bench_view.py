@@ -27,21 +27,7 @@ def bench_memory(settings: LoadSettings, console: Console, progress: Console) ->
     """Print the bytes that the KV cache of these settings really takes; return the exit code."""
     fetch(settings.model, progress)
     with bar(progress, f"loading {clean_line(settings.model)}", ""):
-        report = memory_report(
-            settings.model,
-            context=settings.context,
-            kv=settings.kv,
-            heads=settings.heads,
-            sink_size=settings.sink_size,
-            recent_size=settings.recent_size,
-            device=settings.device,
-            threads=settings.threads,
-            kernels=settings.kernels,
-            weights=settings.weights,
-            outer_weights=settings.outer_weights,
-            kv_device_memory=settings.kv_device_memory,
-            select=settings.select,
-        )
+        report = memory_report(settings)
     table = bare_table()
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right")
@@ -69,19 +55,7 @@ def measure_kv_formats(
     path = fetch(settings.model, progress)
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
         source = open_model(path)
-        engine = Engine.load(
-            source,
-            context=num_tokens,
-            kv="16",
-            heads="all",
-            chunk_size=settings.chunk_size,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            kernels=settings.kernels,
-            on_layer=shown.update,
-            on_build=shown.compiling,
-        )
+        engine = Engine.load(source, settings, context=num_tokens, kv="16", heads="all", events=shown)
         token_ids = load_tokenizer(source).encode(text if text is not None else sample_text())[:num_tokens]
         if len(token_ids) < num_tokens:
             raise SettingsError(
@@ -91,12 +65,9 @@ def measure_kv_formats(
         results = list(
             measure_kv(
                 source,
-                engine.transformer.weights,
+                engine.transformer,
                 token_ids,
-                device=engine.transformer.device,
-                dtype=engine.transformer.dtype,
                 chunk_size=engine.chunk_size,
-                kernels=engine.transformer.kernels,
                 on_progress=shown.update,
             )
         )

@@ -11,6 +11,7 @@ from duolocal.documents import Gathered, Skipped
 from duolocal.documents.loading import iter_load
 from duolocal.documents.tokens import Counted, count_document
 from duolocal.engine.fitting import Fit
+from duolocal.engine.resolve import default_context
 from duolocal.engine.session import ROOM_TO_ASK
 from duolocal.models.loader import open_model
 from duolocal.settings import format_tokens
@@ -18,7 +19,6 @@ from duolocal.terminal import docs_view, figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
-from duolocal.terminal.start import DEFAULT_CONTEXT
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -40,7 +40,7 @@ class Report:
 
 def count_gathered(gathered: Gathered, *, model: str, context: int | None, progress: Console) -> Report:
     """Load and count what was gathered, one text in memory at a time; bars go to `progress`. Raises DuoLocalError."""
-    tokenizer, trained = _open(model, progress)
+    tokenizer, default = _open(model, progress)
     counted: list[Counted] = []
     skipped = list(gathered.skipped)
     with bar(progress, "reading files", "files") as shown:
@@ -55,15 +55,15 @@ def count_gathered(gathered: Gathered, *, model: str, context: int | None, progr
             else:
                 shown.describe(f"counting {clean_line(item.name)}")
                 counted.append(count_document(item, tokenizer))
-    return Report(model, context or min(trained, DEFAULT_CONTEXT), tuple(counted), tuple(skipped))
+    return Report(model, context or default, tuple(counted), tuple(skipped))
 
 
 def _open(model: str, progress: Console) -> tuple[Tokenizer, int]:
-    """Return the tokenizer of a model and the context it was trained for; its weights stay on the disk."""
+    """Return the tokenizer of a model and its default context; its weights stay on the disk."""
     path = fetch(model, progress)
     with bar(progress, f"opening the tokenizer of {clean_line(model)}", ""):
         source = open_model(path)
-        return load_tokenizer(source), source.config.max_positions
+        return load_tokenizer(source), default_context(source.config)
 
 
 def print_table(report: Report, console: Console) -> None:

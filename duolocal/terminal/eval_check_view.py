@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from duolocal.documents import Document
+from duolocal.engine.resolve import default_context
 from duolocal.evaluate import Lineup, Outcome, Setting, score
 from duolocal.evaluate.check import GOOD, SMALL, CheckResult, check, document_tokens
 from duolocal.settings import LoadSettings
@@ -18,7 +19,6 @@ from duolocal.terminal.eval_compare_view import bos_ids
 from duolocal.terminal.eval_parts import bars, load_lineup, open_source, print_choices
 from duolocal.terminal.pictures import curve
 from duolocal.terminal.progress import bar
-from duolocal.terminal.start import DEFAULT_CONTEXT
 from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import load_tokenizer
 
@@ -42,7 +42,7 @@ def eval_check(
     source = open_source(settings, progress)
     tokenizer = load_tokenizer(source)
     bos = bos_ids(tokenizer)
-    limit = context or min(source.config.max_positions, DEFAULT_CONTEXT)
+    limit = context or default_context(source.config)
     with bar(progress, f"reading {clean_line(document.name)}", ""):
         ids = tokenizer.encode(document.text)
     token_ids = document_tokens(ids, context=limit - len(bos), asked=num_tokens, name=document.name)

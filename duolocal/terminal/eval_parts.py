@@ -47,20 +47,7 @@ def load_lineup(
 ) -> Lineup:
     """Load the weights once for all choices; context: tokens of the longest cache."""
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
-        return Lineup.load(
-            source,
-            choices,
-            context=context,
-            name=settings.model,
-            side_by_side=side_by_side,
-            device=settings.device,
-            threads=settings.threads,
-            kernels=settings.kernels,
-            on_layer=shown.update,
-            on_measure=shown.measuring,
-            on_identify=shown.identifying,
-            on_build=shown.compiling,
-        )
+        return Lineup.load(source, choices, settings, context=context, side_by_side=side_by_side, events=shown)
 
 
 def print_choices(lineup: Lineup, console: Console) -> None:

@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from duolocal.engine.engine import Engine
 from duolocal.evaluate.compare import Comparison, compare, cut_windows
-from duolocal.evaluate.weights import common_tokenizer, load_side_by_side
+from duolocal.evaluate.engines import DENSE_KV
+from duolocal.evaluate.weights import common_tokenizer
 from duolocal.models.loader import ModelSource
 from duolocal.settings import WEIGHTS, LoadSettings
 from duolocal.terminal import figures
@@ -44,21 +46,12 @@ def eval_weights(
     tokenizer, ids = common_tokenizer(models, text[0])
     windows = cut_windows(ids, num_tokens=num_tokens, context=window, bos=bos_ids(tokenizer))
     context = len(windows[0])
-    with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
-
-        def loading(name: str, done: int, total: int) -> None:
-            shown.describe(f"loading {clean_line(name)}")
-            shown.update(done, total)
-
-        engines = load_side_by_side(
-            models,
-            context=context,
-            device=settings.device,
-            threads=settings.threads,
-            kernels=settings.kernels,
-            on_load=loading,
-            on_build=shown.compiling,
-        )
+    dense = replace(settings, context=len(windows[0]), kv=DENSE_KV, heads="all")
+    engines = []
+    # All are in memory at once, each in the bits of its file, with one window's cache each.
+    for name, source in models:
+        with bar(progress, f"loading {clean_line(name)}", "layers") as shown:
+            engines.append((name, Engine.load(source, dense, events=shown)))
     with bar(progress, "measuring", "tokens") as shown:
         results = compare(engines, windows, on_progress=shown.update)
     console.print(_table(results, [source for _, source in models]))

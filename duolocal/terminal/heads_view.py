@@ -12,6 +12,7 @@ from duolocal.heads import (
     KNOWN_PATTERNS,
     HeadPattern,
     HeadPlan,
+    HeadsSpec,
     choose_heads,
     load_pattern,
     pattern_meant,
@@ -121,8 +122,8 @@ def draw_map(pattern: HeadPattern | None, plan: HeadPlan, path: str | Path, *, t
 def _from_pattern(pattern: str, heads: str) -> tuple[HeadPattern | None, HeadPlan]:
     name = pattern.partition(":")
     found = published_pattern(pattern_called(name[2])) if name[0] == "published" and name[2] else load_pattern(pattern)
-    ratio = found.default_ratio if heads == "auto" else float(heads.removeprefix("ratio="))
-    return found, found.cut(ratio)
+    ratio = HeadsSpec.parse(heads).ratio
+    return found, found.cut(found.default_ratio if ratio is None else ratio)
 
 
 def _from_model(model: str, heads: str) -> tuple[HeadPattern | None, HeadPlan]:

@@ -69,19 +69,7 @@ def eval_needle(
     source = open_source(settings, progress)
     tokenizer = load_tokenizer(source)
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
-        engine = Engine.load(
-            source,
-            context=min(source.config.max_positions, CONTEXT),
-            kv=settings.kv,
-            heads=settings.heads,
-            device=settings.device,
-            threads=settings.threads,
-            kernels=settings.kernels,
-            on_layer=shown.update,
-            on_measure=shown.measuring,
-            on_identify=shown.identifying,
-            on_build=shown.compiling,
-        )
+        engine = Engine.load(source, settings, context=min(source.config.max_positions, CONTEXT), events=shown)
     session = ChatSession(engine, tokenizer)
     retriever = Retriever(engine, tokenizer, passage_tokens=PASSAGE_TOKENS if passages is None else passages)
     points = []

@@ -14,6 +14,7 @@ from rich.progress import Progress, ProgressColumn, Task, TaskID
 from rich.table import Column
 from rich.text import Text
 
+from duolocal.engine.events import LoadEvents
 from duolocal.terminal import figures
 
 _SHOW_AFTER_S = 0.3  # what is done sooner needs no bar
@@ -92,8 +93,11 @@ class _LateProgress(Progress):
         return super().get_renderable()
 
 
-class Bar:
-    """One bar; `update` takes what is done so far and, when known, the seconds the work itself took."""
+class Bar(LoadEvents):
+    """One bar; `update` takes what is done so far and, when known, the seconds the work itself took.
+
+    Given to a load, it shows the layers, and says what comes once per machine or per model.
+    """
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
@@ -107,24 +111,25 @@ class Bar:
     def describe(self, description: str) -> None:
         self._progress.update(self._task, description=description)
 
+    def fetching(self, done: int, total: int) -> None:
+        self.update(done, total)
+
+    def loading(self, done: int, total: int) -> None:
+        self.update(done, total)
+
     def compiling(self) -> None:
-        """Say that the kernels are being built: the `on_build` of a load."""
         self.describe("compiling the kernels, once for this machine")
 
     def identifying(self, done: int, total: int) -> None:
-        """Say that the heads of an unknown model are being ranked: the `on_identify` of a load."""
         self._step("finding the retrieval heads, once for this model", done, total, unit="")
 
     def measuring(self, done: int, total: int) -> None:
-        """Say that KV formats are being measured on an unknown model: the `on_measure` of a load."""
         self._step("measuring KV formats, once for this model", done, total, unit="tokens")
 
     def quantizing(self, done: int, total: int) -> None:
-        """Say that lm_head and embedding are being made smaller: the `on_quantize` of a load."""
         self._step("making lm_head and embedding smaller", done, total, unit="rows")
 
     def learning(self, done: int, total: int) -> None:
-        """Say that the channels for selected decode are being found: the `on_learn` of a load."""
         self._step("finding what tells blocks apart, once for this model and context", done, total, unit="tokens")
 
     def _step(self, description: str, done: int, total: int, *, unit: str) -> None:

@@ -8,7 +8,6 @@ from rich.console import Console
 from duolocal.engine.engine import Engine
 from duolocal.engine.session import ChatSession
 from duolocal.models.loader import open_model
-from duolocal.models.quantized import quantize_on_load
 from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
 from duolocal.terminal.clean import clean_line
@@ -16,9 +15,6 @@ from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
 from duolocal.terminal.views import Facts
 from duolocal.tokenizer import load_tokenizer
-
-# Without --context: what the model was trained for, but no more than this; a million tokens are asked for.
-DEFAULT_CONTEXT = 32 * 1024
 
 
 @dataclass(frozen=True)
@@ -36,40 +32,17 @@ def start(settings: LoadSettings, *, system: str | None, progress: Console) -> S
     began_s = time.perf_counter()
     with bar(progress, f"loading {name}", "layers") as shown:
         with without_collection():
-            source = quantize_on_load(open_model(path), settings.weights)
+            source = open_model(path)
             tokenizer = load_tokenizer(source)
-
-        engine = Engine.load(
-            source,
-            context=settings.context or min(source.config.max_positions, DEFAULT_CONTEXT),
-            kv=settings.kv,
-            heads=settings.heads,
-            sink_size=settings.sink_size,
-            recent_size=settings.recent_size,
-            chunk_size=settings.chunk_size,
-            device=settings.device,
-            dtype=settings.dtype,
-            rope=settings.rope,
-            threads=settings.threads,
-            kernels=settings.kernels,
-            outer_weights=settings.outer_weights,
-            kv_device_memory=settings.kv_device_memory,
-            select=settings.select,
-            prefill=settings.prefill,
-            on_layer=shown.update,
-            on_measure=shown.measuring,
-            on_identify=shown.identifying,
-            on_build=shown.compiling,
-            on_quantize=shown.quantizing,
-            on_learn=shown.learning,
-        )
+        engine = Engine.load(source, settings, events=shown)
         session = ChatSession(engine, tokenizer, system=system)
+    assert engine.source is not None
     plan = engine.plan
     return Started(
         session,
         Facts(
             model=settings.model,
-            weight_format=source.weight_format,
+            weight_format=engine.source.weight_format,
             kv_format=engine.kv,
             context=engine.context,
             num_retrieval=plan.num_retrieval,

@@ -9,10 +9,8 @@ from duolocal.processes import resident_bytes
 from duolocal.startup import without_collection
 
 
-def first_token(
-    path: str, token_ids: Sequence[int], context: int | None, longest_default: int, **options: Any
-) -> dict[str, Any]:
-    """Import, open, load and answer; `context` None: what the model was trained for, up to `longest_default`.
+def first_token(settings: dict[str, Any], token_ids: Sequence[int]) -> dict[str, Any]:
+    """Import, open, load with the fields of LoadSettings and answer.
 
     As the chat does it: Python's garbage is not collected before the load.
     """
@@ -21,16 +19,16 @@ def first_token(
         from duolocal.engine.engine import Engine
         from duolocal.models.loader import open_model
         from duolocal.sampling import Sampling
+        from duolocal.settings import LoadSettings
         from duolocal.tokenizer import load_tokenizer
     imported_bytes = resident_bytes()
 
     times.append(time.perf_counter())
     with without_collection():
-        source = open_model(path)
+        source = open_model(settings["model"])
         load_tokenizer(source)
     times.append(time.perf_counter())
-    context = context or min(source.config.max_positions, longest_default)
-    engine = Engine.load(source, context=context, **options)
+    engine = Engine.load(source, LoadSettings(**settings))
     times.append(time.perf_counter())
     (token_id,) = engine.generate(token_ids, Sampling(temperature=0, max_tokens=1), eos_ids=frozenset())
     times.append(time.perf_counter())

@@ -1,0 +1,196 @@
+"""From what is asked for to what is run: device, dtype, context, kernels, heads, KV format, sizes.
+
+Owns every decision about a load that headers, shapes and what is remembered can make. `Engine.load`, the planner and
+the evaluation share it, so that they cannot differ; nothing is built, loaded or computed here. What is left for the
+loaded weights to tell (`Resolved.undecided`) is `duolocal.engine.loading`'s.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from duolocal.engine.head_choice import can_rank
+from duolocal.engine.kernels import kernels_named
+from duolocal.engine.known_model import KnownModel
+from duolocal.engine.kv_choice import known_kv
+from duolocal.engine.place import device_named, dtype_named
+from duolocal.engine.prefill_choice import prefill_note, prefill_policy
+from duolocal.engine.select_choice import selection_budget, selection_note
+from duolocal.errors import SettingsError
+from duolocal.heads import HeadChoice, HeadPlan, HeadsSpec, choose_heads
+from duolocal.kernels.cpu.threads import default_threads
+from duolocal.kernels.sparse import SparsePrefill
+from duolocal.models.config import ModelConfig
+from duolocal.models.loader import ModelSource
+from duolocal.models.rope import extended, parse_rope_scaling
+from duolocal.plan.memory import Request
+from duolocal.plan.weights import Weights
+from duolocal.quant.kv import KV_FORMATS, kv_layout
+from duolocal.settings import LoadSettings
+
+DEFAULT_CONTEXT = 32 * 1024  # tokens; a million are asked for
+DEFAULT_CHUNK_SIZE = {"cpu": 512, "cuda": 4096}  # tokens
+MIN_CONTEXT = 16  # tokens
+MEASURE = "measure"  # in place of a KV format: the loaded weights have to be measured
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A load, decided."""
+
+    settings: LoadSettings  # what was asked for
+    model: KnownModel  # as it will be loaded: `--weights` and `--outer-weights` applied
+    weights: Weights  # its sizes
+    config: ModelConfig  # with the RoPE scaling for `context`
+    device: torch.device
+    dtype: torch.dtype
+    context: int  # tokens
+    chunk_size: int  # tokens
+    kernels: str  # "compiled", "torch" or "triton"
+    threads: int  # of the CPU
+    heads: HeadChoice
+    kv: str  # a name of KV_FORMATS, or MEASURE
+    select: int | None  # the token budget of selected decode, None for reading all
+    sparse: SparsePrefill | None
+    rope_note: str | None
+    kernels_note: str | None
+    kv_note: str | None
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the loaded weights have to be asked: for a ranking of their heads, or for the KV format they bear."""
+        return self.heads.unranked or self.kv == MEASURE
+
+    @property
+    def counted_kv(self) -> str:
+        """The KV format that memory is counted with: the smallest stands for one that is yet to be measured."""
+        return KV_FORMATS[-1] if self.kv == MEASURE else self.kv
+
+    @property
+    def notes(self) -> list[str]:
+        """Say for people what was decided beyond what they asked for."""
+        found = [*self.model.notes, self.rope_note, self.heads.note, self.kv_note, self.kernels_note]
+        found.append(None if self.select is None else selection_note(self.select))
+        found.append(None if self.sparse is None else prefill_note(self.sparse))
+        return [note for note in found if note]
+
+    def request(self) -> Request:
+        """Return what the memory depends on."""
+        return Request(
+            config=self.config,
+            heads=self.heads.plan,
+            layout=kv_layout(self.counted_kv, head_dim=self.config.head_dim, dtype=self.dtype),
+            weights=self.weights,
+            context=self.context,
+            chunk_size=self.chunk_size,
+            dtype=self.dtype,
+            kernels=self.kernels,
+            device=self.device.type,
+            threads=self.threads,
+            kv_device_memory=self.settings.kv_device_memory,
+            outer="memory" if self.device.type == "cuda" else "disk",
+            select=self.select,
+            sparse=self.sparse is not None,
+        )
+
+    def cut(self, ratio: float) -> HeadPlan:
+        """Return the plan of the same ranking of heads at another ratio, fetching none. Raises DuoLocalError."""
+        spec = HeadsSpec.parse(self.settings.heads).at(ratio)
+        return _heads(spec, self.model, self.settings, self.context, fetch=False).plan
+
+
+def resolve(settings: LoadSettings, model: KnownModel, *, on_card: bool = False, fetch: bool = True) -> Resolved:
+    """Decide how `model` is loaded with `settings`.
+
+    on_card: for a GPU that this machine need not have. fetch: whether a published head pattern may be fetched where it
+    is asked for and not here; else an estimate stands for it (`choose_heads`). Raises DuoLocalError with one line
+    saying what to do.
+    """
+    model = model.quantized(settings.weights, settings.outer_weights)
+    device = torch.device("cuda") if on_card else device_named(settings.device)
+    dtype = torch.bfloat16 if on_card and settings.dtype == "auto" else dtype_named(settings.dtype, device)
+    context = default_context(model.config) if settings.context is None else settings.context
+    if context < MIN_CONTEXT:
+        raise SettingsError(f"context is {context}; it must be {MIN_CONTEXT} tokens or more")
+    window = model.config.sliding_window
+    if window is not None and context > window:
+        raise SettingsError(
+            f"this model attends to {window:,} tokens at most (sliding window); use --context {window} or less"
+        )
+    chunk_size = settings.chunk_size or DEFAULT_CHUNK_SIZE[device.type]
+    override = parse_rope_scaling(settings.rope, model.config) if settings.rope else None
+    config, rope_note = extended(model.config, context, override=override)
+    kernels, kernels_note = kernels_named(
+        settings.kernels, config, device=device, dtype=dtype, num_threads=settings.threads, here=not on_card
+    )
+    kv, kv_note = _kv(settings.kv, model)
+    return Resolved(
+        settings=settings,
+        model=model,
+        weights=model.sizes(kernels=kernels, dtype=dtype, device=device.type),
+        config=config,
+        device=device,
+        dtype=dtype,
+        context=context,
+        chunk_size=chunk_size,
+        kernels=kernels,
+        threads=settings.threads or (default_threads() if device.type == "cpu" else 1),
+        heads=_heads(HeadsSpec.parse(settings.heads), model, settings, context, fetch=fetch),
+        kv=kv,
+        select=selection_budget(settings.select, context),
+        sparse=prefill_policy(settings.prefill, chunk_size=chunk_size),
+        rope_note=rope_note,
+        kernels_note=kernels_note,
+        kv_note=kv_note,
+    )
+
+
+def default_context(config: ModelConfig) -> int:
+    """Return the context where none is asked for: what the model was trained for, but no more than DEFAULT_CONTEXT."""
+    return min(config.max_positions, DEFAULT_CONTEXT)
+
+
+def settings_with(model: str | ModelSource, settings: LoadSettings | None, changes: Mapping[str, Any]) -> LoadSettings:
+    """Return `settings`, None for the default ones, with fields of LoadSettings in place of theirs.
+
+    `heads` may be a number. Raises SettingsError for a name that is no field, and as LoadSettings does.
+    """
+    names = [field.name for field in fields(LoadSettings)]
+    for unknown in changes.keys() - set(names):
+        close = difflib.get_close_matches(unknown, names, n=1)
+        hint = f": did you mean {close[0]}?" if close else f": there are {', '.join(names)}"
+        raise SettingsError(f"no setting is called {unknown!r}{hint}")
+    if isinstance(model, str):
+        name = model
+    else:
+        name = model.path.name if settings is None else settings.model
+    given = {**changes, "model": name}
+    if "heads" in given:
+        given["heads"] = str(given["heads"])
+    return LoadSettings(**given) if settings is None else replace(settings, **given)
+
+
+def _heads(spec: HeadsSpec, model: KnownModel, settings: LoadSettings, context: int, *, fetch: bool) -> HeadChoice:
+    return choose_heads(
+        spec,
+        num_layers=model.config.num_layers,
+        num_kv_heads=model.config.num_kv_heads,
+        fingerprint=None if model.source is None else model.source.fingerprint,
+        sink_size=settings.sink_size,
+        recent_size=settings.recent_size,
+        published=model.published,
+        can_rank=can_rank(model.config, context),
+        fetch=fetch,
+    )
+
+
+def _kv(wanted: str, model: KnownModel) -> tuple[str, str | None]:
+    if wanted not in ("auto", *KV_FORMATS):
+        raise SettingsError(f"unknown KV format {wanted!r}: choose auto or one of {', '.join(KV_FORMATS)}")
+    if wanted != "auto":
+        return wanted, None
+    known = None if model.source is None else known_kv(model.source.fingerprint)
+    return (MEASURE, None) if known is None else known
