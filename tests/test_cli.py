@@ -52,7 +52,7 @@ def run(*words: str, stdin: str | bytes | None = None, **environment: str) -> su
             "--context is '12Q': give a number of tokens such as 131072, 32K or 1M",
         ),
         (["--recent-size", "0"], "--recent-size is '0': give between 1 and 2,147,483,647 tokens"),
-        (["--dtype", "fp3"], "--dtype is 'fp3': give one of auto, float32, bfloat16, float16"),
+        (["--dtype", "fp3"], "--dtype is 'fp3': give one of auto, float32, bfloat16, float16, float64"),
         (["--model", ""], "--model is empty: give a name from `duolocal models`, or a path"),
         (["--prompt", " "], "--prompt is empty: give the question as its text"),
         ([], "there is no question: give --prompt TEXT, pipe one in, or run in a terminal"),
