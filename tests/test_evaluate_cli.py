@@ -51,6 +51,7 @@ class Eval:
 def evaluate(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Eval:
     monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("duolocal.terminal.progress._SAY_AFTER_S", float("inf"))  # however slow the machine is
     return Eval(model, capsys)
 
 

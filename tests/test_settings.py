@@ -81,7 +81,7 @@ def test_options_name_only_what_was_chosen() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "fp3"}, "--dtype is 'fp3': give one of auto, float32, bfloat16, float16"),
+        ({"dtype": "fp3"}, "--dtype is 'fp3': give one of auto, float32, bfloat16, float16, float64"),
         ({"recent_size": 0}, "--recent-size is 0: give 1 or more"),
         ({"kv": " "}, "--kv is empty: leave it out or give auto"),
         ({"model": ""}, "--model is empty: give a name from `duolocal models`, or a path"),
