@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from duolocal.errors import ModelFileError
+from duolocal.files import free_bytes, replacing_folder
 from duolocal.models.assemble import Role, roles
 from duolocal.models.config import ModelConfig
 from duolocal.models.fingerprint import data_digest
@@ -84,18 +84,14 @@ def write_native(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelFileError(f"{folder}: is there already; give a folder that is new or empty")
-    parent = folder.absolute().parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
+        free = free_bytes(folder)
         if free < source.size_bytes:
             raise ModelFileError(
                 f"{folder}: about {source.size_bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make "
                 "room, or use another place"
             )
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as made:
-            work = Path(made) / folder.name
-            work.mkdir()
+        with replacing_folder(folder) as work:
             config_sha256 = _write_config(source.config, work / CONFIG_FILE)
             _write_beside(source, work)
             metadata = NativeMetadata(
@@ -107,7 +103,6 @@ def write_native(
                 data_sha256="",
             )
             num_bytes = _write_weights(source, work / WEIGHTS_FILE, metadata, arrange, on_progress)
-            work.replace(folder)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "make room, or use another place" if full else "give a folder that can be written"

@@ -219,7 +219,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.
 
 def test_too_small_a_disk_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tiny_folder(tmp_path / "model")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(SettingsError, match=r"GB are needed .* free"):
         finish(open_model(tmp_path / "model"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

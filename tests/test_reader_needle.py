@@ -15,13 +15,7 @@ from duolocal.evaluate.needle import KINDS, MOST, NeedleResult, make_task, run_t
 from duolocal.reader import Retriever
 from duolocal.reader.retrieve import MIN_CHUNK
 from duolocal.terminal.eval_options import NEEDLE_NAMES
-from duolocal.terminal.needle_view import (
-    _print_counts,
-    _read_json,
-    _read_state,
-    _write_json,
-    _write_state,
-)
+from duolocal.terminal.needle_view import _print_counts, _read_state, _write_state
 from tests.session_models import tiny_session, tiny_tokenizer
 from tests.test_reader import read, text_of
 
@@ -115,16 +109,6 @@ def test_a_reading_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     assert isinstance(progress[-1], Prefilled) and progress[-1].done == whole[0].tokens_read - done
     assert _read_state(path, {**identity, "task": "another"}) == (None, 0.0, [])
     assert path.stat().st_size < 20_000
-
-
-def test_points_are_kept_for_the_same_task_only(tmp_path: Path) -> None:
-    path = tmp_path / "needle-1.json"
-    _write_json(path, {"identity": {"task": "a"}, "value": 3})
-    assert _read_json(path, {"task": "a"}) == {"identity": {"task": "a"}, "value": 3}
-    assert _read_json(path, {"task": "b"}) is None and _read_json(tmp_path / "none.json", {}) is None
-    path.write_text('{"identity":')
-    assert _read_json(path, {"task": "a"}) is None
-    assert [each.name for each in tmp_path.iterdir()] == ["needle-1.json"]
 
 
 def test_counts_are_told_by_kind_and_what_was_guessed_beside_them() -> None:

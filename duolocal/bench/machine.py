@@ -5,13 +5,13 @@ Loads no torch.
 
 import platform
 import sys
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
 import duolocal
+from duolocal.kernels.cpu.cpuinfo import cpu_name
 from duolocal.kernels.cpu.threads import default_threads
 from duolocal.processes import output_of
 
@@ -37,15 +37,8 @@ def machine_facts(*, threads: int | None = None, device: str = "cpu") -> dict[st
 
 
 def _cpu_name() -> str:
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if sys.platform == "darwin":
-        name = output_of("sysctl", "-n", "machdep.cpu.brand_string")
-        if name:
-            return name
-    return platform.processor() or platform.machine()
+    known = output_of("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else None
+    return known or cpu_name()
 
 
 def _commit() -> str | None:

@@ -1,7 +1,6 @@
 """Which runners a comparison has, what they need, and the refusal where a package or memory is missing."""
 
 import importlib.util
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from duolocal.bench.child import Child, runner_command
 from duolocal.bench.compare import DUOLOCAL, RunnerSpec
 from duolocal.errors import MemoryLimitError, SettingsError
+from duolocal.files import replacing
 from duolocal.models.loader import ModelSource
 from duolocal.models.registry import models_folder
 from duolocal.plan.memory import dense_16bit_bytes
@@ -162,19 +162,18 @@ def requantize(source: ModelSource, *, threads: int) -> Path:
     target = requantized_path(source)
     if target.is_file():
         return target
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with Child("llama.cpp", runner_command("quantize"), threads=threads) as child:
-            child.ask("quantize", path=str(source.path), target=str(partial), threads=threads)
-        partial.replace(target)
+        with (
+            replacing(target) as made,
+            Child("llama.cpp", runner_command("quantize"), threads=threads) as child,
+        ):
+            child.ask("quantize", path=str(source.path), target=str(made), threads=threads)
     except OSError as error:
         raise SettingsError(
             f"cannot write {target}: {error.strerror or error}; set DUOLOCAL_CACHE to a folder you can write to, or "
             "leave it out: --no-requantized"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

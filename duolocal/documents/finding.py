@@ -5,7 +5,6 @@ file has a name of its own, relative and short: it is what the model will call i
 """
 
 import glob
-import itertools
 import os
 import re
 import stat
@@ -22,6 +21,7 @@ from duolocal.documents.model import Document
 from duolocal.documents.text import is_blank, looks_binary
 from duolocal.documents.zipped import Archive, ArchiveError
 from duolocal.errors import DocumentError
+from duolocal.files import free_name
 
 MAX_FILES = 50_000  # seen, taken or not; no context holds so many
 _LONGEST_ARCHIVE = 40  # characters of its name
@@ -374,14 +374,11 @@ def _named(seen: Sequence[_Seen]) -> tuple[Found, ...]:
         for at in growing:
             depths[at] += 1
     # What still clashes differs only in characters that cannot be shown.
-    taken: set[str] = set()
+    given: set[str] = set()
     found = []
     for item, name in zip(seen, names, strict=True):
-        stem = name
-        for count in itertools.count(2):
-            if name not in taken and (name == stem or name not in counts):
-                break
-            name = f"{stem} ({count})"
-        taken.add(name)
+        if name in given:
+            name = free_name(name, taken=lambda name: name in given or name in counts)
+        given.add(name)
         found.append(replace(item.found, name=name))
     return tuple(found)

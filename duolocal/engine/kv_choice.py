@@ -8,15 +8,14 @@ compares the distributions of the next token with those of the 16-bit cache. A v
 
 import importlib.resources
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from duolocal.cache import DuoCache
+from duolocal.files import JsonCache
 from duolocal.heads import uniform_plan
 from duolocal.models.loader import ModelSource
 from duolocal.models.registry import models_folder
@@ -52,7 +51,7 @@ def known_kv(fingerprint: str) -> tuple[str, str] | None:
     """Return the format that was measured for these weights, and a line saying where; None: nowhere yet."""
     if (kv := _shipped().get(fingerprint)) is not None:
         return kv, f"KV format {kv}: the smallest that passed this model's measurement (docs/kv-formats.md)"
-    if (kv := _remembered().get(fingerprint)) is not None:
+    if (kv := _remembered(fingerprint)) is not None:
         return kv, f"KV format {kv}: the smallest that passed when this model was first used here"
     return None
 
@@ -162,30 +161,17 @@ def _shipped() -> dict[str, str]:
     return {fingerprint: entry["kv"] for entry in data["models"] for fingerprint in entry["fingerprints"]}
 
 
-def _memory_file() -> Path:
-    return models_folder() / "kv-formats.json"
+def _cache() -> JsonCache:
+    return JsonCache(models_folder() / "kv-formats.json")
 
 
-def _remembered() -> dict[str, str]:
-    try:
-        entries = json.loads(_memory_file().read_text(encoding="utf-8"))
-        return {key: entry["kv"] for key, entry in entries.items() if entry["kv"] in KV_FORMATS}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}  # absent or damaged: it is measured again
+def _remembered(fingerprint: str) -> str | None:
+    """Return the verdict that was kept; None where it is absent or damaged, and measured again."""
+    entry = _cache().get(fingerprint)
+    kv = entry.get("kv") if isinstance(entry, dict) else None
+    return kv if kv in KV_FORMATS else None
 
 
 def _remember(fingerprint: str, choice: str, results: list[KVMeasurement]) -> None:
     """Keep a verdict; a cache folder that cannot be written only means measuring again."""
-    path = _memory_file()
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        entries = {}
-    entries[fingerprint] = {"kv": choice, "results": [asdict(result) for result in results]}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    _cache().put(fingerprint, {"kv": choice, "results": [asdict(result) for result in results]})

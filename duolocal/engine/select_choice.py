@@ -6,15 +6,15 @@ keys differ in it at positions all over the context: the product is how far the 
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
 from duolocal.errors import SettingsError
+from duolocal.files import read_json, write_json
 from duolocal.heads import HeadPlan
 from duolocal.kernels.digest import DigestChannels, digest_channels
 from duolocal.kernels.interface import Rotation
@@ -161,10 +161,10 @@ def _remembered(key: str, transformer: Transformer) -> _Learnt | None:
     config = transformer.config
     wanted = (config.num_layers, config.num_kv_heads, digest_channels(config.head_dim))
     try:
-        data = json.loads((cache_folder() / "selection" / key).read_text(encoding="utf-8"))
+        data = read_json(cache_folder() / "selection" / key) or {}
         channels = torch.tensor(data["channels"], dtype=torch.int32)
         centre = torch.tensor(data["centre"], dtype=torch.float32)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return None  # absent or damaged: they are found again
     if channels.shape != wanted or centre.shape != wanted or not bool(centre.isfinite().all()):
         return None
@@ -175,13 +175,7 @@ def _remembered(key: str, transformer: Transformer) -> _Learnt | None:
 
 def _remember(key: str, learnt: _Learnt) -> None:
     """Keep the channels; a cache folder that cannot be written only means finding them again."""
-    path = cache_folder() / "selection" / key
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):
+        path = cache_folder() / "selection" / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(
-            json.dumps({"channels": learnt.channels.tolist(), "centre": learnt.centre.tolist()}), encoding="utf-8"
-        )
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        write_json(path, {"channels": learnt.channels.tolist(), "centre": learnt.centre.tolist()}, indent=None)

@@ -11,7 +11,6 @@ folders.
 import os
 import re
 import shutil
-import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,6 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from duolocal.errors import DownloadError, SettingsError
+from duolocal.files import replacing_folder
 from duolocal.heads.pattern import MAX_FILE_BYTES, HeadPattern
 from duolocal.heads.published import CONFIG_FILE, SCORES_FILE, read_published
 from duolocal.paths import cache_folder
@@ -196,20 +196,10 @@ def _read(folder: Path, known: KnownPattern) -> HeadPattern:
 def _fetch(known: KnownPattern, address: str, folder: Path) -> None:
     """Put both files into `folder`, or neither."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{known.name}.", dir=folder.parent))
-    except OSError as error:
-        raise DownloadError(
-            f"the head pattern of {known.name} cannot be kept in {folder.parent} ({error.strerror or error}): "
-            "set DUOLOCAL_CACHE to a folder that can be written"
-        ) from None
-    try:
-        for name in (CONFIG_FILE, SCORES_FILE):
-            url = f"{address}/{urllib.parse.quote(f'{known.folder}/{name}')}"
-            (temporary / name).write_bytes(_download(url))
-        _read(temporary, known)
-        shutil.rmtree(folder, ignore_errors=True)  # a half that something else left
-        temporary.replace(folder)
+        files = {
+            name: _download(f"{address}/{urllib.parse.quote(f'{known.folder}/{name}')}")
+            for name in (CONFIG_FILE, SCORES_FILE)
+        }
     except (OSError, HTTPException, ValueError) as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise DownloadError(
@@ -217,8 +207,17 @@ def _fetch(known: KnownPattern, address: str, folder: Path) -> None:
             f"{CONFIG_FILE} and {SCORES_FILE} of {SOURCE} (attn_patterns/{known.folder}) in a folder and give it to "
             "--heads"
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with replacing_folder(folder) as work:
+            for name, data in files.items():
+                (work / name).write_bytes(data)
+            _read(work, known)
+            shutil.rmtree(folder, ignore_errors=True)  # a half that something else left
+    except OSError as error:
+        raise DownloadError(
+            f"the head pattern of {known.name} cannot be kept in {folder.parent} ({error.strerror or error}): "
+            "set DUOLOCAL_CACHE to a folder that can be written"
+        ) from None
 
 
 def _download(url: str) -> bytes:

@@ -7,7 +7,6 @@ The file is JSON, format "duolocal-head-pattern", version 1. What it may hold is
 The published layout is in `published.py`.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from duolocal.errors import SettingsError
+from duolocal.files import write_file
 from duolocal.heads.plan import HeadPlan
 
 PATTERN_FORMAT = "duolocal-head-pattern"
@@ -242,13 +242,9 @@ def read_text(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; raises SettingsError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_file(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):  # the folder is missing or not ours: that is what gets said
-            temporary.unlink(missing_ok=True)
         raise SettingsError(f"cannot write {path}: {error.strerror or error}") from None
 
 

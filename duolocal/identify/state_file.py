@@ -4,8 +4,6 @@ JSON, because Python writes a float64 so that it reads back as the same number, 
 run anything. A file of other settings or another model is refused, never mixed in.
 """
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duolocal.errors import SettingsError
+from duolocal.files import read_json, write_json
 from duolocal.identify.distill import DistillState
 
 FORMAT = "duolocal-distill-state"
@@ -23,12 +22,9 @@ def save_state(path: Path, state: DistillState, fingerprint: str) -> None:
     """Write `state`, replacing what was there in one move; raises SettingsError where that is impossible."""
     data: dict[str, Any] = {"format": FORMAT, "version": 1, "fingerprint": fingerprint, "step": state.step}
     data |= {name: getattr(state, name).tolist() for name in _TABLES} | {"losses": state.losses}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(data), encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, data, indent=None)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SettingsError(f"{path}: cannot be written ({error.strerror or error}); use another place") from None
 
 
@@ -37,15 +33,10 @@ def load_state(path: Path, fingerprint: str, *, num_layers: int, num_kv_heads: i
 
     Raises SettingsError, saying what to do, for a file of other settings, another model or no state at all.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError:
-        data = None
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != 1:
+    data = read_json(path, format=FORMAT, version=1)
+    if data is None:
         raise SettingsError(f"{path} is not the state of a distillation: move it away, or name another --out")
     if data.get("fingerprint") != fingerprint:
         raise SettingsError(

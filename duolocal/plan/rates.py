@@ -7,18 +7,17 @@ ones of the same shapes and formats. Seconds, once per machine and model shape: 
 
 import hashlib
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
 from duolocal.cache import DuoCache
+from duolocal.files import JsonCache
 from duolocal.heads import uniform_plan
 from duolocal.kernels.blocks import BlockLayout
+from duolocal.kernels.cpu.cpuinfo import cpu_name
 from duolocal.kernels.interface import Kernels
 from duolocal.models.assemble import TensorSource, assemble
 from duolocal.models.config import ModelConfig
@@ -169,9 +168,8 @@ def rates_key(**facts: object) -> str:
 def known_rates(key: str) -> Rates | None:
     """Return rates that were measured here before, or None (also for a damaged file)."""
     try:
-        entry = json.loads(_file().read_text(encoding="utf-8"))[key]
-        rates = Rates(**entry)
-    except (OSError, ValueError, KeyError, TypeError):
+        rates = Rates(**_cache().get(key))
+    except TypeError:
         return None
     numbers = (rates.products, rates.attention, rates.weights, rates.blocks, rates.output)
     return rates if all(isinstance(number, float) and number > 0 for number in numbers) else None
@@ -179,36 +177,15 @@ def known_rates(key: str) -> Rates | None:
 
 def keep_rates(key: str, rates: Rates) -> None:
     """Keep rates; a cache folder that cannot be written only means measuring again."""
-    path = _file()
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(entries, dict)
-    except (OSError, ValueError, AssertionError):
-        entries = {}
-    entries[key] = asdict(rates)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    _cache().put(key, asdict(rates))
 
 
-def _file() -> Path:
-    return cache_folder() / "rates.json"
+def _cache() -> JsonCache:
+    return JsonCache(cache_folder() / "rates.json")
 
 
 def _machine() -> list[str]:
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return [name, torch.cuda.get_device_name() if torch.cuda.is_available() else ""]
+    return [cpu_name(), torch.cuda.get_device_name() if torch.cuda.is_available() else ""]
 
 
 def _difference(far_s: float, near_s: float) -> float:

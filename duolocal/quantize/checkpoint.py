@@ -1,6 +1,5 @@
 """The finished folder: shards, index, tokenizer files, config.json last, because it is what makes a folder a model."""
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from duolocal.errors import ModelFileError, SettingsError
+from duolocal.files import free_bytes
 from duolocal.models.assemble import Role, outer_roles
 from duolocal.models.loader import ModelSource
 from duolocal.models.safetensors_folder import hf_module
@@ -107,10 +107,7 @@ def write_checkpoint(
 
 def check_room(out: Path, num_bytes: int) -> None:
     """Raise SettingsError where the disk of `out` has not `num_bytes` left."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(out)
     if free < num_bytes:
         raise SettingsError(
             f"--out {out}: {num_bytes / 1e9:.1f} GB are needed while it is made and {free / 1e9:.1f} GB are free: "

@@ -4,7 +4,6 @@ Values are the decoded ones rounded to float16, which holds those of 4- and 8-bi
 quantized here. Memory: one shard, up to a gibibyte.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duolocal.errors import ModelFileError
+from duolocal.files import replacing_folder
 from duolocal.models.assemble import Role, roles
 from duolocal.models.loader import ModelSource
 from duolocal.models.safetensors_folder import hf_module
@@ -38,19 +38,14 @@ def write_dense(source: ModelSource, folder: Path, *, on_progress: Callable[[int
     beside, generation = beside_weights(source), generation_config(source)
     num_bytes = 2 * sum(torch.Size(role.shape).numel() for role in roles(source.config))
     check_room(folder, num_bytes)
-    parent = folder.absolute().parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as made:
-            work = Path(made) / folder.name
-            work.mkdir()
+        with replacing_folder(folder) as work:
             _write_shards(source, work, num_bytes, on_progress)
             for name, data in beside.items():
                 write_bytes(work / name, data)
             if generation is not None:
                 write_json(work / "generation_config.json", generation)
             write_json(work / "config.json", config)
-            work.replace(folder)
     except OSError as error:
         raise ModelFileError(
             f"{folder}: cannot be written ({error.strerror or error}); make room, or use another place"

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duolocal.errors import ModelFileError, SettingsError
+from duolocal.files import Lock, read_json
 from duolocal.quantize.files import write_json, write_tensors
 from duolocal.quantize.layer import QuantizedLayer
 from duolocal.quantize.results import LayerLosses
@@ -35,10 +35,8 @@ class WorkArea:
         if new and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise SettingsError(f"--out {out} exists and is not empty: name another folder, or remove it")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.folder / "lock")
-            self._lock.acquire(timeout=0)
-        except Timeout:
+            self._lock = Lock(self.folder / "lock")
+        except TimeoutError:
             raise SettingsError(
                 f"--out {out}: another process is quantizing into it: wait for it, or name another"
             ) from None
@@ -55,12 +53,8 @@ class WorkArea:
         if not path.exists():
             write_json(path, {"format": _FORMAT, "version": 1, "settings": dict(settings)})
             return
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            kept = None
-        known = isinstance(kept, dict) and kept.get("format") == _FORMAT and kept.get("version") == 1
-        if not known or not isinstance(kept.get("settings"), dict):
+        kept = read_json(path, format=_FORMAT, version=1)
+        if kept is None or not isinstance(kept.get("settings"), dict):
             raise SettingsError(f"{path} is damaged, or another version's: remove {self.folder} to begin anew")
         there = kept["settings"]
         different = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]

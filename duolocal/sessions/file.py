@@ -7,7 +7,6 @@ Owns locks, temporary files, free places inside a file, fsync, and what is said 
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
 import numpy as np
 
 from duolocal.errors import SessionError
+from duolocal.files import Lock, replacing
 from duolocal.sessions.layout import (
     ALIGNMENT,
     SLOT_BYTES,
@@ -69,9 +68,7 @@ class ContextFile:
     Invariant: what `opened` says is on the disk; a commit that fails leaves it so.
     """
 
-    def __init__(
-        self, path: Path, file: BinaryIO | None, opened: Opened | None, lock: filelock.BaseFileLock | None
-    ) -> None:
+    def __init__(self, path: Path, file: BinaryIO | None, opened: Opened | None, lock: Lock | None) -> None:
         self.path = path
         self.opened = opened
         self._file = file
@@ -157,25 +154,20 @@ class ContextFile:
             ) from error
 
     def _create(self, wanted: Wanted) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-        file = os.fdopen(descriptor, "r+b", buffering=0)
         try:
-            _write(file, 0, header().ljust(ALIGNMENT, b"\0"))
-            self._put(file, wanted, None)
-            if os.name == "nt":
-                file.close()  # an open file cannot be renamed there
-            os.replace(temporary, self.path)
+            with replacing(self.path, durable=True, mode=0o600, locked=True) as temporary:
+                self._file = file = temporary.open("r+b", buffering=0)
+                _write(file, 0, header().ljust(ALIGNMENT, b"\0"))
+                self._put(file, wanted, None)
+                if os.name == "nt":
+                    file.close()  # an open file cannot be renamed there
         except BaseException:
-            file.close()
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            self.opened = None
+            if self._file is not None:
+                self._file.close()
+            self._file = self.opened = None
             raise
-        if file.closed:
-            file = self.path.open("r+b", buffering=0)
-        self._file = file
-        _sync_folder(self.path.parent)
+        if self._file.closed:
+            self._file = self.path.open("r+b", buffering=0)
 
     def _update(self, file: BinaryIO, wanted: Wanted) -> None:
         before = self.opened
@@ -259,27 +251,15 @@ def _write(file: BinaryIO, offset: int, data: bytes | np.ndarray) -> None:
         view = view[written:]
 
 
-def _lock(path: Path) -> filelock.BaseFileLock:
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0, mode=0o600)
+def _lock(path: Path) -> Lock:
     try:
-        lock.acquire()
-    except filelock.Timeout:
+        return Lock(path.with_name(f".{path.name}.lock"), mode=0o600)
+    except TimeoutError:
         raise SessionError(f"{path} is in use by another duolocal: end that one, or choose another name") from None
     except OSError as error:
         raise SessionError(
             f"{path.parent} cannot be written ({error.strerror or error}): choose another place with --sessions-folder"
         ) from error
-    return lock
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

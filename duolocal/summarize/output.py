@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from filelock import FileLock, Timeout
-
 from duolocal.errors import SettingsError, SummaryFileError
+from duolocal.files import Lock, sync_folder, write_file
 from duolocal.paths import cache_folder
 from duolocal.summarize.records import LINE_START, Record, parse_line
 from duolocal.summarize.render import RENDERERS
@@ -87,7 +86,7 @@ class Output:
             os.close(self._file)  # an open file cannot be replaced everywhere
             self._file = -1
             try:
-                _replace(self.journal, b"".join(record.to_line() for record in records))
+                write_file(self.journal, b"".join(record.to_line() for record in records), durable=True, locked=True)
             finally:
                 self._file = self._appending()
         except OSError as error:
@@ -135,7 +134,7 @@ class Output:
         elif data and not data.endswith(b"\n"):
             os.write(self._file, b"\n")  # the line was whole but for its end
         os.fsync(self._file)
-        _sync_folder(self.journal)
+        sync_folder(self.journal.absolute().parent)
         self._show()
 
     def _appending(self) -> int:
@@ -167,7 +166,7 @@ class Output:
             return
         began_s = time.monotonic()
         try:
-            _replace(self.path, self._render(self.records))
+            write_file(self.path, self._render(self.records), durable=True, locked=True)
         except OSError as error:
             raise self._unwritable(error) from error
         self._rendered_s = time.monotonic()
@@ -187,40 +186,13 @@ def _torn(line: bytes) -> bool:
     return line.startswith(LINE_START) or LINE_START.startswith(line)
 
 
-def _lock(path: Path) -> FileLock:
+def _lock(path: Path) -> Lock:
     """Return a held lock for `path`. It lies in the cache folder: nothing is left beside the user's file."""
     folder = cache_folder() / "locks"
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{name}.lock")
-        lock.acquire(timeout=0)
-    except Timeout:
+        return Lock(folder / f"{name}.lock")
+    except TimeoutError:
         raise SettingsError(f"--out {path}: another process is writing to it: wait for it, or name another") from None
     except OSError as error:
         raise SettingsError(f"{folder} cannot be written ({error.strerror or error}): set DUOLOCAL_CACHE") from error
-    return lock
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.duolocal.tmp")  # always the same: what a kill leaves is overwritten
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # gone where it has been moved
-
-
-def _sync_folder(path: Path) -> None:
-    """See the file's name onto the disk; a system that opens no folders does so itself."""
-    if os.name != "posix":
-        return
-    folder = os.open(path.absolute().parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -15,6 +15,7 @@ from duolocal.bench.forms import disk_bytes, make_form
 from duolocal.bench.load import LoadSpeed, measure_loads
 from duolocal.bench.machine import machine_facts
 from duolocal.bench.text import text_ids
+from duolocal.files import free_name
 from duolocal.models.loader import open_model
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
@@ -58,7 +59,7 @@ def bench_forms(
     paths: dict[str, Path] = {}
     for path in sources.values():
         source = open_model(path)
-        paths[_free(f"{source.kind} {source.weight_format}", paths)] = path
+        paths[free_name(f"{source.kind} {source.weight_format}", taken=paths.__contains__)] = path
         del source  # its mapped pages could not be dropped
     del first
     prompt = settings.options()[2:] if can_measure() else None  # without --model and its name
@@ -75,7 +76,7 @@ def bench_forms(
                     threads=settings.threads,
                 )
                 source = open_model(made)
-                paths[_free(f"{source.kind} {source.weight_format}", paths)] = made
+                paths[free_name(f"{source.kind} {source.weight_format}", taken=paths.__contains__)] = made
                 del source
             speeds = measure_loads(
                 paths,
@@ -106,15 +107,6 @@ def bench_forms(
     head |= {"heads": settings.heads, "kv": settings.kv}
     print(json.dumps({**head, "results": results, "machine": facts}))
     return 0
-
-
-def _free(name: str, taken: dict[str, Path]) -> str:
-    """Return `name`, numbered where two models are of one form."""
-    count, found = 1, name
-    while found in taken:
-        count += 1
-        found = f"{name} ({count})"
-    return found
 
 
 def _table(speeds: dict[str, LoadSpeed], sizes: dict[str, int]) -> Table:

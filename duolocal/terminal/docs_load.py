@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duolocal.documents import Document, Gathered, Loaded, gather, load_all
+from duolocal.files import free_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,9 +40,6 @@ def by_name(documents: Iterable[Document], *, taken: Collection[str] = ()) -> di
     """Return documents by names of their own: a name that is taken becomes the path, and then a number is added."""
     named: dict[str, Document] = {}
     for document in documents:
-        name, count = document.name, 1
-        while name in named or name in taken:
-            name = str(document.path) if count == 1 else f"{document.path} ({count})"
-            count += 1
+        name = free_name(document.name, str(document.path), taken=lambda name: name in named or name in taken)
         named[name] = document
     return named

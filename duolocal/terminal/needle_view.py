@@ -23,6 +23,7 @@ from duolocal.evaluate import Outcome
 from duolocal.evaluate.documentation import Haystack, documentation
 from duolocal.evaluate.grid import places
 from duolocal.evaluate.needle import MOST, NeedleResult, Task, make_task, run_task
+from duolocal.files import read_json, write_json
 from duolocal.processes import peak_bytes
 from duolocal.reader import PASSAGE_TOKENS, Retriever
 from duolocal.reader.passages import Carried
@@ -83,11 +84,12 @@ def eval_needle(
             "passage_tokens": retriever.passage_tokens,
         }
         path = None if out is None else out / f"needle-{length}-seed{seed}.json"
-        point = _read_json(path, identity)
+        point = None if path is None else read_json(path, identity=identity)
         if point is None:
             point = _measure(session, retriever, task, identity, path, progress)
             point |= {"length": length, "seed": seed, "text": haystack.sources, "identity": identity}
-            _write_json(path, point)
+            if path is not None:
+                write_json(path, point)
         points.append(point)
         _print_point(point, console)
     runs = {
@@ -203,27 +205,8 @@ def _print_counts(points: Sequence[Mapping[str, Any]], kinds: Sequence[str], con
     console.print(table)
 
 
-def _read_json(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what was kept for the same model, text and settings; None where there is nothing, or of something else."""
-    if path is None or not path.is_file():
-        return None
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return kept if isinstance(kept, dict) and kept.get("identity") == identity else None
-
-
-def _write_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    if path is None:
-        return
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
-
-
 def _read_state(path: Path | None, identity: Mapping[str, Any]) -> tuple[State | None, float, list[dict[str, Any]]]:
-    kept = _read_json(path, identity)
+    kept = None if path is None else read_json(path, identity=identity)
     if kept is None:
         return None, 0.0, []
     carried = tuple(
@@ -242,6 +225,8 @@ def _write_state(
     identity: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
 ) -> None:
+    if path is None:
+        return
     rows = [[[each.score, *each.place, each.stop, *each.around] for each in carried] for carried in state.carried]
     content = {"identity": identity, "chunks": state.chunks, "tokens": state.tokens, "elapsed_s": elapsed_s}
-    _write_json(path, {**content, "carried": rows, "results": results})
+    write_json(path, {**content, "carried": rows, "results": results})

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from duolocal.errors import KernelError
+from duolocal.kernels.cpu.cpuinfo import cpu_lines
 from duolocal.paths import cache_folder
 
 SOURCE = Path(__file__).parent / "source"
@@ -130,9 +131,4 @@ def _intact(path: Path) -> bool:
 
 def _cpu() -> str:
     """Return what identifies the CPU: its name and its instruction sets."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+    return "\n".join(cpu_lines("model name", "flags", "Features", "CPU part")) or platform.processor()

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from duolocal.bench.child import child_environment
 from duolocal.errors import DuoLocalError, SettingsError
+from duolocal.files import free_name, write_json
 from duolocal.kernels.cpu.threads import unbound
 from duolocal.processes import end, how_ended
 
@@ -96,11 +97,8 @@ def suite_files(folder: Path, device: str, date: str) -> SuiteFiles:
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower().replace("nvidia", "")).strip("-") or "device"
     stem = f"gpu-{slug}-{date}"
-    for number in range(1, 1000):
-        name = stem if number == 1 else f"{stem}-{number}"
-        if not (folder / f"{name}.json").exists():
-            return SuiteFiles(*(folder / f"{name}{end}" for end in (".json", ".log", "-profile.txt")))
-    raise DuoLocalError(f"{folder} holds a thousand results of {stem}: give another --out")
+    name = free_name(stem, taken=lambda name: (folder / f"{name}.json").exists(), form="{}-{}")
+    return SuiteFiles(*(folder / f"{name}{end}" for end in (".json", ".log", "-profile.txt")))
 
 
 def run_suite(
@@ -149,10 +147,10 @@ def run_suite(
                     "ceilings": report["ceilings"],
                     "profile": str(files.profile),
                 }
-                _run_section(settings, entry, log, lambda: _write(files.report, report))
+                _run_section(settings, entry, log, lambda: write_json(files.report, report))
             _take_ceilings(report, entry)
             report["elapsed_s"] = round(time.monotonic() - began, 1)
-            _write(files.report, report)
+            write_json(files.report, report)
     return report
 
 
@@ -247,10 +245,3 @@ def _take_ceilings(report: dict[str, Any], entry: dict[str, Any]) -> None:
     for record in entry["records"]:
         if record["what"] == "ceilings" and report["ceilings"] is None:
             report["ceilings"] = {name: value for name, value in record.items() if name != "what"}
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    """Replace the report in one step, so that a reader never finds half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
