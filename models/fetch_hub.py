@@ -11,14 +11,13 @@ import errno
 import io
 import json
 import re
-import shutil
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from duolocal.errors import DownloadError, DuoLocalError, ModelNotFoundError
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+from duolocal.files import Lock
+from duolocal.models.fetching import Progress, check_space
 
 # Weights as safetensors only: pickled weights (.bin, .pth) run code when they are opened.
 _ALLOW = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
@@ -33,7 +32,11 @@ def is_repo_id(text: str) -> bool:
 
 
 def cached_repo(repo: str, *, revision: str | None = None) -> Path | None:
-    """Return the folder of a completely cached repository, or None; touches no network."""
+    """Return the folder of a completely cached repository, or None; touches no network.
+
+    Complete is what lacks none of `missing_files`, nor, where huggingface-hub kept the list of the repository, anything
+    of that.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -57,7 +60,8 @@ def fetch_repo(
 ) -> Path:
     """Return the local folder of a hub repository's safetensors model, fetching what is missing.
 
-    `offline` True never touches the network; None leaves it to HF_HUB_OFFLINE. `on_progress` gets bytes.
+    The hub is asked only where the cache lacks something: a branch stays at the commit that was fetched. `offline`
+    True never touches the network; None leaves it to HF_HUB_OFFLINE. `on_progress` gets bytes.
     Raises ModelNotFoundError (no such repository or revision, no safetensors weights) and DownloadError (no network,
     gated, no space), each saying what to do.
     """
@@ -65,11 +69,11 @@ def fetch_repo(
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import logging
 
+    ready = cached_repo(repo, revision=revision)
+    if ready is not None:
+        return ready
     if offline or constants.HF_HUB_OFFLINE:
-        folder = cached_repo(repo, revision=revision)
-        if folder is None:
-            raise DownloadError(f"{_called(repo, revision)} is not cached and offline mode is on; {_by_hand(repo)}")
-        return folder
+        raise DownloadError(f"{_called(repo, revision)} is not cached and offline mode is on; {_by_hand(repo)}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its retries are no news for the user; what fails in the end is raised
     try:
@@ -79,7 +83,7 @@ def fetch_repo(
         cached = _cached_files(repo, info.sha, wanted)
         total = sum(wanted.values())
         _remove_leftovers(repo)
-        _check_space(repo, total - sum(wanted[name] for name in cached))
+        check_space(repo, Path(constants.HF_HUB_CACHE), total - sum(wanted[name] for name in cached), "HF_HOME")
         bar = _progress_bar(on_progress, sum(wanted[name] for name in cached), total)
         folder = Path(
             snapshot_download(
@@ -93,12 +97,7 @@ def fetch_repo(
         )
     # HTTPError is the HTTP library's own (httpx, later httpx2); hf-xet raises RuntimeError.
     except (OSError, HTTPError, RuntimeError, ValueError) as error:
-        failure = _explain(repo, revision, error)
-        if isinstance(failure, DownloadError) and not _is_no_space(error):
-            kept = cached_repo(repo, revision=revision)
-            if kept is not None:
-                return kept
-        raise failure from error
+        raise _explain(repo, revision, error) from error
     finally:
         logging.set_verbosity(verbosity)
     missing = missing_files(folder)
@@ -110,8 +109,10 @@ def fetch_repo(
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Return the names that a safetensors model in `folder` still needs, [] when it is complete."""
+    """Return the names that a safetensors model in `folder` still needs: config, a tokenizer, every shard."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        missing.append("tokenizer.json")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -144,39 +145,20 @@ def _cached_files(repo: str, commit: str | None, wanted: dict[str, int]) -> list
     return [name for name in wanted if isinstance(try_to_load_from_cache(repo, name, revision=commit), str)]
 
 
-def _check_space(repo: str, needed: int) -> None:
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DownloadError(
-            f"no space for {repo} in {constants.HF_HUB_CACHE}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
-            "free; make room or set HF_HOME to a folder on another disk"
-        )
-
-
 def _remove_leftovers(repo: str) -> None:
     """Remove what killed fetches of this repository left, file by file, unless someone is writing the file.
 
     huggingface-hub 2 names them BLOB.RANDOM.incomplete and never uses them again (1.x's BLOB.incomplete is resumed).
     It holds a lock per blob while it writes.
     """
-    from filelock import FileLock, Timeout
     from huggingface_hub import constants
 
     folder = f"models--{repo.replace('/', '--')}"
     locks = Path(constants.HF_HUB_CACHE) / ".locks" / folder
     for leftover in (Path(constants.HF_HUB_CACHE) / folder / "blobs").glob("*.*.incomplete"):
         lock = locks / f"{leftover.name.split('.')[0]}.lock"
-        try:
-            locks.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock, timeout=0):
-                leftover.unlink(missing_ok=True)
-        except (Timeout, OSError):
-            continue  # being written, or not ours to remove
+        with suppress(OSError), Lock(lock):  # being written, or not ours to remove
+            leftover.unlink(missing_ok=True)
 
 
 def _progress_bar(on_progress: Progress | None, start: int, total: int) -> Any:
@@ -232,16 +214,12 @@ def _explain(repo: str, revision: str | None, error: Exception) -> DuoLocalError
         return DownloadError(
             f"the hub refused {repo} (HTTP {status}): set HF_TOKEN to a valid read token of an account with access"
         )
-    if _is_no_space(error):
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return DownloadError(f"no space left while fetching {repo} into {constants.HF_HUB_CACHE}: make room and retry")
     if status is not None:
         return DownloadError(f"the hub answered HTTP {status} for {repo}: try again later, or {_by_hand(repo)}")
     detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     return DownloadError(f"cannot fetch {_called(repo, revision)} ({detail}): check the network, or {_by_hand(repo)}")
-
-
-def _is_no_space(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.ENOSPC
 
 
 def _called(repo: str, revision: str | None) -> str:

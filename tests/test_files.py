@@ -217,6 +217,11 @@ def test_a_lock_that_cannot_be_made_is_no_timeout(tmp_path: Path) -> None:
 # --- JSON that may be lost -----------------------------------------------------------------------------------------
 
 
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
@@ -224,7 +229,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "not UTF-8": lambda path: path.write_bytes(b'{"a": "\xff"}'),
     "no object": lambda path: path.write_bytes(b'["a"]'),
     "nested too deeply": lambda path: path.write_bytes(b"[" * 200_000),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a folder": become_a_folder,
 }
 
 

@@ -1,0 +1,80 @@
+"""What all fetching of models shares: progress, files that are known by a hash, room on the disk.
+
+Not: how the bytes come here (models/fetch_pypi.py, models/fetch_hub.py).
+"""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from duolocal.errors import DownloadError
+from duolocal.files import free_bytes, read_json, write_json
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+_HEADROOM_BYTES = 16 << 20  # file system overhead, and small files beside the large ones
+
+
+@dataclass(frozen=True)
+class PinnedFile:
+    """A file that is known by its size and SHA-256."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+    def cached(self, folder: Path) -> Path | None:
+        """Return the verified file in `folder`, or None.
+
+        A file verified before is trusted while its size and modification time are those noted in the marker beside
+        it; any other file (placed by hand, restored from a backup) is hashed once, and one with another hash is
+        treated as absent.
+        """
+        path = folder / self.name
+        try:
+            stat = path.stat()
+        except OSError:
+            return None
+        marker = folder / f".{self.name}.verified"
+        seen = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": self.sha256}
+        if stat.st_size == self.nbytes and read_json(marker) == seen:
+            return path
+        if self.difference(path) is not None:
+            return None
+        with suppress(OSError):  # in a read-only cache it is hashed again next time
+            write_json(marker, seen, indent=None)
+        return path
+
+    def difference(self, path: Path) -> str | None:
+        """Say how the file at `path` differs, size first: "has 5 bytes, wanted 7"; None where it is this one."""
+        size = path.stat().st_size
+        if size != self.nbytes:
+            return f"has {size} bytes, wanted {self.nbytes}"
+        seen = file_sha256(path)
+        return None if seen == self.sha256 else f"has SHA-256 {seen}, wanted {self.sha256}"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_space(what: str, folder: Path, nbytes: int, variable: str) -> None:
+    """Raise DownloadError where the disk of `folder`, which the user moves with `variable`, has no room for `what`."""
+    if free_bytes(folder) < nbytes + _HEADROOM_BYTES:
+        raise no_space(what, folder, nbytes, variable)
+
+
+def no_space(what: str, folder: Path, nbytes: int, variable: str) -> DownloadError:
+    """Return the error that says so, with the numbers."""
+    return DownloadError(
+        f"no space for {what} in {folder}: needs {_size(nbytes + _HEADROOM_BYTES)}, {_size(free_bytes(folder))} are "
+        f"free; make room or set {variable} to a folder on another disk"
+    )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.0f} MB"
