@@ -146,20 +146,22 @@ def test_prefill_and_decode_are_the_float64_path(packing: str, dtype: torch.dtyp
     assert engine.token_ids == tokens
 
 
-def test_generation_is_the_hosts() -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_generation_is_the_hosts(count: int) -> None:
     engine, _ = engines()
-    prompt, sampling = ids(30), Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3, max_tokens=3)
+    prompt, sampling = ids(30), Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3, max_tokens=count)
     decoder = engine._decoder(sampling)
     assert isinstance(decoder, GpuDecoder)
     first = list(engine.generate(prompt, sampling, eos_ids=frozenset()))
-    engine.reset()
-    again = list(engine.generate(prompt, sampling, eos_ids=frozenset()))  # on a CUDA device: replays what was captured
-    assert again == first
+    if not INTERPRETED:
+        engine.reset()
+        again = list(engine.generate(prompt, sampling, eos_ids=frozenset()))  # replays what was captured
+        assert again == first
     engine.reset()
     host = HostDecoder(engine, sampling)
     token = host.first(engine.step(prompt)[-1:])
     expected = [token]
-    while len(expected) < 3:
+    while len(expected) < count:
         token = host.next(token)
         expected.append(token)
     assert first == expected
