@@ -63,7 +63,7 @@ RECORDED = {
     "capped": {"capped decode", "capped prefill"},
     "sweep": {"sweep", "sweep best"},
 }
-DEAR = ("sweep", "prefill")  # seconds each in the interpreter; what they launch, other sections launch too
+DEAR = ("products", "sweep", "prefill")  # seconds each in the interpreter; their kernels have tests of their own
 
 
 @pytest.fixture

@@ -242,6 +242,7 @@ def test_a_real_model_finds_a_needle_in_a_text_three_times_its_reach(
     assert NEEDLE in best["text"] and best["document"] == "help.txt"
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_a_real_model_is_given_nothing_that_is_not_there(smollm2_path: Path) -> None:
     source = open_model(smollm2_path)

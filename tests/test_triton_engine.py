@@ -167,6 +167,7 @@ def test_generation_is_the_hosts(count: int) -> None:
     assert first == expected
 
 
+@pytest.mark.full
 def test_undo_and_cancel_leave_no_trace() -> None:
     engine, _ = engines()
     list(engine.prefill(ids(190)))
