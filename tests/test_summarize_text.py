@@ -126,10 +126,14 @@ def test_an_answer_that_goes_round_in_circles_ends_where_it_begins_to() -> None:
 def test_what_merely_says_some_things_twice_is_left_whole() -> None:
     text = "\n".join(f"- {name} owns it.\n- No date is given in the text." for name in ("Ann", "Bob", "Cy", "Di"))
     assert watch(text) == text
-    rows = " ".join(f"{number} | {number * 7} |" for number in range(200))
-    assert watch(rows) == rows
     grown = "It grew by 1.5% in the first quarter of the year. It grew by 1.7% in the second quarter of the year."
     assert watch(grown) == grown
+
+
+@pytest.mark.timeout(60)
+def test_a_row_without_an_end_takes_no_time() -> None:
+    row = " ".join(f"{number} | {number * 7} |" for number in range(1000))
+    assert watch(row) == row
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

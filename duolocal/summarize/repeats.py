@@ -10,6 +10,7 @@ _LONGEST_CYCLE = 64  # tokens
 _LEAST_REPEATED = 32  # tokens that repeat those before them, for a cycle of any length
 _LEAST_SAID_AGAIN = 40  # characters of sentences in a row that have been said before
 _SENTENCE = re.compile(r"[^.!?。！？\n]+[.!?。！？\n]+")
+_END = re.compile(r"[.!?。！？\n]")
 
 
 class Repeats:
@@ -52,6 +53,8 @@ class Repeats:
         return self._sentences(ended=True)
 
     def _sentences(self, *, ended: bool = False) -> int | None:
+        if not _END.search(self._text, self._next):
+            return None  # at once: looking for a sentence takes the square of the length where there is none
         for match in _SENTENCE.finditer(self._text, self._next):
             if match.end() == len(self._text) and not ended:
                 break  # its end may go on: "1." becomes "1.5"
