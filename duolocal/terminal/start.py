@@ -8,6 +8,7 @@ from rich.console import Console
 from duolocal.engine.engine import Engine
 from duolocal.engine.session import ChatSession
 from duolocal.models.loader import open_model
+from duolocal.models.quantized import quantize_on_load
 from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
 from duolocal.terminal.clean import clean_line
@@ -32,17 +33,16 @@ def start(settings: LoadSettings, *, system: str | None, progress: Console) -> S
     began_s = time.perf_counter()
     with bar(progress, f"loading {name}", "layers") as shown:
         with without_collection():
-            source = open_model(path)
+            source = quantize_on_load(open_model(path), settings.weights)
             tokenizer = load_tokenizer(source)
         engine = Engine.load(source, settings, events=shown)
         session = ChatSession(engine, tokenizer, system=system)
-    assert engine.source is not None
     plan = engine.plan
     return Started(
         session,
         Facts(
             model=settings.model,
-            weight_format=engine.source.weight_format,
+            weight_format=source.weight_format,
             kv_format=engine.kv,
             context=engine.context,
             num_retrieval=plan.num_retrieval,
