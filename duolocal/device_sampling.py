@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from duolocal.sampling import Sampling, cannot_be_sampled, seeded_generator
+from duolocal.sampling import cannot_be_sampled, seeded_generator
+from duolocal.settings import Sampling
 
 
 class DeviceSampler:

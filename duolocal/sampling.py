@@ -1,84 +1,23 @@
 """From logits to one token id, and from text pieces to where a stop string ends them.
 
-Owns `Sampling` (what a user may set), `Sampler` and `StopStrings`. The order of operations and the meaning of
-each setting are those of transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p.
-Knows neither model nor tokenizer.
+Owns `Sampler` and `StopStrings`; what a user may set is `duolocal.settings.Sampling`. The order of operations and the
+meaning of each setting are those of transformers' logits processors: repetition penalty, temperature, top-k, top-p,
+min-p. Knows neither model nor tokenizer.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
-from duolocal.errors import DuoLocalError, SettingsError
+from duolocal.errors import DuoLocalError
+from duolocal.settings import Sampling
 
 _NUCLEUS_FLOORS = (
     1e-3,
     1e-5,
     0.0,
 )  # probabilities below which ids are left out of the sorting, tried in turn
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How an answer is drawn.
-
-    temperature: 0 is greedy (the likeliest id, whatever top_k, top_p and min_p say); else above 0.
-    top_k: keep that many of the likeliest ids; 0 keeps all.
-    top_p: keep the likeliest ids until their probabilities reach it; above 0, up to 1 (all).
-    min_p: keep ids at least that fraction as likely as the likeliest; 0 (all) to 1.
-    repetition_penalty: above 0; 1 is none; positive logits of ids in the history are divided by it, negative
-    ones multiplied. The engine's history is the answer so far, not the prompt.
-    seed: 0 to 2**63 - 1; None draws one.
-    max_tokens: at least 1; None is up to the end of the context.
-    stop: strings that end the answer where one appears; they are not part of it.
-    """
-
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 0.95
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        _number("temperature", self.temperature, lambda x: x >= 0, "0 (greedy) or more")
-        _number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1 (off)")
-        _number("min_p", self.min_p, lambda x: 0 <= x <= 1, "0 (off) to 1")
-        _number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0; 1 is off")
-        _integer("top_k", self.top_k, 0, "0 (off) or more")
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, "0 to 2**63 - 1")
-            if self.seed >= 2**63:
-                raise SettingsError(f"seed is {self.seed}; wanted 0 to 2**63 - 1")
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, "1 or more")
-        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise SettingsError(f"stop is {self.stop!r}; wanted a tuple of strings, none of them empty")
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest id is always taken."""
-        return self.temperature == 0
-
-
-def _number(name: str, value: object, fits: Callable[[float], bool], wanted: str) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (is_number and isinstance(value, int | float) and fits(value)):
-        raise SettingsError(f"{name} is {value!r}; wanted a number, {wanted}")
-
-
-def _integer(name: str, value: object, least: int, wanted: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SettingsError(f"{name} is {value!r}; wanted a whole number, {wanted}")
-
-
-# What the chat starts with. Small models repeat themselves: unpenalised and unbounded, an answer of the default model
-# has been seen to fill the whole context with one line.
-CHAT_SAMPLING = Sampling(temperature=0.3, top_p=0.9, repetition_penalty=1.1, max_tokens=1024)
 
 
 class Sampler:

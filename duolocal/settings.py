@@ -1,147 +1,207 @@
-"""Settings of a chat, and the sizes people type: `32K`, `1M`, `131072`, `24GiB`.
+"""What a user may set: how a model is loaded, and how an answer is drawn.
 
-Owns the spelling of sizes and the checks that need no model. Sampling is `duolocal.sampling`; whether the
-settings suit a model or fit into memory is the engine's to say.
+Each option is declared here once, with its default, help, unit and check (`duolocal.options`). Whether the settings
+suit a model or fit into memory is the engine's to say.
 """
 
-import re
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import partial
 
-from duolocal.errors import SettingsError
+from duolocal.options import (
+    ANY,
+    BYTES,
+    THREADS,
+    TOKENS,
+    Kind,
+    check,
+    choice,
+    counted,
+    nonempty,
+    number,
+    option,
+    repeated,
+    whole,
+    words_of,
+)
+from duolocal.sizes import parse_tokens
 
-_NUMBER = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([A-Za-z]*)")
-_TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
-_BYTE_UNITS = {"": 1, "b": 1} | {
-    spelling: factor
-    for letter, power in (("k", 1), ("m", 2), ("g", 3), ("t", 4))
-    for spelling, factor in (
-        (letter, 1024**power),
-        (letter + "ib", 1024**power),
-        (letter + "b", 1000**power),
-    )
-}
-_MAX_TOKENS = 2**31 - 1  # positions are 32-bit numbers in the block tables
-
+DEFAULT_MODEL = "smollm2-135m"  # as in the registry, which is not imported for --help
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-MAX_THREADS = 256  # of one pool
 KERNELS = ("auto", "compiled", "torch")
 WEIGHTS = ("auto", "nf4", "int8")
 OUTER_WEIGHTS = ("auto", "int8", "int4")
 PREFILLS = ("exact", "sparse")
 
 
-def _parse(text: str, units: dict[str, int], option: str, wanted: str) -> int:
-    match = _NUMBER.fullmatch(text.strip())
-    factor = units.get(match[2].lower()) if match else None
-    if match is None or factor is None:
-        raise SettingsError(f"{option} is {text!r}: give {wanted}")
-    value = Fraction(match[1].replace("_", "").replace(",", "")) * factor
-    if value.denominator != 1:
-        raise SettingsError(f"{option} is {text!r}, which is no whole number: give {wanted}")
-    return int(value)
+def _read_select(text: str, name: str) -> str:
+    if text not in ("off", "auto"):
+        parse_tokens(text, name)
+    return text
 
 
-def parse_tokens(text: str, option: str = "--context") -> int:
-    """Read a number of tokens: `131072`, `32K` (32 x 1024), `1M` (1024 x 1024); raises SettingsError."""
-    value = _parse(text, _TOKEN_UNITS, option, "a number of tokens such as 131072, 32K or 1M")
-    if not 1 <= value <= _MAX_TOKENS:
-        raise SettingsError(f"{option} is {text!r}: give between 1 and {_MAX_TOKENS:,} tokens")
-    return value
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """Read a number of bytes: `24GiB` and `24G` are x 1024^3, `24GB` is x 1000^3; raises SettingsError."""
-    return _parse(text, _BYTE_UNITS, option, "a size such as 24GiB, 500MB or 1073741824")
-
-
-def parse_threads(text: str) -> int:
-    """Read a number of CPU threads; raises SettingsError."""
-    count = int(text) if text.strip().isascii() and text.strip().isdigit() else 0
-    if not 1 <= count <= MAX_THREADS:
-        raise SettingsError(f"--threads is {text!r}: give a number from 1 to {MAX_THREADS}")
-    return count
-
-
-def format_tokens(count: int) -> str:
-    """Write a number of tokens the way people type it: 32768 is `32K`, 1000 stays `1000`."""
-    for letter, factor in (("M", 2**20), ("K", 2**10)):
-        if count >= factor and count % factor == 0:
-            return f"{count // factor}{letter}"
-    return str(count)
+_MODEL = nonempty("give a name from `duolocal models`, or a path")
+_OR_AUTO = nonempty("leave it out or give auto")
+_model = partial(option, group="model")
+_computing = partial(option, group="computing")
 
 
 @dataclass(frozen=True)
 class LoadSettings:
     """What has to be known before a model is loaded; None leaves the choice to the engine."""
 
-    model: str
-    context: int | None = None  # tokens
-    kv: str = "auto"
-    heads: str = "auto"
-    sink_size: int | None = None
-    recent_size: int | None = None
-    chunk_size: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    rope: str | None = None
-    threads: int | None = None
-    kernels: str = "auto"
-    weights: str = "auto"
-    outer_weights: str = "auto"  # of lm_head and embedding
-    kv_device_memory: int | None = None  # bytes
-    select: str = "off"  # off, auto, or a number of tokens
-    prefill: str = "exact"
+    model: str = _model(
+        _MODEL,
+        "a name from `duolocal models`, a hub id org/name, a .gguf file or a model folder",
+        default=DEFAULT_MODEL,
+        metavar="NAME",
+    )
+    context: int | None = _model(
+        TOKENS,
+        "tokens of context: 8192, 32K, 1M; all memory is reserved at the start, so nothing runs out half-way",
+        metavar="SIZE",
+        default_help="what the model was trained for, at most 32K",
+    )
+    kv: str = _model(
+        _OR_AUTO,
+        "KV cache of the retrieval heads: auto, 32, 16, int8, fp8, k8v4, int4",
+        default="auto",
+        metavar="FORMAT",
+        default_help="auto, the smallest that passed a measurement on the model",
+    )
+    heads: str = _model(
+        _OR_AUTO,
+        "retrieval heads: auto, all, a ratio such as 0.5, published, or a pattern file or folder",
+        default="auto",
+        metavar="SPLIT",
+        default_help="auto, the model's measured pattern; else its heads are ranked once, on first use",
+    )
+    sink_size: int | None = _model(counted(0), "first tokens that streaming heads keep", default_help="the pattern's")
+    recent_size: int | None = _model(TOKENS, "last tokens that streaming heads keep", default_help="the pattern's")
+    chunk_size: int | None = _computing(TOKENS, "tokens per prefill step; changes memory, not results")
+    device: str = _model(_OR_AUTO, "auto, cpu or cuda", default="auto", metavar="DEVICE")
+    dtype: str = _computing(choice(*DTYPES), f"compute type: {', '.join(DTYPES)}", default="auto", metavar="TYPE")
+    rope: str | None = _computing(
+        ANY, "RoPE scaling, for example yarn:4", metavar="SCALING", default_help="the model's own"
+    )
+    threads: int | None = _model(
+        THREADS, "CPU threads, each on a core of its own", default_help="one per physical core"
+    )
+    kernels: str = _model(
+        choice(*KERNELS),
+        "CPU kernels: auto, compiled, or torch, the slow reference",
+        default="auto",
+        metavar="KIND",
+        default_help="auto, compiled where they run",
+    )
+    weights: str = _model(
+        choice(*WEIGHTS),
+        'auto, or nf4 or int8: made of a 16-bit model while loading (pip install "duolocal[bitsandbytes]")',
+        default="auto",
+        metavar="FORMAT",
+        default_help="auto, as in the file",
+    )
+    outer_weights: str = _model(
+        choice(*OUTER_WEIGHTS),
+        "lm_head and embedding: auto, or int8 or int4, made while loading",
+        default="auto",
+        metavar="FORMAT",
+        default_help="auto, as in the file",
+    )
+    kv_device_memory: int | None = _model(
+        BYTES,
+        "GPU memory, or without a GPU memory, for KV blocks, such as 4GiB; the others lie in host memory, or in a file",
+        metavar="SIZE",
+        default_help="as many as fit",
+    )
+    select: str = _model(
+        Kind(_read_select),
+        "answers read only the blocks that matter: auto (2,048 tokens per retrieval head, in contexts from 32K), a "
+        "number of tokens, or off, which reads everything",
+        default="off",
+        metavar="BUDGET",
+    )
+    prefill: str = _model(
+        choice(*PREFILLS),
+        "how retrieval heads read a prompt: exact, or sparse: only the blocks that hold 98% of their attention, by an "
+        "estimate",
+        default="exact",
+        metavar="HOW",
+    )
 
     def __post_init__(self) -> None:
-        if not self.model.strip():
-            raise SettingsError("--model is empty: give a name from `duolocal models`, or a path")
-        for option, value, least in (
-            ("--context", self.context, 1),
-            ("--sink-size", self.sink_size, 0),
-            ("--recent-size", self.recent_size, 1),
-            ("--chunk-size", self.chunk_size, 1),
-            ("--threads", self.threads, 1),
-            ("--kv-device-memory", self.kv_device_memory, 0),
-        ):
-            if value is not None and value < least:
-                raise SettingsError(f"{option} is {value}: give {least} or more")
-        if self.kernels not in KERNELS:
-            raise SettingsError(f"--kernels is {self.kernels!r}: give one of {', '.join(KERNELS)}")
-        if self.weights not in WEIGHTS:
-            raise SettingsError(f"--weights is {self.weights!r}: give one of {', '.join(WEIGHTS)}")
-        if self.outer_weights not in OUTER_WEIGHTS:
-            raise SettingsError(f"--outer-weights is {self.outer_weights!r}: give one of {', '.join(OUTER_WEIGHTS)}")
-        if self.prefill not in PREFILLS:
-            raise SettingsError(f"--prefill is {self.prefill!r}: give one of {', '.join(PREFILLS)}")
-        if self.dtype not in DTYPES:
-            raise SettingsError(f"--dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
-        for option, text in (("--kv", self.kv), ("--heads", self.heads), ("--device", self.device)):
-            if not text.strip():
-                raise SettingsError(f"{option} is empty: leave it out or give auto")
+        check(self)
 
     def options(self) -> list[str]:
         """List the command-line options that ask for these settings, without those that are defaults."""
-        words = ["--model", self.model]
-        if self.context is not None:
-            words += ["--context", format_tokens(self.context)]
-        for option, value, default in (
-            ("--kv", self.kv, "auto"),
-            ("--heads", self.heads, "auto"),
-            ("--sink-size", self.sink_size, None),
-            ("--recent-size", self.recent_size, None),
-            ("--chunk-size", self.chunk_size, None),
-            ("--device", self.device, "auto"),
-            ("--dtype", self.dtype, "auto"),
-            ("--rope", self.rope, None),
-            ("--threads", self.threads, None),
-            ("--kernels", self.kernels, "auto"),
-            ("--weights", self.weights, "auto"),
-            ("--outer-weights", self.outer_weights, "auto"),
-            ("--kv-device-memory", self.kv_device_memory, None),
-            ("--select", self.select, "off"),
-            ("--prefill", self.prefill, "exact"),
-        ):
-            if value != default:
-                words += [option, str(value)]
-        return words
+        return words_of(self, always=("model",))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+_STOP = Kind(lambda text, name: text, "give a text that is not empty", _is_text)
+_sampling = partial(option, group="sampling")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn.
+
+    stop: strings that end the answer where one appears; they are not part of it. The history that the repetition
+    penalty looks at is the answer so far, not the prompt: positive logits of its ids are divided, negative multiplied.
+    """
+
+    temperature: float = _sampling(
+        number("a number such as 0.7; 0 is greedy", lambda value: value >= 0),
+        "0 always takes the likeliest token, whatever the others say",
+        default=0.7,
+        metavar="T",
+    )
+    top_k: int = _sampling(
+        whole("a whole number; 0 switches it off", 0), "choose among the N likeliest tokens; 0: all", default=0
+    )
+    top_p: float = _sampling(
+        number("a number between 0 and 1; 1 switches it off", lambda value: 0 < value <= 1),
+        "choose among the likeliest tokens that hold P of the probability",
+        default=0.95,
+        metavar="P",
+    )
+    min_p: float = _sampling(
+        number("a number between 0 and 1; 0 switches it off", lambda value: 0 <= value <= 1),
+        "leave out tokens less likely than P times the likeliest",
+        default=0.0,
+        metavar="P",
+    )
+    repetition_penalty: float = _sampling(
+        number("a number such as 1.1; 1 switches it off", lambda value: value > 0),
+        "above 1 makes repetition less likely",
+        default=1.0,
+    )
+    seed: int | None = _sampling(
+        whole("a whole number up to 2**63 - 1, or none", 0, 2**63 - 1),
+        "make the choice of tokens repeatable",
+        takes_none=True,
+    )
+    max_tokens: int | None = _sampling(
+        counted(write=str), "end an answer after N tokens; none: no limit", takes_none=True
+    )
+    stop: tuple[str, ...] = _sampling(
+        repeated(_STOP), "end an answer before TEXT; may be given several times", default=(), metavar="TEXT"
+    )
+
+    def __post_init__(self) -> None:
+        check(self, spell=str)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest id is always taken."""
+        return self.temperature == 0
+
+
+# What the chat starts with. Small models repeat themselves: unpenalised and unbounded, an answer of the default model
+# has been seen to fill the whole context with one line.
+CHAT_SAMPLING = Sampling(temperature=0.3, top_p=0.9, repetition_penalty=1.1, max_tokens=1024)
+
+# The likeliest tokens, a little against repetition (more of it breaks numbers), the same summary every time.
+SUMMARY_SAMPLING = Sampling(temperature=0.0, top_p=0.9, repetition_penalty=1.05, seed=0)

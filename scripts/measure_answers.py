@@ -34,7 +34,7 @@ from duolocal.evaluate.tasks import TASKS
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
 from duolocal.sample_text import license_text, sample_text
-from duolocal.settings import parse_tokens
+from duolocal.sizes import parse_tokens
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 MOST_NLL = 2.0  # nats per token, everything read

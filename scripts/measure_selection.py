@@ -42,7 +42,7 @@ from duolocal.heads import HeadPlan
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
 from duolocal.sample_text import license_text, sample_text
-from duolocal.settings import parse_tokens
+from duolocal.sizes import parse_tokens
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 BUDGETS = (128, 256, 512, 1024, 2048)  # tokens

@@ -22,8 +22,8 @@ from duolocal.evaluate.tasks import niah_prompts
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
 from duolocal.sample_text import sample_text
-from duolocal.sampling import Sampling
-from duolocal.settings import parse_tokens
+from duolocal.settings import Sampling
+from duolocal.sizes import parse_tokens
 from duolocal.sources import PASSAGE_TOKENS, attended
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 

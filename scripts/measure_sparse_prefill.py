@@ -31,7 +31,7 @@ from duolocal.kernels.sparse import SPENT, SparsePrefill, choose_blocks
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
 from duolocal.sample_text import license_text, sample_text
-from duolocal.settings import parse_tokens
+from duolocal.sizes import parse_tokens
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 SKIPPED = 5000  # tokens at the beginning of a text that are left out

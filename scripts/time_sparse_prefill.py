@@ -29,7 +29,7 @@ from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
 from duolocal.models.synthetic import fill_with_random_tokens
 from duolocal.quant.kv import kv_layout
-from duolocal.settings import parse_tokens
+from duolocal.sizes import parse_tokens
 
 
 def timed(work: Callable[[], object]) -> float:

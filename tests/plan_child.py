@@ -25,7 +25,7 @@ def status() -> dict[str, int]:
 
 def use(folder: str, options: dict[str, Any], *, context: int) -> int:
     from duolocal.engine.engine import Engine
-    from duolocal.sampling import Sampling
+    from duolocal.settings import Sampling
 
     engine = Engine.load(folder, context=context, **options)
     sampling = Sampling(temperature=0.8, seed=1)

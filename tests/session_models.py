@@ -16,7 +16,7 @@ from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import ModelWeights
 from duolocal.quant.weight import DenseWeight, Weight
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from duolocal.tokenizer import Tokenizer
 from duolocal.tokenizer.folder import read_folder
 from tests.tiny import random_model, tiny_config

@@ -14,7 +14,7 @@ from duolocal.engine.engine import Engine
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
 from duolocal.quant.weight import DenseWeight
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from duolocal.summarize import Opened, Output, Record, Summarizer
 from duolocal.tokenizer import Tokenizer
 from duolocal.tokenizer.folder import read_folder

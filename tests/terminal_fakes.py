@@ -11,8 +11,7 @@ from duolocal.cache import CacheMemory
 from duolocal.engine.engine import EngineMemory
 from duolocal.engine.session import ContextItem, Event, Finished, Prefilled, Text
 from duolocal.errors import ContextOverflowError
-from duolocal.sampling import Sampling
-from duolocal.settings import LoadSettings
+from duolocal.settings import LoadSettings, Sampling
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.chat_state import ChatState
 from duolocal.terminal.views import Facts

@@ -21,9 +21,9 @@ from duolocal.cache.cache import MIN_EXACT_RECENT
 from duolocal.engine.engine import Engine
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
+from duolocal.options import Option, counted, listed
 from duolocal.processes import peak_bytes, resident_bytes
 from duolocal.settings import LoadSettings
-from duolocal.terminal.bench_options import parse_sizes
 from tests.tiny import random_model, save_checkpoint, tiny_config
 from tests.tokenizer_files import LLAMA3_SPLIT, byte_level
 
@@ -194,7 +194,7 @@ def test_the_package_loads_no_torch_until_asked() -> None:
 
 
 def test_lists_of_sizes() -> None:
-    assert parse_sizes("2K, 512,2048", "--contexts") == [512, 2048]
+    assert Option(listed(counted(), ascending=True), "").parse("2K, 512,2048", "--contexts") == (512, 2048)
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,7 @@ def test_all_sections_together_leave_time_and_exist() -> None:
         module, function = section.run.split(":")
         assert importlib.util.find_spec(module) is not None, module
         assert f"def {function}(" in Path(str(importlib.util.find_spec(module).origin)).read_text(encoding="utf-8")  # type: ignore[union-attr]
-    assert [section.letter for section in chosen_sections("c,a")] == ["a", "c", "c", "c", "c"]
+    assert [section.letter for section in chosen_sections(("c", "a"))] == ["a", "c", "c", "c", "c"]
 
 
 def test_test_files_run_each_for_itself(tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def test_make_gpu_check_fails_where_a_check_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sections", "a,z"], "--sections has 'z': give a list of a,b,c,d,e,f,g"),
+        (["--sections", "a,z"], "--sections has 'z': give a list of a, b, c, d, e, f, g"),
         (["--minutes", "0"], "--minutes is '0': give a number such as 9, at most 1440"),
         (["--model", "x"], "unknown option --model: did you mean --minutes?"),
     ],

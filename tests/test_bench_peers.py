@@ -33,8 +33,7 @@ from duolocal.bench.text import text_ids
 from duolocal.engine.engine import Engine
 from duolocal.errors import DuoLocalError, MemoryLimitError, SettingsError
 from duolocal.models.loader import open_model
-from duolocal.sampling import Sampling
-from duolocal.settings import LoadSettings
+from duolocal.settings import LoadSettings, Sampling
 from duolocal.terminal import bench_peers_view
 from duolocal.tokenizer import load_tokenizer
 from tests.model_files import write_gguf
@@ -297,7 +296,7 @@ def test_a_missing_package_is_named_with_what_to_do(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--contexts", "512,"], "--contexts is '': give a number of tokens such as 131072, 32K or 1M"),
+        (["--contexts", "512,"], "--contexts is '512,': a value is missing; give one, or several with commas between"),
         (["--peers", "vllm"], "--peers has 'vllm': give a list of llama.cpp, transformers"),
         (["--llama-kv", "q5_1"], "--llama-kv has 'q5_1': give a list of f16, q8_0, q4_0"),
         (["--llama-flash", "true"], "--llama-flash has 'true': give a list of on, off"),
@@ -348,7 +347,7 @@ def test_the_command_prints_tables_and_json_last(
     lines = shown.splitlines()
     report = json.loads(lines[-1])
     assert report == json.loads(file.read_text())
-    assert (asked["heads"], asked["threads"], asked["decode_tokens"], asked["contexts"]) == ("0.5", 2, 4, [32, 64])
+    assert (asked["heads"], asked["threads"], asked["decode_tokens"], asked["contexts"]) == ("0.5", 2, 4, (32, 64))
     assert asked["q4_0"] is None
     assert report["contexts"] == [32, 64]
     assert report["machine"]["threads"] == 2

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from duolocal import __version__, cli
+from duolocal import __version__, cli, settings
+from duolocal.commands.chat import history_file
 from duolocal.documents import Document
 from duolocal.models.registry import DEFAULT_MODEL
-from duolocal.sampling import CHAT_SAMPLING, Sampling
-from duolocal.settings import LoadSettings
-from duolocal.terminal import bench_view, chat_options, fetching, model_options
+from duolocal.settings import CHAT_SAMPLING, LoadSettings, Sampling
+from duolocal.terminal import bench_view, fetching
 from duolocal.terminal.once import answer_once
 from tests.terminal_fakes import FACTS, FakeSession, Reason
 
@@ -144,7 +144,7 @@ def test_help_names_every_option_and_the_exit_codes(capsys: pytest.CaptureFixtur
 
 
 def test_the_default_model_is_the_registry_s() -> None:
-    assert model_options.DEFAULT_MODEL == DEFAULT_MODEL
+    assert settings.DEFAULT_MODEL == DEFAULT_MODEL
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,20 +173,24 @@ def test_models_lists_every_name(
     assert max(map(len, text.splitlines())) <= int(columns)
 
 
+def asked(*words: str) -> dict[str, Any]:
+    """Return the parameters that a command line comes to."""
+    found = cli.read(words)
+    assert found is not None
+    return found[1]
+
+
 def test_doc_takes_several_and_repeats() -> None:
-    parser, _ = cli.build_parser()
-    options = parser.parse_args(["chat", "--doc", "a", "b", "--kv", "16", "--doc", "c", "--stop", "x", "--stop", "y"])
-    assert (options.doc, options.stop) == (["a", "b", "c"], ["x", "y"])
+    values = asked("chat", "--doc", "a", "b", "--kv", "16", "--doc", "c", "--stop", "x", "--stop", "y")
+    assert (values["options"].doc, values["sampling"].stop) == (("a", "b", "c"), ("x", "y"))
 
 
 def test_sampling_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    parser, _ = cli.build_parser()
-    options = parser.parse_args(["chat", "--temperature", "0", "--max-tokens", "2K", "--seed", "7", "--stop", "a b"])
-    expected = replace(CHAT_SAMPLING, temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
-    assert chat_options.chosen_sampling(options) == expected
+    values = asked("chat", "--temperature", "0", "--max-tokens", "2K", "--seed", "7", "--stop", "a b")
+    assert values["sampling"] == replace(CHAT_SAMPLING, temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
     assert cli.main(["chat", "--prompt", "a", "--top-p", "high"]) == 2
-    assert capsys.readouterr().err == "duolocal: --top-p is 'high': give a number between 0 and 1\n"
+    assert capsys.readouterr().err == "duolocal: --top-p is 'high': give a number between 0 and 1; 1 switches it off\n"
 
 
 def test_fetch_prints_the_path_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +225,7 @@ def test_a_kv_measurement_too_short_to_show_anything_is_refused(capsys: pytest.C
 
 def test_history_goes_to_the_chosen_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
-    assert chat_options.history_file() == tmp_path / "history"
+    assert history_file() == tmp_path / "history"
 
 
 def once(session: Any, **options: Any) -> int:

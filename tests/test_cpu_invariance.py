@@ -21,7 +21,7 @@ from duolocal.models.config import ModelConfig
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import ModelWeights
 from duolocal.quant.kv import KV_FORMATS
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from tests.compiled import THREADS, compiled, compiled_kernels, poisoned
 from tests.test_cpu_attention import MIXED, feed, layout_of, make_cache, tokens
 from tests.test_transformer import widened

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from duolocal.device_sampling import DeviceSampler
 from duolocal.errors import DuoLocalError
-from duolocal.sampling import Sampler, Sampling
+from duolocal.sampling import Sampler
+from duolocal.settings import Sampling
 from tests.triton_device import DEVICE
 
 VOCAB = 300

@@ -17,7 +17,7 @@ from duolocal.errors import ContextOverflowError, DuoLocalError, TokenizerError
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
 from duolocal.plan.fitting import Free
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from tests.oracle import OracleCache
 from tests.tiny import random_model, save_checkpoint, tiny_config
 

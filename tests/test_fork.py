@@ -13,7 +13,7 @@ from duolocal.engine.session import ChatSession, Finished, Prefilled
 from duolocal.engine.turns import Turn
 from duolocal.errors import SettingsError
 from duolocal.kernels.cpu import build
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from tests.compiled import compiled
 from tests.session_models import DOCUMENT, finish, in_context, tiny_session
 

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from duolocal import cli
+from duolocal.commands import heads
 from duolocal.heads import HeadPattern, load_pattern, save_pattern
 from duolocal.identify import METHODS, IdentifyProgress, IdentifyResult
-from duolocal.terminal import heads_identify_view, heads_options
+from duolocal.terminal import heads_identify_view
 from duolocal.terminal.heads_view import print_map
 from duolocal.terminal.progress import Bar
 from tests.tiny import save_checkpoint
@@ -137,7 +138,7 @@ def test_refused_before_any_work(
 
 
 def test_the_methods_of_help_are_those_there_are() -> None:
-    assert sorted(heads_options.METHODS) == sorted(METHODS)
+    assert sorted(heads.METHODS) == sorted(METHODS)
 
 
 def test_identify_writes_compares_and_keeps(

@@ -13,11 +13,11 @@ from duolocal import cli
 from duolocal.bench.first_prompt import can_measure, first_prompt_s
 from duolocal.bench.forms import FORMS, disk_bytes, form_command
 from duolocal.bench.load import measure_loads
+from duolocal.commands import bench, models
 from duolocal.errors import DuoLocalError
 from duolocal.models.loader import open_model
 from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
-from duolocal.terminal import bench_options, models_options
 from tests.loading import loaded_state
 from tests.tiny import huggingface_model, save_checkpoint
 from tests.tokenizer_files import LLAMA3_SPLIT, byte_level
@@ -60,7 +60,7 @@ def test_convert_says_what_became_of_the_outer_weights(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", "x", "--to", "gguf"], "--to is 'gguf': give native or f16"),
+        (["--out", "x", "--to", "gguf"], "--to is 'gguf': give one of native, f16"),
         (["--out", " "], "--out is empty: give the folder to write"),
         (["--out", "x", "--to", "f16", "--device", "cpu"], "--device is for --to native: leave it out"),
         (["--out", "x", "--to", "f16", "--outer-weights", "int4"], "--outer-weights is for --to native: leave it out"),
@@ -79,8 +79,8 @@ def test_wrong_words_are_one_line(
 
 
 def test_the_options_know_the_forms() -> None:
-    assert bench_options._FORM_NAMES == FORMS
-    assert {form for form in FORMS if form != "awq"} == set(models_options.FORMS)
+    assert bench.FORM_NAMES == FORMS
+    assert {form for form in FORMS if form != "awq"} == set(models.FORMS)
     assert form_command("native", "m", Path("o"), device="cpu")[-2:] == ["--device", "cpu"]
     assert form_command("awq", "m", Path("o"))[0] == "quantize"
 

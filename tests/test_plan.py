@@ -217,7 +217,7 @@ def applied(option: str, value: str, request: Request, wanted: Request) -> dict[
     if option == "--chunk-size":
         return {"chunk_size": int(value)}
     if option == "--kv-device-memory":
-        from duolocal.settings import parse_bytes
+        from duolocal.sizes import parse_bytes
 
         return {"kv_device_memory": parse_bytes(value, option), "outer": wanted.outer}
     if option == "--outer-weights":
@@ -226,7 +226,7 @@ def applied(option: str, value: str, request: Request, wanted: Request) -> dict[
         return {"layout": kv_layout(value, head_dim=128, dtype=BF16)}
     if option == "--heads":
         return {"heads": cut(float(value))}
-    from duolocal.settings import parse_tokens
+    from duolocal.sizes import parse_tokens
 
     assert option == "--context"
     return {"context": parse_tokens(value)}

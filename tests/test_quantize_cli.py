@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from duolocal import cli
+from duolocal.commands import quantize as quantize_options
 from duolocal.quantize import QuantizeSettings, results
 from duolocal.quantize.work_area import NAME as WORK_AREA
-from duolocal.terminal import quantize_options, quantize_view
+from duolocal.terminal import quantize_view
 from tests import tokenizer_files
 from tests.test_quantize_run import TEXT, tiny_folder
 
@@ -143,7 +144,10 @@ def test_options_say_what_the_package_does():
     assert quantize_options.METHODS == results.METHODS
     assert quantize_options.GROUP_SIZES == results.GROUP_SIZES
     defaults = QuantizeSettings()
-    assert (defaults.num_samples, defaults.num_tokens) == (quantize_options._SAMPLES, quantize_options._TOKENS)
+    assert (defaults.num_samples, defaults.num_tokens) == (
+        quantize_options.SAMPLES,
+        quantize_options.TOKENS_PER_SAMPLE,
+    )
 
 
 @pytest.mark.full

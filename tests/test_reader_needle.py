@@ -8,13 +8,13 @@ import pytest
 from rich.console import Console
 
 from duolocal.cli import main
+from duolocal.commands.eval import NEEDLE_NAMES
 from duolocal.engine.session import Prefilled
 from duolocal.errors import SettingsError
 from duolocal.evaluate.documentation import documentation
 from duolocal.evaluate.needle import KINDS, MOST, NeedleResult, make_task, run_task
 from duolocal.reader import Retriever
 from duolocal.reader.retrieve import MIN_CHUNK
-from duolocal.terminal.eval_options import NEEDLE_NAMES
 from duolocal.terminal.needle_view import _print_counts, _read_state, _write_state
 from tests.session_models import tiny_session, tiny_tokenizer
 from tests.test_reader import read, text_of

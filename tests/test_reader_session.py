@@ -18,7 +18,7 @@ from duolocal.reader import Retriever
 from duolocal.reader.retrieve import MIN_CHUNK
 from duolocal.reader.session import ELLIPSIS, Picked, ReadingSession
 from duolocal.sample_text import sample_text
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from duolocal.sources import Source
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.docs_chat import add_documents
@@ -203,7 +203,7 @@ def test_passages_are_listed_for_people_and_for_programs() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--reader", "quick"], "--reader is 'quick': give full or retrieve"),
+        (["--reader", "quick"], "--reader is 'quick': give one of full, retrieve"),
         (["--passages", "1K"], "--passages is for --reader retrieve: add that, or leave it out"),
         (["--reader", "retrieve", "--passages", "x"], "--passages is 'x': give a number of tokens"),
         (["--reader", "retrieve", "--session", "s"], "--session keeps what is in the context"),

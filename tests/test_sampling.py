@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from duolocal.errors import DuoLocalError, SettingsError
-from duolocal.sampling import Sampler, Sampling, StopStrings, filter_logits
+from duolocal.sampling import Sampler, StopStrings, filter_logits
+from duolocal.settings import Sampling
 
 
 def random_logits(seed: int, size: int = 300, scale: float = 3.0) -> torch.Tensor:

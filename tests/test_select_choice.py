@@ -13,7 +13,7 @@ from duolocal.errors import SettingsError
 from duolocal.kernels.digest import digest_channels
 from duolocal.models.loader import open_model
 from duolocal.sample_text import sample_text
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from duolocal.tokenizer import load_tokenizer
 
 GREEDY = Sampling(temperature=0, max_tokens=24)

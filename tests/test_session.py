@@ -13,7 +13,7 @@ from duolocal.errors import ContextOverflowError, SettingsError
 from duolocal.heads import HeadPlan
 from duolocal.models.transformer import Transformer
 from duolocal.quant.weight import DenseWeight
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from duolocal.tokenizer import Message, Tokenizer
 from duolocal.tokenizer.folder import read_folder
 from tests.tiny import random_model, tiny_config

@@ -1,6 +1,5 @@
 """The chat's commands over turns and saved contexts, and `duolocal sessions`, over a tiny real session."""
 
-import argparse
 import json
 import re
 from io import StringIO
@@ -10,17 +9,16 @@ import pytest
 from rich.console import Console
 
 from duolocal import cli
+from duolocal.commands.sessions import KEEP, keep_bytes, settings_of_session
 from duolocal.documents import Document
 from duolocal.errors import SettingsError
-from duolocal.sampling import Sampling
 from duolocal.sessions.context import Origin
 from duolocal.sessions.keeper import ContextKeeper
-from duolocal.settings import LoadSettings
+from duolocal.settings import LoadSettings, Sampling
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.chat_state import ChatState
 from duolocal.terminal.docs_chat import add_documents
 from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
-from duolocal.terminal.sessions_options import keep_bytes, settings_of_session
 from tests.session_models import DOCUMENT, in_context, tiny_session
 from tests.terminal_fakes import FACTS, unwrapped
 
@@ -142,21 +140,25 @@ def test_what_was_not_asked_is_taken_from_the_session(tmp_path: Path) -> None:
     assert chat.state.keeper is not None
     begin_or_open(chat.state.keeper, chat.state.session, "book", system=None)
     chat.state.keeper.close()
-    options = argparse.Namespace(session="book", sessions_folder=str(tmp_path / "sessions"))
-    settings, line = settings_of_session(options, LoadSettings(model="tiny"))
+    where = ("book", str(tmp_path / "sessions"))
+    settings, line = settings_of_session(*where, LoadSettings(model="tiny"))
     assert (settings.kv, line) == ("int8", "as session book was saved: --kv int8")
     asked = LoadSettings(model="tiny", kv="int4")
-    assert settings_of_session(options, asked) == (asked, None)
+    assert settings_of_session(*where, asked) == (asked, None)
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("off", 0), ("0", 0), ("2GiB", 2 << 30), (None, 8 << 30)])
 def test_keep(text: str | None, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DUOLOCAL_KEEP", raising=False)
-    assert keep_bytes(text) == wanted
+    typed = None if text is None else KEEP.read(text, "--keep")
+    assert keep_bytes(typed) == wanted
     monkeypatch.setenv("DUOLOCAL_KEEP", "off")
-    assert keep_bytes(text) == (0 if text is None else wanted)
+    assert keep_bytes(typed) == (0 if text is None else wanted)
+    monkeypatch.setenv("DUOLOCAL_KEEP", "much")
+    with pytest.raises(SettingsError, match=r"^\$DUOLOCAL_KEEP is 'much'"):
+        keep_bytes(None)
     with pytest.raises(SettingsError, match="--keep is 'much'"):
-        keep_bytes("much")
+        KEEP.read("much", "--keep")
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

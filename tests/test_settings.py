@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from duolocal.errors import SettingsError
 from duolocal.kernels.cpu import structs
-from duolocal.settings import MAX_THREADS, LoadSettings, format_tokens, parse_bytes, parse_threads, parse_tokens
+from duolocal.settings import LoadSettings
+from duolocal.sizes import MAX_THREADS, format_tokens, parse_bytes, parse_threads, parse_tokens
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import open_model
 from duolocal.models.transformer import Transformer
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from duolocal.sources import QUERY_CHUNK, STANDS_OUT, Passage, Source, attended, find_sources, passages
 from duolocal.terminal.docs_chat import sources as show_sources
 from duolocal.terminal.sources_view import sources_view

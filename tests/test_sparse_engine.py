@@ -18,8 +18,7 @@ from duolocal.evaluate import Setting, combinations
 from duolocal.heads import HeadPlan
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.transformer import Transformer
-from duolocal.sampling import Sampling
-from duolocal.settings import LoadSettings
+from duolocal.settings import LoadSettings, Sampling
 from tests.tiny import random_model, save_checkpoint, tiny_config
 
 CPU = torch.device("cpu")

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from duolocal.commands import summarize as summarize_options
 from duolocal.errors import SettingsError
+from duolocal.options import find
 from duolocal.summarize.plan import BETWEEN, group
 from duolocal.summarize.prompts import PRESETS, make_prompt, prompt_of
 from duolocal.summarize.repeats import Repeats
 from duolocal.summarize.split import Piece, cut
-from duolocal.terminal import summarize_options
 
 
 def words(text: str) -> int:
@@ -195,13 +196,9 @@ def test_names_and_lengths_that_are_unknown_are_one_line(tmp_path: Path) -> None
 
 def test_options_say_what_the_package_does() -> None:
     assert {name: preset.about for name, preset in PRESETS.items()} == summarize_options.PRESETS
-    from duolocal.summarize.job import SUMMARY_SAMPLING
     from duolocal.summarize.output import FORMATS
-    from duolocal.summarize.prompts import MAX_TOKENS
+    from duolocal.summarize.prompts import DEFAULT_LENGTH, MAX_TOKENS
 
     assert summarize_options.FORMATS == FORMATS
-    text = summarize_options.SAMPLING
-    assert f"default: {SUMMARY_SAMPLING.temperature:g}" in text["temperature"][1]
-    assert f"default: {SUMMARY_SAMPLING.top_p}" in text["top_p"][1]
-    assert f"default: {SUMMARY_SAMPLING.repetition_penalty}" in text["repetition_penalty"][1]
-    assert ", ".join(map(str, MAX_TOKENS.values())) in text["max_tokens"][1]
+    length = find(summarize_options.Summarize(("a",), dry_run=True), "length")
+    assert ", ".join(map(str, MAX_TOKENS.values())) in length.help and length.default_help == DEFAULT_LENGTH

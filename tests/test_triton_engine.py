@@ -19,7 +19,7 @@ from duolocal.kernels.gpu.operations import TritonKernels
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import LayerWeights, ModelWeights
 from duolocal.quant.weight import Linear, Weight
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from tests.compiled import random_weight
 from tests.tiny import random_model, tiny_config
 from tests.triton_device import COMPUTE_DTYPES, DEVICE, INTERPRETED

@@ -18,7 +18,7 @@ from duolocal.kernels.gpu import decode
 from duolocal.kernels.gpu.operations import TritonKernels
 from duolocal.kernels.interface import Rotation
 from duolocal.quant.kv import kv_layout
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from tests.pool_checks import check_table
 from tests.test_triton_select import same_digests
 from tests.triton_device import DEVICE, INTERPRETED

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from duolocal.bench.timing import Spread, spread
 from duolocal.cache.cache import exact_recent_size
 from duolocal.engine.engine import Engine
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 
 
 @dataclass(frozen=True)

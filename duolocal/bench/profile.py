@@ -18,7 +18,8 @@ from duolocal.errors import SettingsError
 from duolocal.kernels.cpu.operations import CpuKernels, Recording
 from duolocal.kernels.cpu.structs import LinearArgs
 from duolocal.quant.weight import DenseWeight, Linear
-from duolocal.sampling import Sampler, Sampling
+from duolocal.sampling import Sampler
+from duolocal.settings import Sampling
 
 _READ_BYTES = 256 << 20  # more than any cache holds
 _PRODUCT = (512, 1024, 1024)  # rows of x, features in, features out

@@ -14,7 +14,7 @@ from duolocal.bench.timing import Spread, spread
 from duolocal.cache import CacheMemory
 from duolocal.engine.engine import Engine
 from duolocal.models.synthetic import fill_with_random_tokens
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 
 FIRST_ID = 1  # what is decoded from; any id does
 SEED = 7

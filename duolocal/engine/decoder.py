@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from duolocal.device_sampling import DeviceSampler
-from duolocal.sampling import Sampler, Sampling
+from duolocal.sampling import Sampler
+from duolocal.settings import Sampling
 
 if TYPE_CHECKING:
     from duolocal.engine.engine import Engine

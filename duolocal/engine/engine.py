@@ -32,8 +32,7 @@ from duolocal.paths import cache_folder
 from duolocal.plan.fitting import Free, Freedom
 from duolocal.plan.memory import dense_16bit_bytes
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, kv_layout
-from duolocal.sampling import Sampling
-from duolocal.settings import LoadSettings
+from duolocal.settings import LoadSettings, Sampling
 
 WARM_UP_TOKENS = 32  # of a short chunk, such as a question
 

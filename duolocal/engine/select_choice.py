@@ -24,7 +24,7 @@ from duolocal.models.transformer import Transformer
 from duolocal.paths import cache_folder
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE
 from duolocal.sample_text import sample_text
-from duolocal.settings import parse_tokens
+from duolocal.sizes import parse_tokens
 from duolocal.tokenizer import load_tokenizer
 
 AUTO_BUDGET = 2048  # tokens; what it costs: docs/selection.md

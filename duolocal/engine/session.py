@@ -18,7 +18,8 @@ from duolocal.engine.engine import Cancelled, Engine
 from duolocal.engine.fitting import Fit
 from duolocal.engine.turns import ContextItem, State, Turn, TurnTree
 from duolocal.errors import ContextOverflowError, SettingsError
-from duolocal.sampling import Sampling, StopStrings
+from duolocal.sampling import StopStrings
+from duolocal.settings import Sampling
 from duolocal.tokenizer import ChatPiece, Message, Tokenizer
 
 # A document must leave room for a question and its answer, or loading it was in vain.

@@ -14,7 +14,7 @@ import torch
 from duolocal.engine.engine import Engine
 from duolocal.evaluate.prompts import Prompt
 from duolocal.predictions import negative_log_likelihood
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from duolocal.tokenizer import Tokenizer
 
 

@@ -18,7 +18,7 @@ from duolocal.evaluate.prompts import Prompt, Question, prompt_ids
 from duolocal.reader import Found, Retriever
 from duolocal.reader.retrieve import State
 from duolocal.reader.session import ELLIPSIS, ReadingSession
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from duolocal.tokenizer import Tokenizer
 
 INTRODUCTION = "Read the text below. You will be asked about one thing that it says."

@@ -13,7 +13,7 @@ from duolocal.heads import HeadPlan, HeadsSpec
 from duolocal.plan.memory import GIB, MemoryPlan, Request, plan_memory
 from duolocal.plan.weights import Weights
 from duolocal.quant.kv import KV_FORMATS, kv_layout
-from duolocal.settings import format_tokens
+from duolocal.sizes import format_tokens
 
 MIN_CHUNK = 64  # tokens; below, prefill becomes slow
 MIN_CONTEXT = 1024  # tokens: less is no suggestion

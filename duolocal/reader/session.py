@@ -15,7 +15,7 @@ from duolocal.engine.turns import Turn
 from duolocal.errors import ContextOverflowError, SettingsError
 from duolocal.reader.passages import Passage
 from duolocal.reader.retrieve import Found, Retriever
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from duolocal.sources import Source
 
 ELLIPSIS = "\n\n[…]\n\n"  # between passages

@@ -17,7 +17,7 @@ from duolocal.sessions.conversation import Conversation, conversation_to_json
 from duolocal.sessions.file import ContextFile, Wanted
 from duolocal.sessions.identity import check_identity, identify
 from duolocal.sessions.layout import StoredRing
-from duolocal.settings import format_tokens
+from duolocal.sizes import format_tokens
 
 # Rings in a file: one takes 15 MB for SmolLM2-135M and 42 MB for a Llama-3-8B. A turn without one can still be gone
 # to, by reading again what was read since the last that has one.

@@ -14,7 +14,7 @@ from duolocal.errors import SessionError
 from duolocal.models.outer_weights import outer_formats
 from duolocal.models.rope import describe, rope_frequencies
 from duolocal.sessions.fields import Fields
-from duolocal.settings import format_tokens
+from duolocal.sizes import format_tokens
 from duolocal.tokenizer import Tokenizer
 
 # Frequencies are float64, made by a power function that may differ in its last bit between machines. A part in 10^12

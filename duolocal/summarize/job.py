@@ -15,7 +15,7 @@ from duolocal.documents import Document
 from duolocal.engine.engine import Cancelled, Engine
 from duolocal.errors import DocumentError, DuoLocalError, SummaryFileError
 from duolocal.models.outer_weights import outer_formats
-from duolocal.sampling import Sampling
+from duolocal.settings import SUMMARY_SAMPLING, Sampling
 from duolocal.summarize.events import Began, Ended, Looked, Opened, Planned, Progress
 from duolocal.summarize.frame import Frame, make_frame
 from duolocal.summarize.inputs import Input, Summarizable, inputs_of, with_digests
@@ -26,9 +26,6 @@ from duolocal.summarize.reader import Answer, Reader
 from duolocal.summarize.records import Record, Timings
 from duolocal.summarize.resume import INFORMATIVE, Standing, stand
 from duolocal.tokenizer import Tokenizer
-
-# The likeliest tokens, a little against repetition (more of it breaks numbers), the same summary every time.
-SUMMARY_SAMPLING = Sampling(temperature=0.0, top_p=0.9, repetition_penalty=1.05, seed=0)
 
 Event = Looked | Began | Opened | Planned | Progress | Record | Ended
 

@@ -11,7 +11,8 @@ from typing import Literal
 
 from duolocal.cache import Snapshot
 from duolocal.engine.engine import Cancelled, Engine
-from duolocal.sampling import Sampling, StopStrings
+from duolocal.sampling import StopStrings
+from duolocal.settings import Sampling
 from duolocal.summarize.frame import Frame
 from duolocal.summarize.repeats import Repeats
 

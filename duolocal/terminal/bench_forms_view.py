@@ -17,6 +17,7 @@ from duolocal.bench.machine import machine_facts
 from duolocal.bench.text import text_ids
 from duolocal.files import free_name
 from duolocal.models.loader import open_model
+from duolocal.options import words_of
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
@@ -62,7 +63,7 @@ def bench_forms(
         paths[free_name(f"{source.kind} {source.weight_format}", taken=paths.__contains__)] = path
         del source  # its mapped pages could not be dropped
     del first
-    prompt = settings.options()[2:] if can_measure() else None  # without --model and its name
+    prompt = words_of(settings, without=("model",)) if can_measure() else None
     folder = Path(tempfile.mkdtemp(prefix="duolocal-forms-", dir=work))
     try:
         with StillLine(progress) as line:

@@ -5,14 +5,13 @@ The tables are plain text of some thousand characters: they must fit into the en
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from duolocal.bench.gpu.floors import targets
 from duolocal.bench.gpu.suite import chosen_sections, cuda_device_name, failed, run_suite, suite_files
-from duolocal.errors import SettingsError
-from duolocal.settings import format_tokens
+from duolocal.sizes import format_tokens
 from duolocal.terminal.clean import clean_line
 
 _MOST_FAILURES = 12
@@ -22,11 +21,11 @@ Record = Mapping[str, Any]
 Cells = Sequence[str]
 
 
-def bench_gpu(folder: Path, *, minutes: str, letters: str) -> int:
+def bench_gpu(folder: Path, *, minutes: float, letters: Collection[str]) -> int:
     """Run the suite, print its tables and return the exit code: 1 where a check failed or a section died."""
     began = time.monotonic()
     sections = chosen_sections(letters)
-    limit_s = 60 * _minutes(minutes)
+    limit_s = 60 * minutes
     device = cuda_device_name()
     files = suite_files(folder, device, time.strftime("%Y-%m-%d"))
     report = run_suite(
@@ -40,16 +39,6 @@ def bench_gpu(folder: Path, *, minutes: str, letters: str) -> int:
         print(line)
     print(f"all of it: {files.report}")
     return 1 if failed(report) else 0
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = 0.0
-    if not 0 < minutes <= 24 * 60:
-        raise SettingsError(f"--minutes is {text!r}: give a number such as 9, at most 1440")
-    return minutes
 
 
 def render(report: Mapping[str, Any]) -> Iterator[str]:

@@ -28,7 +28,8 @@ from duolocal.bench.text import text_ids
 from duolocal.engine.memory import available_bytes
 from duolocal.errors import SettingsError
 from duolocal.kernels.cpu.threads import default_threads
-from duolocal.settings import LoadSettings, format_tokens
+from duolocal.settings import LoadSettings
+from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.bench_speed_view import fetch_and_open
 from duolocal.terminal.clean import clean_line

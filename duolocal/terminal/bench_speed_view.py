@@ -17,7 +17,9 @@ from duolocal.engine.engine import Engine
 from duolocal.engine.prefill_choice import prefill_policy
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.quantized import quantize_on_load
-from duolocal.settings import LoadSettings, format_tokens
+from duolocal.options import words_of
+from duolocal.settings import LoadSettings
+from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.fetching import fetch
@@ -111,7 +113,7 @@ def bench_load(settings: LoadSettings, console: Console, progress: Console, *, r
     source = fetch_and_open(settings, progress)
     path, token_ids = source.path, text_ids(load_tokenizer(source), PROMPT_TOKENS)
     del source  # its mapped pages could not be dropped
-    prompt = settings.options()[2:] if can_measure() else None  # without --model and its name
+    prompt = words_of(settings, without=("model",)) if can_measure() else None
     with StillLine(progress) as line:
         speed = measure_load(
             path,

@@ -11,7 +11,8 @@ from duolocal.cache import ON_DEVICE, Placement, SelectionPolicy
 from duolocal.engine.engine import Engine
 from duolocal.engine.select_choice import choose_channels, selection_budget
 from duolocal.paths import cache_folder
-from duolocal.settings import LoadSettings, format_tokens
+from duolocal.settings import LoadSettings
+from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.bench_speed_view import fetch_and_open, load_engine, report_of, settings_line
 from duolocal.terminal.progress import bar

@@ -14,8 +14,7 @@ from rich.console import Console, RenderableType
 from duolocal.documents import Document
 from duolocal.engine.session import ChatSession, Event, Finished
 from duolocal.errors import SettingsError
-from duolocal.sampling import Sampling
-from duolocal.settings import LoadSettings
+from duolocal.settings import LoadSettings, Sampling
 from duolocal.terminal.views import Facts
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from duolocal.engine.fitting import Fit
 from duolocal.engine.resolve import default_context
 from duolocal.engine.session import ROOM_TO_ASK
 from duolocal.models.loader import open_model
-from duolocal.settings import format_tokens
+from duolocal.sizes import format_tokens
 from duolocal.terminal import docs_view, figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.fetching import fetch

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from duolocal.evaluate import Lineup, Setting
 from duolocal.evaluate.compare import Comparison, compare, cut_windows
-from duolocal.settings import LoadSettings, format_tokens
+from duolocal.settings import LoadSettings
+from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.consoles import print_prose

@@ -13,7 +13,8 @@ from rich.text import Text
 from duolocal.evaluate import Choice, Lineup, Outcome, Prompt, Score, Setting, ask, passkey_prompts, score
 from duolocal.evaluate.grid import cells, places
 from duolocal.evaluate.tasks import TASKS, niah_prompts
-from duolocal.settings import LoadSettings, format_tokens
+from duolocal.settings import LoadSettings
+from duolocal.sizes import format_tokens
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.consoles import print_prose
 from duolocal.terminal.eval_parts import (

@@ -28,7 +28,8 @@ from duolocal.processes import peak_bytes
 from duolocal.reader import PASSAGE_TOKENS, Retriever
 from duolocal.reader.passages import Carried
 from duolocal.reader.retrieve import State
-from duolocal.settings import LoadSettings, format_tokens
+from duolocal.settings import LoadSettings
+from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.eval_parts import open_source

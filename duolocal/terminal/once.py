@@ -16,7 +16,7 @@ from duolocal.documents import Document
 from duolocal.engine.session import ChatSession, Event, Finished, Prefilled, Text
 from duolocal.processes import INTERRUPTED
 from duolocal.reader.session import Picked
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 from duolocal.terminal import reader_view
 from duolocal.terminal.clean import clean, clean_line
 from duolocal.terminal.docs_load import by_name

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from duolocal.engine.engine import EngineMemory
 from duolocal.engine.session import ContextItem, Finished
-from duolocal.settings import format_tokens
+from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.tables import add_columns, fact_table, new_table

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from duolocal.engine.session import ChatSession, Finished
 from duolocal.errors import SessionError
-from duolocal.sampling import Sampling
 from duolocal.sessions.context import ContextWriter, Origin, check_shapes, open_session, usable
 from duolocal.sessions.file import ContextFile
 from duolocal.sessions.identity import compatible, identify
 from duolocal.sessions.layout import ALIGNMENT, SLOT_BYTES, SLOTS, slot_bytes
+from duolocal.settings import Sampling
 from tests.fuzz.base import Target, Wrong, copy_seed, pick
 from tests.fuzz.damage import damaged_bytes, damaged_json, flipped_bits, json_bytes, set_number
 from tests.session_models import tiny_session

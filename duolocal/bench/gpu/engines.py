@@ -16,7 +16,7 @@ from duolocal.models.synthetic import DENSE, RandomTensors, fill_with_random_tok
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import ModelWeights
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 
 WARM_TOKENS = 4  # the first token's step, the first of its kind, the capture, one replay
 

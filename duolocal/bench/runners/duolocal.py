@@ -6,7 +6,7 @@ from typing import Any
 from duolocal.bench.runners.serve import serve_runner
 from duolocal.cache import Snapshot
 from duolocal.engine.engine import Engine
-from duolocal.sampling import Sampling
+from duolocal.settings import Sampling
 
 
 class DuoLocalRunner:

@@ -18,8 +18,7 @@ def first_token(settings: dict[str, Any], token_ids: Sequence[int]) -> dict[str,
     with without_collection():
         from duolocal.engine.engine import Engine
         from duolocal.models.loader import open_model
-        from duolocal.sampling import Sampling
-        from duolocal.settings import LoadSettings
+        from duolocal.settings import LoadSettings, Sampling
         from duolocal.tokenizer import load_tokenizer
     imported_bytes = resident_bytes()
 
