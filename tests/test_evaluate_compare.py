@@ -168,6 +168,11 @@ def test_windows_are_whole_spread_and_exact() -> None:
             cut_windows(text, num_tokens=num_tokens, context=context)
 
 
+def test_every_choice_has_a_name_of_its_own() -> None:
+    this = lineup(*(Choice(name, ALL, "16") for name in ("a", "a", "a (2)", "dense")))
+    assert [choice.name for choice in this.everyone] == ["dense", "a", "a (2)", "a (2) (2)", "dense (2)"]
+
+
 def test_engines_share_weights_and_have_caches_of_their_own() -> None:
     this = lineup(Choice("a", SPLIT, "int4"), Choice("a", ALL, "16"))
     assert [choice.name for choice in this.everyone] == ["dense", "a", "a (2)"]

@@ -69,15 +69,6 @@ def test_measured_on_first_use_and_remembered(model: Path, tmp_path: Path) -> No
     assert any("when this model was first used here" in note for note in again.notes)
 
 
-def test_a_damaged_memory_is_measured_again(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "cache" / "models"
-    folder.mkdir(parents=True)
-    (folder / "kv-formats.json").write_text('{"x": ')
-    progress: list[tuple[int, int]] = []
-    Engine.load(str(model), context=256, events=Seen(progress))
-    assert progress
-
-
 def test_the_shipped_verdict_needs_no_measurement(smollm2_path: Path) -> None:
     progress: list[tuple[int, int]] = []
     engine = Engine.load(str(smollm2_path), context=1024, events=Seen(progress))

@@ -22,6 +22,7 @@ from duolocal.engine.loading import decide, load_notes, load_weights, selection_
 from duolocal.engine.memory import GIB, available_bytes
 from duolocal.engine.resolve import resolve, settings_with
 from duolocal.errors import MemoryLimitError
+from duolocal.files import free_name
 from duolocal.heads import HeadPlan, plan_heads, uniform_plan
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
@@ -230,11 +231,10 @@ def _name(setting: Setting, kv: str) -> str:
 
 
 def _unique(choices: Sequence[Choice]) -> list[Choice]:
-    seen: dict[str, int] = {DENSE_NAME: 1}
-    out = []
+    taken, out = {DENSE_NAME}, []
     for choice in choices:
-        count = seen[choice.name] = seen.get(choice.name, 0) + 1
-        out.append(choice if count == 1 else replace(choice, name=f"{choice.name} ({count})"))
+        out.append(replace(choice, name=free_name(choice.name, taken=taken.__contains__)))
+        taken.add(out[-1].name)
     return out
 
 
