@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from duolocal.engine.kernels import choose_kernels
+from duolocal.engine.kernels import kernels_named, make_kernels
 from duolocal.errors import DuoLocalError, KernelError, SettingsError
 from duolocal.kernels.cpu import build
 from duolocal.kernels.cpu.operations import CpuKernels
@@ -228,7 +228,8 @@ def hide_ziglang(monkeypatch: pytest.MonkeyPatch, *, found: object = None) -> No
 def choose(
     name: str, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU, threads: int | None = 2, **config: Any
 ) -> tuple[object, str | None]:
-    return choose_kernels(name, tiny_config(**config), device=device, dtype=dtype, num_threads=threads)
+    found, note = kernels_named(name, tiny_config(**config), device=device, dtype=dtype, num_threads=threads)
+    return make_kernels(found, device=device, dtype=dtype, num_threads=threads), note
 
 
 def test_compiled_kernels_are_the_first_choice() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from duolocal.engine.engine import Engine
 from duolocal.errors import SettingsError
-from duolocal.evaluate import Lineup, Outcome, PasskeyResult, Setting, ask, passkey, passkey_prompts
+from duolocal.evaluate import Lineup, Outcome, Setting, ask, passkey_prompts
 from duolocal.evaluate.compare import compare, cut_windows
 from duolocal.evaluate.tasks import TASKS
 from duolocal.models.loader import open_model
@@ -22,15 +22,16 @@ pytestmark = pytest.mark.real
 def test_prompts_hide_the_passkey_where_they_say(smollm2_path: Path) -> None:
     tokenizer = load_tokenizer(open_model(smollm2_path))
     needles = passkey_prompts(tokenizer, sample_text(), num_tokens=1000, depths=[0, 0.5, 1])
-    assert len({needle.passkey for needle in needles}) == 3
+    assert len({needle.wanted for needle in needles}) == 3
     for needle in needles:
         text = tokenizer.decode(needle.token_ids, skip_special=False)
-        assert text.count(needle.passkey) == 2
+        (passkey,) = needle.wanted
+        assert text.count(passkey) == 2
         assert text.endswith("What is the pass key?<|im_end|>\n<|im_start|>assistant\nThe pass key is ")
-        assert tokenizer.decode(needle.passkey_ids, continues=True) == needle.passkey
+        assert tokenizer.decode(needle.answer_ids, continues=True) == passkey
         assert abs(len(needle.token_ids) - 1000) <= 10  # text cut out of its surroundings may tokenize a little longer
         body = text.partition("remember it.")[2]
-        assert abs(body.index(needle.passkey) / len(body) - needle.depth) < 0.1
+        assert abs(body.index(passkey) / len(body) - (needle.depth or 0)) < 0.1
     with pytest.raises(SettingsError, match="60 tokens leave no room for text around the passkey: use more"):
         passkey_prompts(tokenizer, sample_text(), num_tokens=60, depths=[0])
     with pytest.raises(SettingsError, match="too few for 1,000: give a longer one"):
@@ -46,9 +47,9 @@ def test_the_default_settings_find_a_passkey_and_streaming_alone_does_not(
     found = {}
     for heads in ("auto", "0"):
         engine = Engine.load(str(smollm2_path), context=1600, heads=heads)
-        results = [event for event in passkey(engine, tokenizer, needles) if isinstance(event, PasskeyResult)]
+        results = [event for event in ask(engine, tokenizer, needles) if isinstance(event, Outcome)]
         found[heads] = [result.found for result in results]
-        assert [result.passkey for result in results] == [needle.passkey for needle in needles]
+        assert [result.wanted for result in results] == [needle.wanted for needle in needles]
     # Without retrieval heads a passkey beyond the window cannot be seen at all.
     assert found == {"auto": [True] * len(depths), "0": [False] * len(depths)}
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from duolocal.engine.kernels import arrangement, choose_kernels, undecoded_note
+from duolocal.engine.kernels import arrangement, kernels_named, make_kernels, undecoded_note
 from duolocal.errors import SettingsError
 from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.weights import ModelWeights
@@ -20,7 +20,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def choose(name: str, *, dtype: torch.dtype = torch.bfloat16, **shapes: Any) -> tuple[Any, str | None]:
-    return choose_kernels(name, tiny_config(**({"head_dim": 64} | shapes)), device=CUDA, dtype=dtype)
+    found, note = kernels_named(name, tiny_config(**({"head_dim": 64} | shapes)), device=CUDA, dtype=dtype)
+    return make_kernels(found, device=CUDA, dtype=dtype), note
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +54,7 @@ def test_triton_kernels_are_the_first_choice(dtype: torch.dtype) -> None:
 def test_compiling_is_announced_where_nothing_is_compiled_yet(tmp_path: Any) -> None:
     said: list[str] = []
     for wanted in (["compiling"], ["compiling"]):
-        choose_kernels(
-            "auto",
-            tiny_config(head_dim=64),
-            device=CUDA,
-            dtype=torch.float16,
-            on_build=lambda: said.append("compiling"),
-        )
+        make_kernels("triton", device=CUDA, dtype=torch.float16, on_build=lambda: said.append("compiling"))
         assert said == wanted
         (tmp_path / "something").touch()
 

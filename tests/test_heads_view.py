@@ -210,7 +210,7 @@ def test_a_distillation_is_shown_interrupted_and_gone_on_with(
     monkeypatch.setattr(Bar, "describe", lambda self, text: described.append(text))
 
     def fake(
-        source: object, *, method: str, steps: int, state_file: Path, **rest: object
+        source: object, settings: object, *, method: str, steps: int, state_file: Path, **rest: object
     ) -> Iterator[IdentifyProgress | IdentifyResult]:
         assert (method, steps, state_file) == ("distill", 9, state)
         yield IdentifyProgress(1, steps, "steps", "distilling", loss=0.01234, open_share=0.811)

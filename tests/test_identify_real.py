@@ -111,7 +111,7 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(smollm2_path: Path
         ({"method": "copy", "num_tokens": 100}, "leave no room"),
         ({"method": "distill", "num_tokens": 100}, "leave no room"),
         ({"method": "drift", "num_tokens": 700}, "drift needs 726 tokens or more with this window, not 700: use more"),
-        ({"method": "echo", "recent_size": 0}, "recent_size is 0"),
+        ({"method": "echo", "recent_size": 0}, "--recent-size is 0: give 1 or more"),
     ):
         with pytest.raises(SettingsError, match=message):
             next(identify(source, **settings))

@@ -23,7 +23,8 @@ from duolocal.models.registry import MODELS
 from duolocal.plan.cards import CARDS, card_rates
 from duolocal.plan.duration import Rates, duration_of, work_of
 from duolocal.plan.fitting import Free, Freedom, fits, nearest, place
-from duolocal.plan.memory import GIB, Request, bytes_per_token, dense_16bit_bytes, plan_memory, selection_bytes
+from duolocal.plan.memory import GIB, bytes_per_token, dense_16bit_bytes, plan_memory, selection_bytes
+from duolocal.plan.request import Request
 from duolocal.plan.session_size import ALIGNMENT, session_bytes
 from duolocal.plan.weights import NAMED_FORMATS, weights_by_arithmetic, weights_of
 from duolocal.quant.kv import KV_FORMATS, kv_layout

@@ -15,7 +15,7 @@ from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.evaluate import Lineup, Setting
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.plan.fitting import nearest
-from duolocal.plan.memory import Request
+from duolocal.plan.request import Request
 from duolocal.plan.weights import NAMED_FORMATS
 from duolocal.settings import LoadSettings
 from tests.tiny import tiny_config

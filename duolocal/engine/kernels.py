@@ -28,20 +28,6 @@ _UNGROUPED = GGUFWeight | AWQWeight | NF4Weight | Int8Weight  # what no Triton k
 MIN_CAPABILITY = (8, 0)  # Ampere: the oldest GPU whose kernels are compiled and checked in CI
 
 
-def choose_kernels(
-    name: str,
-    config: ModelConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_threads: int | None = None,
-    on_build: Callable[[], None] | None = None,
-) -> tuple[Kernels, str | None]:
-    """Return the kernels `name` stands for, built, and a line when auto had to take torch (`kernels_named`)."""
-    found, note = kernels_named(name, config, device=device, dtype=dtype, num_threads=num_threads)
-    return make_kernels(found, device=device, dtype=dtype, num_threads=num_threads, on_build=on_build), note
-
-
 def kernels_named(
     name: str,
     config: ModelConfig,

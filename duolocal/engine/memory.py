@@ -12,7 +12,8 @@ import torch
 
 from duolocal.errors import MemoryLimitError
 from duolocal.plan.fitting import Free, Freedom, nearest, place
-from duolocal.plan.memory import Request, plan_memory
+from duolocal.plan.memory import plan_memory
+from duolocal.plan.request import Request
 
 GIB = 2**30
 

@@ -18,7 +18,8 @@ from duolocal.models.loader import ModelSource
 from duolocal.paths import cache_folder
 from duolocal.plan.cards import Card, card_named
 from duolocal.plan.fitting import Free, Freedom, place
-from duolocal.plan.memory import MemoryPlan, Request, plan_memory
+from duolocal.plan.memory import MemoryPlan, plan_memory
+from duolocal.plan.request import Request
 from duolocal.plan.weights import Weights
 from duolocal.settings import LoadSettings
 

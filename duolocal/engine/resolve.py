@@ -26,7 +26,7 @@ from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.rope import extended, parse_rope_scaling
-from duolocal.plan.memory import Request
+from duolocal.plan.request import Request
 from duolocal.plan.weights import Weights
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from duolocal.settings import LoadSettings

@@ -9,21 +9,18 @@ the command line's business; so is the reading of files.
 
 from duolocal.evaluate.engines import Choice, Lineup, Setting, combinations
 from duolocal.evaluate.grid import Outcome, Score, ask, score
-from duolocal.evaluate.passkey import Needle, PasskeyResult, passkey, passkey_prompts
+from duolocal.evaluate.passkey import passkey_prompts
 from duolocal.evaluate.prompts import Prompt
 
 __all__ = [
     "Choice",
     "Lineup",
-    "Needle",
     "Outcome",
-    "PasskeyResult",
     "Prompt",
     "Score",
     "Setting",
     "ask",
     "combinations",
-    "passkey",
     "passkey_prompts",
     "score",
 ]

@@ -28,7 +28,8 @@ from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
-from duolocal.plan.memory import Request, bytes_per_token, dense_16bit_bytes, plan_memory
+from duolocal.plan.memory import bytes_per_token, dense_16bit_bytes, plan_memory
+from duolocal.plan.request import Request
 from duolocal.plan.weights import weights_of_size
 from duolocal.quant.kv import kv_layout
 from duolocal.settings import LoadSettings

@@ -44,6 +44,15 @@ class HeadPlan:
     def num_streaming(self) -> int:
         return self.num_layers * self.num_kv_heads - self.num_retrieval
 
+    def report(self) -> dict[str, int]:
+        """Return the split and the window as JSON holds them."""
+        return {
+            "retrieval_heads": self.num_retrieval,
+            "streaming_heads": self.num_streaming,
+            "sink_size": self.sink_size,
+            "recent_size": self.recent_size,
+        }
+
 
 def uniform_plan(
     *,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from duolocal.cache.cache import exact_recent_size
 from duolocal.cache.selection import REUSE
 from duolocal.kernels.digest import CANDIDATES
-from duolocal.plan.memory import MemoryPlan, Request, bytes_per_token
+from duolocal.plan.memory import MemoryPlan, bytes_per_token
+from duolocal.plan.request import Request
 
 # Neither measured nor published: blocks that lie in a file are read at the speed of an ordinary solid-state disk.
 DISK_BYTES_PER_S = 1e9

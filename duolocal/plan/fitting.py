@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from duolocal.errors import SettingsError
 from duolocal.heads import HeadPlan, HeadsSpec
-from duolocal.plan.memory import GIB, MemoryPlan, Request, plan_memory
+from duolocal.plan.memory import GIB, MemoryPlan, plan_memory
+from duolocal.plan.request import Request
 from duolocal.plan.weights import Weights
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from duolocal.sizes import format_tokens

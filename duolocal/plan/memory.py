@@ -5,20 +5,17 @@ Owns the arithmetic; `duolocal plan` shows it and `Engine.load` refuses by it. T
 `DuoCache.memory` and the weights.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
-import torch
-
 from duolocal.cache.cache import exact_recent_size
-from duolocal.cache.home import Outer, Placement
+from duolocal.cache.home import Placement
 from duolocal.cache.pool import TABLE_BYTES, slots_per_row
-from duolocal.heads import HeadPlan
 from duolocal.kernels.blocks import BlockLayout
 from duolocal.kernels.digest import digest_bytes, digest_channels
 from duolocal.models.config import ModelConfig
+from duolocal.plan.request import Request
 from duolocal.plan.transient import HEAP_HOLES, Working, working_bytes
-from duolocal.plan.weights import Weights
 
 GIB = 2**30
 Tier = Literal["device", "host", "disk"]
@@ -31,36 +28,6 @@ PROCESS_BYTES = 231 << 20
 CUDA_CONTEXT_BYTES = 600 << 20
 # cuBLAS keeps 32 MB per stream on sm_90 and 8 MB before; graphs keep what one decode step allocates, twice.
 CUBLAS_BYTES = 32 << 20
-
-
-@dataclass(frozen=True)
-class Request:
-    """All that the memory depends on.
-
-    weights: as they will be loaded. kernels: "compiled", "torch" or "triton". kv_device_memory: bytes for records of
-    blocks and their tables on the device, None for all of them; the others go to `outer`. select: the token budget of
-    selected decode, None for dense decode. sparse: whether prefill chooses blocks.
-    """
-
-    config: ModelConfig
-    heads: HeadPlan
-    layout: BlockLayout
-    weights: Weights
-    context: int  # tokens
-    chunk_size: int  # tokens
-    dtype: torch.dtype
-    kernels: str
-    device: str = "cpu"  # or "cuda"
-    threads: int = 1
-    kv_device_memory: int | None = None
-    outer: Outer = "disk"
-    select: int | None = None
-    sparse: bool = False
-
-    @property
-    def max_blocks(self) -> int:
-        """Blocks of one retrieval head."""
-        return self.context // self.layout.block_size
 
 
 @dataclass(frozen=True)
@@ -148,17 +115,7 @@ def plan_memory(request: Request) -> MemoryPlan:
         blocks += rows * slots * TABLE_BYTES  # which block has its copy in a slot
         home = (rows * max_blocks + 1) * layout.record_bytes
     ring = 2 * (heads.sink_size + exact_recent_size(heads)) * config.head_dim * request.dtype.itemsize
-    live = working_bytes(
-        config,
-        heads,
-        layout,
-        context=request.context,
-        chunk_size=request.chunk_size,
-        dtype=request.dtype,
-        kernels=request.kernels,
-        threads=request.threads,
-        sparse=request.sparse,
-    )
+    live = working_bytes(request)
     on_gpu = request.device == "cuda"
     working = live.most + (0 if on_gpu else HEAP_HOLES)
     return MemoryPlan(
@@ -192,8 +149,3 @@ def bytes_per_token(request: Request) -> float:
 def dense_16bit_bytes(config: ModelConfig, context: int) -> int:
     """Return the bytes of an ordinary 16-bit KV cache for `context` tokens."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * context
-
-
-def changed(request: Request, **fields_: object) -> Request:
-    """Return `request` with other fields."""
-    return replace(request, **fields_)  # type: ignore[arg-type]

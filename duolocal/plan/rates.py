@@ -91,13 +91,7 @@ def measure_rates(
 ) -> Rates:
     """Time chunks and decode steps of `sample`; a few seconds. `on_progress` gets (steps done, steps in all)."""
     config = sample.config
-    heads = uniform_plan(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        retrieval=True,
-        sink_size=None,
-        recent_size=None,
-    )
+    heads = uniform_plan(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, retrieval=True)
     context = HISTORY + CHUNK
     transformer = Transformer(config, sample.weights, context=context, device=device, dtype=dtype, kernels=kernels)
     cache = DuoCache(

@@ -4,7 +4,8 @@ A file has its header, one column of records per block, the token ids, one ring 
 description: the conversation, and a number per column.
 """
 
-from duolocal.plan.memory import MemoryPlan, Request
+from duolocal.plan.memory import MemoryPlan
+from duolocal.plan.request import Request
 
 ALIGNMENT = 4096  # bytes: of every array, as in sessions/layout.py
 MAX_RINGS = 9  # the last 8 turns and the end of the documents, as in sessions/context.py

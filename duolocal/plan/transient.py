@@ -6,17 +6,13 @@ alive at once in `models/transformer.py` and in the path of the cache. Numbers o
 
 from dataclasses import dataclass
 
-import torch
-
 from duolocal.cache.cache import exact_recent_size
-from duolocal.heads import HeadPlan
 from duolocal.kernels.attention import KEY_SPAN, QUERY_TILE
-from duolocal.kernels.blocks import BlockLayout
 from duolocal.kernels.cpu.attention import TILE_ROWS
 from duolocal.kernels.cpu.structs import KEY_TILE
 from duolocal.kernels.sparse import SparsePrefill, tiles_at_once
 from duolocal.kernels.torch_kernels import VOCAB_TILE
-from duolocal.models.config import ModelConfig
+from duolocal.plan.request import Request
 
 GPU_SPAN = 32768  # tokens of blocks decoded at a time: SPAN of kernels/gpu/library_attention.py, which imports triton
 # Holes of small blocks in the heap, Python objects of the engine. Large blocks leave none: duolocal/engine/heap.py.
@@ -43,36 +39,25 @@ class Working:
         return max(self.prefill, self.decode)
 
 
-def working_bytes(
-    config: ModelConfig,
-    heads: HeadPlan,
-    layout: BlockLayout,
-    *,
-    context: int,
-    chunk_size: int,
-    dtype: torch.dtype,
-    kernels: str,
-    threads: int = 1,
-    sparse: bool = False,
-) -> Working:
-    """Return what a chunk of `chunk_size` tokens and a decode step hold beside weights and cache.
+def working_bytes(request: Request) -> Working:
+    """Return what a chunk of a prefill and a decode step hold beside weights and cache.
 
-    kernels: "compiled", "torch" or "triton". sparse: whether prefill chooses blocks. Grows with the chunk, not with the
-    context beyond a span of blocks; where prefill is sparse, with the blocks that are weighed for a tile.
+    Grows with the chunk, not with the context beyond a span of blocks; where prefill is sparse, with the blocks that
+    are weighed for a tile.
     """
-    shape = _Shape.of(config, heads, layout, context=context, chunk=min(chunk_size, context), dtype=dtype)
-    if kernels == "triton":
+    shape = _Shape.of(request)
+    if request.kernels == "triton":
         prefill, decode = _triton(shape), 0
-    elif kernels == "compiled":
-        prefill, decode = _compiled(shape, threads), _recorded(shape)
+    elif request.kernels == "compiled":
+        prefill, decode = _compiled(shape, request.threads), _recorded(shape)
     else:
         prefill, decode = _torch(shape), 0
-    if sparse:
+    if request.sparse:
         policy, num_heads = SparsePrefill(), shape.most_retrieval * shape.group
-        num_blocks = context // layout.block_size
+        num_blocks = request.max_blocks
         tiles = tiles_at_once(policy, num_heads=num_heads, num_blocks=num_blocks)
         prefill += tiles * num_heads * policy.asked_per_tile * (num_blocks + 1) * 4 * SPARSE_COPIES
-    sampling = config.vocab_size * 8 * _SAMPLING_COPIES
+    sampling = request.config.vocab_size * 8 * _SAMPLING_COPIES
     return Working(prefill + shape.saved_ring + sampling, decode + sampling)
 
 
@@ -93,22 +78,13 @@ class _Shape:
     recent: int
     context: int
     itemsize: int
-    block_size: int
 
     @classmethod
-    def of(
-        cls,
-        config: ModelConfig,
-        heads: HeadPlan,
-        layout: BlockLayout,
-        *,
-        context: int,
-        chunk: int,
-        dtype: torch.dtype,
-    ) -> "_Shape":
+    def of(cls, request: Request) -> "_Shape":
+        config, heads = request.config, request.heads
         recent = exact_recent_size(heads)
         return cls(
-            chunk=chunk,
+            chunk=min(request.chunk_size, request.context),
             hidden=config.hidden_size,
             inner=config.intermediate_size,
             queries=config.num_heads * config.head_dim,
@@ -121,9 +97,8 @@ class _Shape:
             most_retrieval=max(map(sum, heads.retrieval)),
             slots=heads.sink_size + recent,
             recent=recent,
-            context=context,
-            itemsize=dtype.itemsize,
-            block_size=layout.block_size,
+            context=request.context,
+            itemsize=request.dtype.itemsize,
         )
 
     @property

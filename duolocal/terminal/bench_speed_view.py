@@ -184,10 +184,7 @@ def report_of(name: str, settings: LoadSettings, engine: Engine, **more: object)
         "benchmark": name,
         "model": settings.model,
         "kv": engine.kv,
-        "retrieval_heads": plan.num_retrieval,
-        "streaming_heads": plan.num_streaming,
-        "sink_size": plan.sink_size,
-        "recent_size": plan.recent_size,
+        **plan.report(),
         **more,
         "machine": machine_facts(
             threads=settings.threads or torch.get_num_threads(), device=str(engine.transformer.device)

@@ -70,10 +70,7 @@ def choices_report(lineup: Lineup, context: int) -> dict[str, dict[str, Any]]:
         choice.name: {
             "heads": choice.setting.heads,
             "kv": choice.kv,
-            "retrieval_heads": choice.plan.num_retrieval,
-            "streaming_heads": choice.plan.num_streaming,
-            "sink_size": choice.plan.sink_size,
-            "recent_size": choice.plan.recent_size,
+            **choice.plan.report(),
             "pattern": choice.plan.source,
             "kv_bytes": lineup.kv_bytes(choice, context),
             "kv_bytes_per_further_token": lineup.bytes_per_token(choice),

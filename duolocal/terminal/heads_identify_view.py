@@ -78,20 +78,15 @@ def identify_heads(
     ):
         for event in identify(
             source,
+            settings,
             method=method,
             seed=seed,
-            sink_size=settings.sink_size,
-            recent_size=settings.recent_size,
             num_tokens=num_tokens,
             steps=steps,
             text_share=text_share,
             pressure=pressure,
             state_file=state_file,
-            device=settings.device,
-            threads=settings.threads,
-            kernels=settings.kernels,
-            on_layer=shown.update,
-            on_build=shown.compiling,
+            events=shown,
         ):
             if isinstance(event, IdentifyProgress):
                 _show(event, shown, method)

@@ -9,13 +9,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from duolocal.engine.kernels import arrangement, choose_kernels
+from duolocal.engine.kernels import arrangement, make_kernels
 from duolocal.engine.planning import Planned
 from duolocal.plan.cards import card_rates
 from duolocal.plan.duration import Rates, duration_of
 from duolocal.plan.fitting import Setting, nearest
-from duolocal.plan.memory import MemoryPlan, Request, bytes_per_token, dense_16bit_bytes, plan_memory
+from duolocal.plan.memory import MemoryPlan, bytes_per_token, dense_16bit_bytes, plan_memory
 from duolocal.plan.rates import keep_rates, known_rates, measure_rates, rates_key, sample_model
+from duolocal.plan.request import Request
 from duolocal.plan.session_size import session_bytes
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
@@ -55,9 +56,8 @@ def rates_for(planned: Planned, settings: LoadSettings, progress: Console, *, me
     device = torch.device(request.device)
     busy = psutil.cpu_percent(_LOOK_S) > _BUSY_PERCENT
     with bar(progress, "measuring this machine, once for this model", "") as shown:
-        kernels, _ = choose_kernels(
-            settings.kernels,
-            config,
+        kernels = make_kernels(
+            request.kernels,
             device=device,
             dtype=request.dtype,
             num_threads=settings.threads,

@@ -24,10 +24,7 @@ class DuoLocalRunner:
         plan = self.engine.plan
         return {
             "kv": self.engine.kv,
-            "retrieval_heads": plan.num_retrieval,
-            "streaming_heads": plan.num_streaming,
-            "sink_size": plan.sink_size,
-            "recent_size": plan.recent_size,
+            **plan.report(),
             "chunk_size": self.engine.chunk_size,
             "notes": self.engine.notes,
         }
