@@ -1,6 +1,7 @@
 """What a model asks of its kernels: the plain-torch reference, the compiled CPU path and the GPU path all offer it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,11 +24,44 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
+class HasKernels(Protocol):
+    """A model, told from others."""
+
+    @property
+    def kernels(self) -> "Kernels": ...
+
+
+class Repeat(Protocol):
+    """Runs a step of one model, and from then on repeats on other inputs what it ran."""
+
+    def __call__(self, compute: Callable[..., Tensor], *inputs: Tensor, model: HasKernels) -> Tensor:
+        """Return `compute(*inputs)`, which runs the model's kernels and nothing else; the result is the caller's."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepTraits:
+    """What a cache says of the step that it is about to take: all that a model and a decode loop need to know of it.
+
+    rotates: the cache applies RoPE, in the pass that stores, so it is given the Rotation. repeat: what runs the step in
+    place of the model, None where the model has to. kind: steps of one kind are one CUDA graph.
+    """
+
+    rotates: bool = False
+    repeat: Repeat | None = None
+    kind: str = ""
+
+
 class Kernels(Protocol):
     """The operations of a decoder layer but attention, which is the cache's."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a decode step reads nothing on the host, so that a CUDA graph can hold it."""
+        ...
 
     @property
     def angle_dtype(self) -> torch.dtype:

@@ -46,7 +46,7 @@ class SparsePrefill:
     measure: bool = False
 
     def __post_init__(self) -> None:
-        assert 0 < self.mass <= 1 and self.stride > 0 and self.tile % self.stride == 0, self
+        assert 0 < self.mass <= 1 and self.stride > 0 and self.tile > 1 and self.tile % self.stride == 0, self
 
     @property
     def target(self) -> float:

@@ -20,6 +20,7 @@ class TorchKernels:
     """Every matrix is dequantized once per call, so a prefill chunk pays for it once."""
 
     name = "torch"
+    capturable = False
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from duolocal.kernels.interface import Rotation
+from duolocal.kernels.interface import Rotation, StepTraits
 from duolocal.models.transformer import Cache, Transformer
 
 BAND_TILE = 256  # queries of streaming attention at a time
@@ -94,7 +94,7 @@ def shown_attention(show: Callable[[Tensor, Tensor], None] | None = None, *, til
 class ObservedCache:
     """A Cache that keeps, dense, what is appended to each layer, and attends by `attention`."""
 
-    recordable = rotates = False
+    traits = StepTraits()
 
     def __init__(self, attention: Attention = full_attention) -> None:
         self._attention = attention

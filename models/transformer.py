@@ -6,14 +6,12 @@ positions and calls `cache.append` and `cache.attend` once per layer.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from duolocal.kernels.cpu.operations import CpuKernels, Recording
-from duolocal.kernels.interface import Kernels, Norm, Rotation
+from duolocal.kernels.interface import Kernels, Norm, Rotation, StepTraits
 from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.config import ModelConfig
 from duolocal.models.rope import RotaryAngles
@@ -24,13 +22,8 @@ class Cache(Protocol):
     """The keys and values of every layer, and attention over them."""
 
     @property
-    def recordable(self) -> bool:
-        """Whether appending and attending, one token at a time, does nothing but run the model's own kernels."""
-        ...
-
-    @property
-    def rotates(self) -> bool:
-        """Whether it applies RoPE itself, in the pass that stores; then append and attend are given the Rotation."""
+    def traits(self) -> StepTraits:
+        """What it takes off the model in the step that is open."""
         ...
 
     def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
@@ -74,7 +67,6 @@ class Transformer:
         self.dtype = dtype
         self.kernels = TorchKernels(dtype) if kernels is None else kernels
         self._angles = RotaryAngles(config, context, device=device, dtype=self.kernels.angle_dtype)
-        self._recorded: _RecordedStep | None = None
 
     def hidden(
         self,
@@ -87,18 +79,29 @@ class Transformer:
         """Run tokens through all layers and the final norm, appending their keys and values to `cache`.
 
         token_ids and positions (absolute) [q_len] int64 -> [q_len, hidden_size] in the compute dtype.
-        `before_layer` is called with the number of every layer before it runs; what it raises passes through
-        and leaves the cache with the layers done so far. Raises ValueError on mismatched shapes.
+        `before_layer` is called with the number of every layer before it runs, of a repeated step only with 0; what it
+        raises passes through and leaves the cache with the layers done so far. Raises ValueError on mismatched shapes.
         """
         if token_ids.ndim != 1 or token_ids.shape != positions.shape:
             raise ValueError(
                 f"hidden: token_ids {tuple(token_ids.shape)}, positions {tuple(positions.shape)}: "
                 "wanted [q_len] for both"
             )
-        rotation = self.rotation(positions)  # one computation serves all layers
-        if token_ids.shape[0] == 1 and isinstance(self.kernels, CpuKernels) and cache.recordable:
-            return self._one_token(token_ids, positions, rotation, cache, before_layer)
-        return self._layers(token_ids, positions, rotation, cache, before_layer)
+        if before_layer is not None:
+            before_layer(0)
+
+        def compute(token_ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            x = self.embed(token_ids)  # [q_len, hidden_size]
+            for layer in range(self.config.num_layers):
+                if layer and before_layer is not None:
+                    before_layer(layer)
+                x = self.run_layer(layer, x, positions, Rotation(cos, sin), cache)
+            return self.final_norm(x)
+
+        rotation, repeat = self.rotation(positions), cache.traits.repeat  # one rotation serves all layers
+        if repeat is None:
+            return compute(token_ids, *rotation)
+        return repeat(compute, token_ids, *rotation, model=self)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Multiply `hidden` [n, hidden_size] with the output matrix; return [n, vocab_size] float32."""
@@ -126,51 +129,6 @@ class Transformer:
         """Return x [q_len, hidden_size] of the last layer as `hidden` returns it."""
         return self.kernels.rms_norm(x, self.weights.norm, eps=self.config.norm_eps)
 
-    def recorded_step(self) -> Recording | None:
-        """Return the decode step as it was last recorded, for a profile; None before the first."""
-        return None if self._recorded is None else self._recorded.recording
-
-    def _one_token(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        rotation: Rotation,
-        cache: Cache,
-        before_layer: Callable[[int], None] | None,
-    ) -> Tensor:
-        """Run the decode step: recorded once per cache, then repeated on fresh inputs in one call."""
-        assert isinstance(self.kernels, CpuKernels)
-        step = self._recorded
-        if step is None or step.cache is not cache:
-            with torch.inference_mode(False):  # later steps write into these, in whatever mode
-                token_ids, rotation = token_ids.clone(), Rotation(rotation.cos.clone(), rotation.sin.clone())
-            with self.kernels.record() as recording:
-                hidden = self._layers(token_ids, positions, rotation, cache, before_layer)
-            self._recorded = _RecordedStep(cache, recording, token_ids, rotation, hidden)
-            return hidden.clone()
-        if before_layer is not None:
-            before_layer(0)
-        step.token_ids.copy_(token_ids)
-        step.rotation.cos.copy_(rotation.cos)
-        step.rotation.sin.copy_(rotation.sin)
-        step.recording.run()
-        return step.hidden.clone()
-
-    def _layers(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        rotation: Rotation,
-        cache: Cache,
-        before_layer: Callable[[int], None] | None,
-    ) -> Tensor:
-        x = self.embed(token_ids)  # [q_len, hidden_size]
-        for layer in range(self.config.num_layers):
-            if before_layer is not None:
-                before_layer(layer)
-            x = self.run_layer(layer, x, positions, rotation, cache)
-        return self.final_norm(x)
-
     def _attention(
         self, layer: int, weights: LayerWeights, x: Tensor, positions: Tensor, rotation: Rotation, cache: Cache
     ) -> Tensor:
@@ -183,7 +141,7 @@ class Transformer:
         v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))
         if weights.q_norm is not None and weights.k_norm is not None:
             q, k = kernels.rms_norm(q, weights.q_norm, eps=eps), kernels.rms_norm(k, weights.k_norm, eps=eps)
-        if cache.rotates:
+        if cache.traits.rotates:
             cache.append(layer, k, v, rotation)
             attended = cache.attend(layer, q, positions, rotation)
         else:
@@ -196,17 +154,6 @@ class Transformer:
         kernels, norm = self.kernels, Norm(weights.mlp_norm, self.config.norm_eps)
         gated = kernels.gated_linear(x, weights.gate_proj, weights.up_proj, norm=norm)
         return kernels.linear(gated, (weights.down_proj,), residual=x)[0]
-
-
-@dataclass(frozen=True)
-class _RecordedStep:
-    """One token through all layers of one cache: its inputs, what to run, its result."""
-
-    cache: Cache
-    recording: Recording
-    token_ids: Tensor
-    rotation: Rotation
-    hidden: Tensor
 
 
 def _check(config: ModelConfig, weights: ModelWeights) -> None:

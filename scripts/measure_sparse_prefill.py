@@ -26,7 +26,7 @@ from duolocal.engine.engine import Engine
 from duolocal.evaluate.passkey import passkey_prompts
 from duolocal.evaluate.tasks import variables_prompts
 from duolocal.kernels.blocks import decode_blocks, encode_blocks, hadamard
-from duolocal.kernels.interface import Rotation
+from duolocal.kernels.interface import Rotation, StepTraits
 from duolocal.kernels.sparse import SPENT, SparsePrefill, choose_blocks
 from duolocal.models.loader import open_model
 from duolocal.models.registry import resolve
@@ -41,7 +41,7 @@ NOWHERE = float("-inf")
 class Catching:
     """A cache that passes everything on to another and remembers queries and keys."""
 
-    recordable = rotates = capturable = False
+    traits = StepTraits()
 
     def __init__(self, engine: Engine) -> None:
         self._cache = engine.cache

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from duolocal.cache import DuoCache
 from duolocal.engine.engine import Engine
+from duolocal.kernels.interface import StepTraits
 
 CHUNK = 256  # tokens read at a time
 
@@ -83,7 +84,7 @@ class Reading:
     Invariant: `keys` and `values` [layers, KV heads, tokens, head_dim] hold what was appended, RoPE applied.
     """
 
-    rotates = recordable = capturable = False
+    traits = StepTraits()
 
     def __init__(self, cache: DuoCache, num_tokens: int, cut: int) -> None:
         self._cache = cache

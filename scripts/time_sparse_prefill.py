@@ -21,7 +21,7 @@ import torch
 
 from duolocal.bench.machine import machine_facts
 from duolocal.cache import DuoCache
-from duolocal.cache.compiled_path import CompiledPath
+from duolocal.cache.compiled_backend import CompiledBackend
 from duolocal.heads import uniform_plan
 from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.sparse import Chosen, SparsePrefill, blocks_seen
@@ -72,8 +72,8 @@ def main() -> None:
         k, v = torch.randn(2, count, config.num_kv_heads, config.head_dim, generator=generator)
         cache.begin(count)
         cache.append(0, k, v)
-        path = cache._path
-        assert isinstance(path, CompiledPath)
+        backend = cache.backend
+        assert isinstance(backend, CompiledBackend)
         start = context - count
         sizes = {"sink_size": plan.sink_size, "recent_size": cache.exact_recent, "block_size": cache.layout.block_size}
         tiles = policy.tiles(start, context, **sizes)
@@ -81,10 +81,10 @@ def main() -> None:
             tiles.stop * policy.tile - 1, recent_size=cache.exact_recent, block_size=cache.layout.block_size
         )
         shape = (config.num_kv_heads, len(tiles), num_blocks)
-        read = partial(path.attention.prefill, 0, q, k, v)
+        read = partial(backend.attention.prefill, 0, q, k, v)
         works: dict[str, Callable[[], object]] = {
             "exact": read,
-            "choosing": partial(path.choose, 0, q, k, start=start, end=context),
+            "choosing": partial(backend.choose, 0, q, k, start=start, end=context),
         }
         for density in map(float, options.densities.split(",")):
             blocks = torch.rand(shape, generator=generator) < density

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from duolocal.kernels.interface import StepTraits
 from duolocal.models.config import ModelConfig
 
 
@@ -68,7 +69,7 @@ class OracleCache:
     `plan_retrieval[layer][kv_head]` says which heads are retrieval heads; None: all.
     """
 
-    recordable = rotates = False
+    traits = StepTraits()
 
     def __init__(
         self,

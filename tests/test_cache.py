@@ -4,6 +4,8 @@ Everything runs in float64, where a difference of rounding between two cuts of t
 quantization code (the chance is about 1e-12 per number), so the tolerance can be tight for every format.
 """
 
+from weakref import WeakSet
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -190,6 +192,23 @@ def test_a_cancelled_chunk_leaves_no_trace(before: int, lost: int, layers_done: 
     assert (cache.num_tokens, cache.pool.num_blocks) == (before, blocks)
     expected = feed(make_cache(plan, context=context), q, k, v, [*cuts, after])
     close(feed(cache, q, k, v, [after]), expected[:, before:])
+
+
+def test_going_back_leaves_nothing_behind() -> None:
+    """A chat goes back after every turn: what the cache remembers of it must not grow."""
+    cache = make_cache(make_plan())
+
+    def held() -> int:
+        return sum(len(value) for value in vars(cache).values() if isinstance(value, (list, set, dict, WeakSet)))
+
+    feed(cache, *tokens(100), [100])
+    snapshot, before = cache.snapshot(), held()
+    for _ in range(50):
+        cache.restore(snapshot)
+        cache.snapshot()  # and dropped
+        cache.resume(cache.read_ring(), num_tokens=100, first_block=cache.pool.num_blocks)
+        snapshot = cache.snapshot()
+    assert held() == before
 
 
 def test_a_snapshot_of_an_abandoned_context_is_refused() -> None:

@@ -4,6 +4,8 @@ The cache is given the same keys and values whatever the cut, so every block get
 held to float32 rounding. Through a whole model the keys themselves differ by a rounding, which may flip a code.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duolocal.cache import DuoCache
+from duolocal.cache.compiled_backend import CompiledBackend
 from duolocal.engine.engine import Engine
 from duolocal.heads import HeadPlan
+from duolocal.kernels.cpu.operations import Recording
 from duolocal.kernels.interface import Kernels
 from duolocal.models.config import ModelConfig
 from duolocal.models.transformer import Transformer
@@ -145,6 +149,12 @@ def cache_for(model: Transformer, kv: str) -> DuoCache:
     return Engine.build(model, MODEL_PLAN, kv=kv, chunk_size=64).cache
 
 
+def recording(cache: DuoCache) -> Recording | None:
+    """Return the decode step as it was recorded; None before the first."""
+    assert isinstance(cache.backend, CompiledBackend)
+    return cache.backend.recorder.recording
+
+
 def token_ids(count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 320, (count,), generator=torch.Generator().manual_seed(seed))
 
@@ -193,10 +203,10 @@ def test_token_by_token_is_one_chunk_is_float64(architecture: Architecture, num_
         near(run(model, cache_for(model, "32"), ids), wanted)
         cache = cache_for(model, "32")
         near(run(model, cache, ids[:1]), wanted[:1])
-        recorded = model.recorded_step()
+        recorded = recording(cache)
         assert recorded is not None
         near(one_by_one(model, cache, ids[1:]), wanted[1:])
-        assert model.recorded_step() is recorded  # and run again for every token
+        assert recording(cache) is recorded  # and run again for every token
         near(model.logits(wanted.float()), judge.logits(wanted))
 
 
@@ -240,6 +250,22 @@ def test_two_caches_take_turns(turn: int) -> None:
             near(one_by_one(model, cache, ids[start : start + turn]), expected[start : start + turn])
 
 
+@pytest.mark.parametrize("kernels", [None, compiled(1)], ids=["torch", "compiled"])
+def test_a_dropped_engine_gives_its_cache_back(kernels: Kernels | None) -> None:
+    """At once, and although what it computed with stays: no collector runs, and nothing recorded keeps the cache."""
+    config, weights = random_model()
+    model = model_of(config, weights, kernels=kernels)
+    engine = Engine.build(model, MODEL_PLAN, kv="32", chunk_size=64)
+    list(engine.generate(token_ids(5).tolist(), Sampling(temperature=0, max_tokens=4), eos_ids=frozenset()))
+    cache, ring = weakref.ref(engine.cache), weakref.ref(engine.cache.ring.data)
+    gc.disable()
+    try:
+        del engine
+        assert cache() is None and ring() is None
+    finally:
+        gc.enable()
+
+
 def test_results_are_the_callers_own() -> None:
     """A step that is run again writes to the same memory: what was returned before must not change."""
     config, weights = random_model()
@@ -279,9 +305,9 @@ def test_a_cancelled_token_leaves_no_trace(layer: int, filled: int) -> None:
         run(model, cache, ids[:filled])
     with pytest.raises(Stopped):
         run(model, cache, other[:1], before_layer=stop_at(layer))  # while it is recorded
-    assert model.recorded_step() is None
+    assert recording(cache) is None
     near(run(model, cache, ids[filled : filled + 1]), wanted[filled : filled + 1])
-    assert model.recorded_step() is not None
+    assert recording(cache) is not None
     for i in range(filled + 1, filled + 20):
         with pytest.raises(Stopped):
             run(model, cache, other[:1], before_layer=stop_at(0))  # a step that is run again stops before it begins

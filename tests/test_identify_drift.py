@@ -9,7 +9,7 @@ from torch import Tensor
 from duolocal.identify import IdentifyProgress
 from duolocal.identify.drift import DriftScores, drift_scores
 from duolocal.identify.text import PasskeyText
-from duolocal.kernels.interface import Rotation
+from duolocal.kernels.interface import Rotation, StepTraits
 from duolocal.models.config import ModelConfig
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import ModelWeights
@@ -45,7 +45,7 @@ def scores(model: Transformer, *texts: PasskeyText) -> DriftScores:
 class Both:
     """A cache of the oracle: dense attention goes on, dense and streaming are kept."""
 
-    recordable = rotates = False
+    traits = StepTraits()
 
     def append(self, layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
         self.kv = k, v

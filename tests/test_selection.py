@@ -58,13 +58,13 @@ def inputs(start: int, count: int, seed: int = 1) -> tuple[Tensor, Tensor, Tenso
     return q * 3, k, v
 
 
-def feed(cache: DuoCache, cuts: list[int], seed: int = 1) -> Tensor:
-    """Append tokens; return what each saw: [tokens, layers, heads, head_dim]."""
+def feed(cache: DuoCache, cuts: list[int], seed: int = 1, *, prompt: bool = False) -> Tensor:
+    """Append tokens, single ones as decode steps unless of a prompt; return [tokens, layers, heads, head_dim]."""
     seen = []
     for count in cuts:
         start = cache.num_tokens
         q, k, v = inputs(start, count, seed)
-        cache.begin(count)
+        cache.begin(count, decode=count == 1 and not prompt)
         layers = []
         for layer in range(2):
             cache.append(layer, k[:, layer].contiguous(), v[:, layer].contiguous())
@@ -78,7 +78,7 @@ def feed_these(cache: DuoCache, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Append tokens given as `inputs` gives them, the last one as a decode step."""
     count = len(q)
     for start, end in ((0, count - 1), (count - 1, count)):
-        cache.begin(end - start)
+        cache.begin(end - start, decode=end == count)
         for layer in range(2):
             span = slice(start, end)
             cache.append(layer, k[span, layer].contiguous(), v[span, layer].contiguous())
@@ -99,6 +99,19 @@ def test_a_budget_for_all_is_dense(kernels: str, kv: str) -> None:
     dense, selected = make_cache(None, kernels, kv=kv), make_cache(CONTEXT, kernels, kv=kv)
     cuts = [700, *[1] * 130]
     torch.testing.assert_close(feed(selected, cuts), feed(dense, cuts), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@settings(max_examples=12, deadline=None)
+@given(cuts=st.lists(st.one_of(st.just(1), st.integers(1, 90)), min_size=1, max_size=30), reuse=st.sampled_from([1, 4]))
+def test_a_prompt_reads_everything_however_it_is_cut(kernels: str, cuts: list[int], reuse: int) -> None:
+    """Single tokens of a prompt see what they see in a whole one, and the answer after them reads what it would."""
+    total = 500 + sum(cuts)
+    whole, pieces = (make_cache(64, kernels, reuse=reuse) for _ in range(2))
+    wanted = feed(make_cache(None, kernels), [total])
+    torch.testing.assert_close(feed(whole, [total]), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(feed(pieces, [500, *cuts], prompt=True), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(feed(pieces, [1] * 4), feed(whole, [1] * 4), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -229,7 +242,7 @@ def test_lists_are_made_anew_when_they_must(kernels: str) -> None:
     cache.restore(snapshot)
     assert (selection.made_at == -1).all()
     feed(cache, [1])
-    cache.begin(1)
+    cache.begin(1, decode=True)
     cache.rollback()
     assert (selection.made_at == -1).all()
 

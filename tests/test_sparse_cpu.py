@@ -102,7 +102,7 @@ def test_block_weights_against_dense(kv: str, head_dim: int, group: int, block_s
     cache.begin(1000 - 641)
     cache.append(layer, k[layer, 641:].contiguous(), v[layer, 641:].contiguous())
     with poisoned():
-        lse, window = cache._path.attention.block_weights(  # type: ignore[attr-defined]
+        lse, window = cache.backend.attention.block_weights(  # type: ignore[attr-defined]
             layer,
             q[layer, 641:].contiguous(),
             k[layer, 641:].contiguous(),
@@ -158,7 +158,7 @@ def test_attention_over_any_blocks_against_dense(kv: str, group: int, tile: int,
     cache.append(layer, k[layer, start:].contiguous(), v[layer, start:].contiguous())
     weights = torch.full((end - start, 2 * group, 2), float("nan"))
     with poisoned():
-        got = cache._path.attention.prefill(  # type: ignore[attr-defined]
+        got = cache.backend.attention.prefill(  # type: ignore[attr-defined]
             layer,
             *(x[layer, start:].contiguous() for x in (q, k, v)),
             chosen=Chosen(range(first, last), tile, listed),

@@ -57,7 +57,7 @@ def feed(cache: DuoCache, seed: int, cuts: list[int]) -> Tensor:
         start = cache.num_tokens
         generator = [torch.Generator().manual_seed(1_000_003 * seed + start + i) for i in range(count)]
         x = torch.stack([torch.randn(2, 3 * GROUP + 6, HEAD_DIM, generator=g) for g in generator])
-        cache.begin(count)
+        cache.begin(count, decode=count == 1)
         layers = []
         for layer in range(2):
             q, k, v = (part.contiguous() for part in x[:, layer].split((3 * GROUP, 3, 3), dim=1))

@@ -3,6 +3,8 @@
 In the interpreter the decode step runs eagerly; on a CUDA device it is captured and replayed as a graph.
 """
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -158,13 +160,26 @@ def test_generation_is_the_hosts(count: int) -> None:
         again = list(engine.generate(prompt, sampling, eos_ids=frozenset()))  # replays what was captured
         assert again == first
     engine.reset()
-    host = HostDecoder(engine, sampling)
+    host = HostDecoder(engine.transformer, engine.cache, sampling)
     token = host.first(engine.step(prompt)[-1:])
     expected = [token]
     while len(expected) < count:
-        token = host.next(token)
+        token = engine._decode(host, token)
         expected.append(token)
     assert first == expected
+
+
+def test_a_decoder_does_not_hold_its_engine() -> None:
+    """Its memory is the device's: it goes when the engine is dropped, not when a collector comes by."""
+    engine, _ = engines()
+    assert isinstance(engine._decoder(Sampling()), GpuDecoder)
+    dropped: list[weakref.ref[Any]] = [weakref.ref(engine), weakref.ref(engine.cache)]
+    gc.disable()
+    try:
+        del engine
+        assert [ref() for ref in dropped] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.full

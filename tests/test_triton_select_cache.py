@@ -16,7 +16,7 @@ from duolocal.heads import HeadPlan
 from duolocal.kernels.digest import DigestChannels, make_digests
 from duolocal.kernels.gpu import decode
 from duolocal.kernels.gpu.operations import TritonKernels
-from duolocal.kernels.interface import Rotation
+from duolocal.kernels.interface import Rotation, StepTraits
 from duolocal.quant.kv import kv_layout
 from duolocal.settings import Sampling
 from tests.pool_checks import check_table
@@ -51,7 +51,7 @@ def make_cache(kernels: TritonKernels | None, *, reuse: int, slots: int | None) 
     return cache
 
 
-def feed(cache: DuoCache, count: int, *, seed: int = 1) -> Tensor:
+def feed(cache: DuoCache, count: int, *, seed: int = 1, prompt: bool = False) -> Tensor:
     """Append tokens, each made from its position, without RoPE; return what they saw [tokens, layers, heads, dim]."""
     start = cache.num_tokens
     x = torch.stack(
@@ -60,8 +60,8 @@ def feed(cache: DuoCache, count: int, *, seed: int = 1) -> Tensor:
     x[:, :, :2] *= 3
     x = x.to(DEVICE, cache.dtype)
     still = Rotation(torch.ones(count, 16, device=DEVICE), torch.zeros(count, 16, device=DEVICE))
-    rotation = still if cache.rotates else None
-    cache.begin(count)
+    cache.begin(count, decode=count == 1 and not prompt)
+    rotation = still if cache.traits.rotates else None
     seen = []
     for layer in range(2):
         q, k, v = (part.contiguous() for part in x[:, layer].split((2, 1, 1), dim=1))
@@ -70,13 +70,13 @@ def feed(cache: DuoCache, count: int, *, seed: int = 1) -> Tensor:
     return torch.stack(seen, dim=1)
 
 
-def step(caches: list[DuoCache], count: int, *, commit: bool = True) -> bool:
+def step(caches: list[DuoCache], count: int, *, commit: bool = True, prompt: bool = False) -> bool:
     """Feed both; judge lists and results by the torch path; return whether the GPU made lists."""
-    wanted, got = (feed(cache, count) for cache in caches)
+    wanted, got = (feed(cache, count, prompt=prompt) for cache in caches)
     reference, ours = caches
     assert reference.selection is not None and ours.selection is not None
-    chose = ours.chooses
-    if count == 1 and ours.num_tokens - ours.exact_recent >= PLAN.sink_size:
+    chose = ours.traits.kind == "reselects"
+    if count == 1 and not prompt and ours.num_tokens - ours.exact_recent >= PLAN.sink_size:
         assert torch.equal(reference.selection.lists, ours.selection.lists), ours.num_tokens
         assert torch.equal(reference.selection.made_at, ours.selection.made_at)
     near = 1e-4 if INTERPRETED else 3e-2  # weights in float16 on the values of int4 blocks: 2^-11 of sizes up to 4
@@ -120,6 +120,7 @@ def test_a_cache_is_the_torch_path(reuse: int, slots: int | None, monkeypatch: p
     while caches[0].num_tokens < 256:  # a block is completed by a step that need not make lists
         step(caches, 1)
     step(caches, 33)
+    step(caches, 1, prompt=True)
     check_digests(caches[1])
     step(caches, 1)
     for cache, snapshot in zip(caches, snapshots, strict=True):
@@ -137,9 +138,9 @@ def test_a_cache_is_the_torch_path(reuse: int, slots: int | None, monkeypatch: p
     assert step(caches, 1)
 
 
-def test_steps_that_choose_are_a_graph_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_reselect_are_a_graph_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind of step runs eagerly once, is captured when it comes again, and is replayed from then on."""
-    chooses = [True, False, False, False, True, False, True]
+    reselects = [True, False, False, False, True, False, True]
     done: list[str] = []
 
     class Sampler:
@@ -147,25 +148,23 @@ def test_steps_that_choose_are_a_graph_of_their_own(monkeypatch: pytest.MonkeyPa
 
         def prepare(self) -> None: ...
 
-    cache = SimpleNamespace(chooses=False)
-    engine: Any = SimpleNamespace(
-        transformer=SimpleNamespace(device=SimpleNamespace(type="cuda")),
-        cache=cache,
-        raise_if_cancelled=lambda: None,
-    )
+    cache: Any = SimpleNamespace(traits=StepTraits())
+    transformer: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"))
     decoder = GpuDecoder.__new__(GpuDecoder)
-    decoder._engine, decoder._sampler = engine, Sampler()  # type: ignore[assignment]
+    decoder._transformer, decoder._cache = transformer, cache
+    decoder._sampler = Sampler()  # type: ignore[assignment]
     decoder._ids, decoder._warm, decoder._graphs = torch.zeros(1, dtype=torch.int64), set(), {}
 
     def capture(greedy: bool) -> Any:
-        kind = cache.chooses
+        kind = cache.traits.kind
         done.append(f"capture {kind}")
         return SimpleNamespace(replay=lambda: done.append(f"replay {kind}"))
 
-    monkeypatch.setattr(decoder, "_step", lambda greedy: done.append(f"run {cache.chooses}"))
+    monkeypatch.setattr(decoder, "_run", lambda greedy: done.append(f"run {cache.traits.kind}"))
     monkeypatch.setattr(decoder, "_capture", capture)
-    for cache.chooses in chooses:
-        decoder._run(5)
+    for kind in map(str, reselects):
+        cache.traits = StepTraits(kind=kind)
+        decoder.step(5, lambda layer: None)
     assert done == [
         *("run True", "run False", "capture False", "replay False", "replay False"),
         *("capture True", "replay True", "replay False", "replay True"),

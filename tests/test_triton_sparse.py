@@ -162,10 +162,10 @@ def test_a_cache_on_the_gpu_equals_the_torch_path() -> None:
         )
         rotation = None
         for start, end in ((0, 256), (256, 448)):
-            if cache.rotates:
+            cache.begin(end - start)
+            if cache.traits.rotates:
                 shape = (end - start, 32)
                 rotation = Rotation(torch.ones(shape, device=device), torch.zeros(shape, device=device))
-            cache.begin(end - start)
             cache.append(0, k[start:end].to(device), v[start:end].to(device), rotation)
             out = cache.attend(0, q[start:end].to(device), torch.arange(start, end, device=device), rotation)
             cache.commit()

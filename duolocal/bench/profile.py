@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from duolocal.bench.decode import bytes_per_token
+from duolocal.cache.compiled_backend import CompiledBackend
 from duolocal.engine.engine import Engine
 from duolocal.errors import SettingsError
 from duolocal.kernels.cpu.operations import CpuKernels, Recording
@@ -108,15 +109,16 @@ def profile_decode(engine: Engine, token_id: int, *, repeats: int) -> StepProfil
     """Profile one token at the engine's position; the cache is left as it was."""
     kernels, moment = compiled_kernels(engine), engine.snapshot()
     sampler = Sampler(Sampling(temperature=0))
-    hidden = engine.transformer.logits(engine.step([token_id]))  # the first step is recorded
+    hidden = engine.transformer.logits(engine.step([token_id], decode=True))  # the first step is recorded
     whole_s = []
     for _ in range(repeats):
         engine.restore(moment)
         began_s = time.perf_counter()
-        hidden = engine.step([token_id])
+        hidden = engine.step([token_id], decode=True)
         sampler(engine.transformer.logits(hidden)[0], [])
         whole_s.append(time.perf_counter() - began_s)
-    step = engine.transformer.recorded_step()
+    assert isinstance(engine.cache.backend, CompiledBackend)
+    step = engine.cache.backend.recorder.recording
     assert step is not None
     with kernels.record() as head:
         engine.transformer.logits(hidden)

@@ -75,7 +75,7 @@ def measure_variants(
         engine = variant.make()
         fill_with_random_tokens(engine.cache, context, seed=SEED)
         moment = engine.snapshot()
-        results[variant.name] = engine.step([FIRST_ID])
+        results[variant.name] = engine.step([FIRST_ID], decode=True)
         engine.restore(moment)
         engines.append((engine, moment))
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}

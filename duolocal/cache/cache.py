@@ -11,21 +11,22 @@ leaves the cache as it was before `begin`.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from duolocal.cache.compiled_path import CompiledPath
+from duolocal.cache.backend import CacheBackend, CacheState, Step
+from duolocal.cache.compiled_backend import CompiledBackend
 from duolocal.cache.home import ON_DEVICE, Placement
-from duolocal.cache.path import Path, Step
 from duolocal.cache.pool import BlockPool
 from duolocal.cache.ring import Ring
 from duolocal.cache.selection import Selection, SelectionPolicy
-from duolocal.cache.torch_path import TorchPath
+from duolocal.cache.torch_backend import TorchBackend
 from duolocal.heads import HeadPlan
 from duolocal.kernels.blocks import BlockLayout
 from duolocal.kernels.cpu.operations import CpuKernels
-from duolocal.kernels.interface import Kernels, Rotation
+from duolocal.kernels.interface import Kernels, Rotation, StepTraits
 from duolocal.kernels.sparse import SparseCounts, SparsePrefill
 from duolocal.kernels.torch_kernels import TorchKernels
 
@@ -35,13 +36,12 @@ from duolocal.kernels.torch_kernels import TorchKernels
 MIN_EXACT_RECENT = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """The cache at one moment: constant size, since blocks are immutable and only ring and length are copied."""
 
     num_tokens: int
     ring: Tensor
-    truncations: int
 
 
 @dataclass(frozen=True)
@@ -114,39 +114,45 @@ class DuoCache:
             )
         # Tokens before the open transaction, where kernels read it: the position of the new token of a decode step.
         self.start = torch.zeros(1, dtype=torch.int64, device=device)
-        self.recordable = isinstance(kernels, CpuKernels)
         self.prefill = prefill
         self.sparse_counts = None if prefill is None else SparseCounts(plan.num_retrieval, device=device)
-        self._path = _path(self, kernels)
+        state = CacheState(
+            plan,
+            layout,
+            self.query_group,
+            self.exact_recent,
+            self.ring,
+            self.pool,
+            self.start,
+            self.selection,
+            prefill,
+            self.sparse_counts,
+        )
+        self.backend = _backend(state, kernels)
         self._step: Step | None = None
-        self._truncated_to: list[int] = []
+        self._restorable: WeakSet[Snapshot] = WeakSet()  # those on the way that led here
 
     @property
-    def capturable(self) -> bool:
-        """Whether a decode step reads nothing on the host, so that it can be captured as a graph or queued whole."""
-        return self._path.capturable
+    def traits(self) -> StepTraits:
+        """What the model is to know of the open transaction."""
+        assert self._step is not None, "no transaction is open"
+        return self.backend.traits(self._step)
 
-    @property
-    def rotates(self) -> bool:
-        """Whether RoPE is applied here, in the pass that stores, and not by the model."""
-        return self._path.rotates
+    def begin(self, q_len: int, *, decode: bool = False) -> None:
+        """Start to append `q_len` tokens; the caller has checked that they fit into the context.
 
-    @property
-    def chooses(self) -> bool:
-        """Whether the open decode step chooses its blocks anew, so that its graph is another one."""
-        assert self._step is not None
-        return self._path.chooses(self._step)
-
-    def begin(self, q_len: int) -> None:
-        """Start to append `q_len` tokens; the caller has checked that they fit into the context."""
+        decode: it is one token of an answer, which reads selected blocks; a prompt reads all, however it is cut.
+        """
         assert self._step is None, "a transaction is open"
+        assert q_len == 1 or not decode, q_len
         start, end = self.num_tokens, self.num_tokens + q_len
         assert end <= self.context, (start, q_len, self.context)
         slots = self.ring.overwritten(start=start, count=q_len)
-        if q_len > 1:
+        if not decode:
             self._forget_lists()
+        decodes = decode or (q_len == 1 and self.selection is None)  # what is sparse in a prompt is longer
         self.start.fill_(start)
-        self._step = Step(start, end, slots, self.ring.data[:, :, :, slots].clone())
+        self._step = Step(start, end, decodes, slots, self.ring.data[:, :, :, slots].clone())
         self.pool.grow(end // self.layout.block_size)
 
     def commit(self) -> None:
@@ -174,8 +180,8 @@ class DuoCache:
         assert step is not None, "append outside begin and commit"
         wanted = (step.end - step.start, self.plan.num_kv_heads, self.layout.head_dim)
         assert tuple(k.shape) == tuple(v.shape) == wanted, (k.shape, v.shape, wanted)
-        assert (rotation is not None) == self.rotates
-        self._path.append(layer, step, k, v)
+        assert (rotation is not None) == self.traits.rotates
+        self.backend.append(layer, step, k, v)
 
     def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attend from the new tokens to all that each may see.
@@ -185,13 +191,15 @@ class DuoCache:
         """
         step = self._step
         assert step is not None, "attend outside begin and commit"
-        assert (rotation is not None) == self.rotates
-        return self._path.attend(layer, step, q, positions, rotation)
+        assert (rotation is not None) == self.traits.rotates
+        return self.backend.attend(layer, step, q, positions, rotation)
 
     def snapshot(self) -> Snapshot:
         """Copy what `restore` needs; constant size."""
         assert self._step is None
-        return Snapshot(self.num_tokens, self.ring.data.clone(), len(self._truncated_to))
+        snapshot = Snapshot(self.num_tokens, self.ring.data.clone())
+        self._restorable.add(snapshot)
+        return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to an earlier moment of this context, prefilling nothing.
@@ -199,14 +207,9 @@ class DuoCache:
         The snapshot must lie on the way that led here: once the cache was cut below it, it is void.
         """
         assert self._step is None
-        cut_since = self._truncated_to[snapshot.truncations :]
-        assert all(cut >= snapshot.num_tokens for cut in cut_since), "snapshot of an abandoned context"
-        assert snapshot.num_tokens <= self.num_tokens
+        assert snapshot in self._restorable, "snapshot of an abandoned context"
         self.ring.data.copy_(snapshot.ring)
-        self.pool.shrink(snapshot.num_tokens // self.layout.block_size)
-        self._forget_lists()
-        self.num_tokens = snapshot.num_tokens
-        self._truncated_to.append(self.num_tokens)
+        self._cut(snapshot.num_tokens)
 
     def read_ring(self) -> Tensor:
         """Copy the sink and recent tokens of all heads to host memory."""
@@ -231,9 +234,7 @@ class DuoCache:
         num_blocks = num_tokens // self.layout.block_size
         assert 0 <= num_tokens <= self.context and first_block <= min(num_blocks, self.pool.num_blocks)
         assert ring.shape == self.ring.data.shape and ring.dtype == self.dtype, (ring.shape, ring.dtype)
-        self._truncated_to.append(min(self.num_tokens, first_block * self.layout.block_size))
-        self.num_tokens = min(self.num_tokens, first_block * self.layout.block_size)
-        self.pool.shrink(first_block)
+        self._cut(first_block * self.layout.block_size)
         self.pool.grow(num_blocks)
         at = first_block
         for piece in columns:
@@ -241,7 +242,6 @@ class DuoCache:
             at += piece.shape[0]
         assert at == num_blocks, (at, num_blocks)
         self.pool.settle(first_block)
-        self._forget_lists()
         self.make_digests(first_block)
         self.ring.data.copy_(ring)
         self.num_tokens = num_tokens
@@ -250,15 +250,20 @@ class DuoCache:
         """Make the digests of the blocks from `first_block` on, which were written without a prefill."""
         if self.selection is not None:
             for layer in range(self.plan.num_layers):
-                self._path.digest(layer, first_block, self.pool.num_blocks)
+                self.backend.digest(layer, first_block, self.pool.num_blocks)
 
     def reset(self) -> None:
         """Forget everything."""
         assert self._step is None
-        self.pool.shrink(0)
+        self._cut(0)
+
+    def _cut(self, num_tokens: int) -> None:
+        """Forget all but the first tokens; what the ring holds is the caller's business."""
+        assert num_tokens <= self.num_tokens, (num_tokens, self.num_tokens)
+        self.pool.shrink(num_tokens // self.layout.block_size)
         self._forget_lists()
-        self.num_tokens = 0
-        self._truncated_to.append(0)
+        self.num_tokens = num_tokens
+        self._restorable = WeakSet(each for each in self._restorable if each.num_tokens <= num_tokens)
 
     def _forget_lists(self) -> None:
         if self.selection is not None:
@@ -278,14 +283,14 @@ class DuoCache:
         )
 
 
-def _path(cache: DuoCache, kernels: Kernels | None) -> Path:
+def _backend(state: CacheState, kernels: Kernels | None) -> CacheBackend:
     if kernels is None or isinstance(kernels, TorchKernels):
-        return TorchPath(cache)
+        return TorchBackend(state)
     if isinstance(kernels, CpuKernels):
-        return CompiledPath(cache, kernels)
-    from duolocal.cache.gpu_path import GpuPath  # imports triton, which only a machine with a GPU need have
+        return CompiledBackend(state, kernels)
+    from duolocal.cache.gpu_backend import GpuBackend  # imports triton, which only a machine with a GPU need have
 
-    return GpuPath(cache)
+    return GpuBackend(state)
 
 
 def exact_recent_size(plan: HeadPlan) -> int:

@@ -118,7 +118,7 @@ class Engine:
         )
         if engine.cache.pool.tiered:
             engine.notes.append(tier_note(engine.cache))
-        if engine.cache.capturable:
+        if transformer.kernels.capturable:
             engine.warm_up()
         return engine
 
@@ -227,26 +227,28 @@ class Engine:
             yield token
             if self.finish_reason is not None:
                 return
-            token = decoder.next(token)
+            token = self._decode(decoder, token)
 
-    def logits(self, token_ids: Sequence[int]) -> Tensor:
+    def logits(self, token_ids: Sequence[int], *, decode: bool = False) -> Tensor:
         """Append tokens and return the logits after each: [num_tokens, vocab_size] float32.
 
-        Teacher-forced through the very path that prefill and decode take. Raises ContextOverflowError.
+        Teacher-forced through the very path that prefill takes, or, with `decode`, that an answer takes. Raises
+        ContextOverflowError.
         """
-        return torch.cat(list(self.iter_logits(token_ids)))
+        return torch.cat(list(self.iter_logits(token_ids, decode=decode)))
 
-    def iter_logits(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
+    def iter_logits(self, token_ids: Sequence[int], *, decode: bool = False) -> Iterator[Tensor]:
         """Append tokens, yielding the logits of each chunk: memory stays bounded by the chunk."""
         self._check_fits(token_ids)
         self._cancel.clear()
-        for chunk in self._chunks(token_ids):
-            yield self.transformer.logits(self.step(chunk))
+        for chunk in ([token] for token in token_ids) if decode else self._chunks(token_ids):
+            yield self.transformer.logits(self.step(chunk, decode=decode))
 
-    def step(self, token_ids: Sequence[int]) -> Tensor:
+    def step(self, token_ids: Sequence[int], *, decode: bool = False) -> Tensor:
         """Append tokens that fit, in one piece, whole or not at all; return hidden states [q_len, hidden_size].
 
-        What prefill and decode are made of; raises Cancelled between layers after `cancel`.
+        decode: it is one token of an answer, not of a prompt (`DuoCache.begin`). Raises Cancelled between layers after
+        `cancel`.
         """
         self._check_ids(token_ids)
         start, device = self.position, self.transformer.device
@@ -258,12 +260,13 @@ class Engine:
                 self.cache,
                 before_layer=self.raise_if_cancelled,
             ),
+            decode=decode,
         )
 
     @torch.inference_mode()
-    def append(self, token_ids: Sequence[int], compute: Callable[[], Result]) -> Result:
+    def append(self, token_ids: Sequence[int], compute: Callable[[], Result], *, decode: bool = False) -> Result:
         """Run `compute`, which appends these tokens to the cache; where it raises, none is appended."""
-        self.cache.begin(len(token_ids))
+        self.cache.begin(len(token_ids), decode=decode)
         try:
             result = compute()
         except BaseException:
@@ -282,7 +285,7 @@ class Engine:
         """Run a chunk, a short one and a decode step on an empty context, so that all kernels are compiled."""
         assert self.position == 0
         for count in (self.chunk_size, WARM_UP_TOKENS, 1):
-            self.step([0] * min(count, self.context))
+            self.step([0] * min(count, self.context), decode=count == 1)
             self.reset()
 
     def cancel(self) -> None:
@@ -364,11 +367,16 @@ class Engine:
             start, stop = stop, stop + size
 
     def _decoder(self, sampling: Sampling) -> Decoder:
-        if not self.cache.capturable:
-            return HostDecoder(self, sampling)
+        if not self.transformer.kernels.capturable:
+            return HostDecoder(self.transformer, self.cache, sampling)
         if self._gpu_decoder is None:
-            self._gpu_decoder = GpuDecoder(self)  # kept: it holds the graphs
+            self._gpu_decoder = GpuDecoder(self.transformer, self.cache)  # kept: it holds the graphs
         return self._gpu_decoder.restart(sampling)
+
+    def _decode(self, decoder: Decoder, token: int) -> int:
+        """Append an id that was sampled, and return the next one."""
+        self.append([token], lambda: decoder.step(token, self.raise_if_cancelled), decode=True)
+        return decoder.sample()
 
 
 def _place(resolved: Resolved, free: Free) -> Placement:

@@ -17,7 +17,7 @@ from duolocal.errors import SettingsError
 from duolocal.files import read_json, write_json
 from duolocal.heads import HeadPlan
 from duolocal.kernels.digest import DigestChannels, digest_channels
-from duolocal.kernels.interface import Rotation
+from duolocal.kernels.interface import Rotation, StepTraits
 from duolocal.models.loader import ModelSource
 from duolocal.models.observe import ObservedCache, layer_by_layer, shown_attention
 from duolocal.models.transformer import Transformer
@@ -123,7 +123,7 @@ class _Moments(ObservedCache):
     [3, num_kv_heads, head_dim].
     """
 
-    rotates = True
+    traits = StepTraits(rotates=True)
 
     def __init__(self, transformer: Transformer, far: Rotation, sums: Tensor) -> None:
         super().__init__(shown_attention())

@@ -4,7 +4,6 @@ The weights are loaded once and the caches made on demand, so that a machine tha
 it here; what the caches take together is refused before the weights are loaded, with the numbers.
 """
 
-import gc
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -158,7 +157,7 @@ class Lineup:
             select=choice.select,
             prefill=choice.prefill,
         )
-        if engine.cache.capturable:
+        if self.transformer.kernels.capturable:
             engine.warm_up()
         return engine
 
@@ -215,9 +214,8 @@ def _dense_plan(config: ModelConfig) -> HeadPlan:
 
 
 def _give_back(device: torch.device) -> None:
-    """Let go of what dropped engines held: on a GPU a decoder and its engine hold each other."""
+    """Give the memory of dropped engines back to a GPU, which the allocator keeps for the next of the same size."""
     if device.type == "cuda":
-        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -61,9 +61,9 @@ def ask(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iter
         answered_s = clock(engine)
         engine.restore(before)
         fed = [prompt.token_ids[-1], *prompt.answer_ids[:-1]]
-        # Selected decode is for single tokens: a chunk reads everything.
-        one_by_one = engine.cache.selection is not None
-        logits = torch.cat([engine.logits([token]) for token in fed]) if one_by_one else engine.logits(fed)
+        # The prompt's last token reads everything, those of an answer read selected blocks.
+        selects = engine.cache.selection is not None
+        logits = torch.cat([engine.logits(fed[:1]), *engine.iter_logits(fed[1:], decode=selects)])
         right = torch.tensor(prompt.answer_ids, device=logits.device)
         nll = negative_log_likelihood(logits.log_softmax(-1), right)
         answer = tokenizer.decode(answer_ids, continues=True)

@@ -5,6 +5,7 @@ The head class is data: nothing is reordered in the weights, kernels index heads
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise, starmap
 
 from duolocal.errors import SettingsError
 
@@ -39,6 +40,17 @@ class HeadPlan:
     def num_retrieval(self) -> int:
         """Retrieval heads in all layers together."""
         return sum(map(sum, self.retrieval))
+
+    @cached_property
+    def retrieval_heads(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers of each layer's retrieval heads, rising."""
+        return tuple(tuple(head for head, flag in enumerate(flags) if flag) for flags in self.retrieval)
+
+    @cached_property
+    def rows(self) -> tuple[slice, ...]:
+        """The rows of each layer in a table that has one for every retrieval head, layer after layer."""
+        ends = list(accumulate(map(len, self.retrieval_heads), initial=0))
+        return tuple(starmap(slice, pairwise(ends)))
 
     @property
     def num_streaming(self) -> int:

@@ -6,7 +6,7 @@ buffers then hold. That is the decode step: nothing is allocated and Python is e
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from duolocal.kernels.cpu.structs import (
     RopeArgs,
     SiluArgs,
 )
-from duolocal.kernels.interface import Norm, Rotation
+from duolocal.kernels.interface import HasKernels, Norm, Rotation
 from duolocal.kernels.matrix import Affine
 from duolocal.kernels.matrix import Matrix as AnyMatrix
 
@@ -60,6 +60,7 @@ class CpuKernels:
     """The compiled kernels on a number of threads."""
 
     name = "compiled"
+    capturable = False
     angle_dtype = torch.float32
 
     def __init__(self, num_threads: int) -> None:
@@ -179,6 +180,33 @@ class CpuKernels:
     def logits(self, hidden: Tensor, weight: AnyMatrix) -> Tensor:
         """Return hidden [n, in_features] times the output matrix: float32 [n, out_features]."""
         return self.linear(hidden, (_Plain(weight),))[0]
+
+
+class StepRecorder:
+    """The decode step of one cache: recorded at a model's first token, repeated in one call at the others.
+
+    What it holds of the cache is its memory, so that it is dropped with the cache.
+    """
+
+    def __init__(self, kernels: CpuKernels) -> None:
+        self._kernels = kernels
+        self._model: HasKernels | None = None
+        self.recording: Recording | None = None
+
+    def __call__(self, compute: Callable[..., Tensor], *inputs: Tensor, model: HasKernels) -> Tensor:
+        """Return `compute(*inputs)`; see `Repeat`."""
+        assert model.kernels is self._kernels
+        if self.recording is None or self._model is not model:
+            with torch.inference_mode(False):  # later steps write into these, in whatever mode
+                kept = [x.clone() for x in inputs]
+            with self._kernels.record() as recording:
+                result = compute(*kept)
+            self.recording, self._model, self._inputs, self._result = recording, model, kept, result
+        else:
+            for x, new in zip(self._inputs, inputs, strict=True):
+                x.copy_(new)
+            self.recording.run()
+        return self._result.clone()
 
 
 @dataclass(frozen=True)

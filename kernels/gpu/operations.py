@@ -17,6 +17,7 @@ class TritonKernels:
     """The kernels of one GPU in a 16-bit compute dtype (float32 in the interpreter)."""
 
     name = "triton"
+    capturable = True
     angle_dtype = torch.float32
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -289,7 +289,7 @@ def attention_cases(
     contexts: Sequence[int] = SELECTED_BLOCKS,
     architectures: tuple[int, ...] = ARCHITECTURES,
 ) -> Iterator[Case]:
-    """Yield what `duolocal.cache.gpu_path` does: one token, and chunks of a prompt, in every KV format given."""
+    """Yield what `duolocal.cache.gpu_backend` does: one token, and chunks of a prompt, in every KV format given."""
     for kv in formats:
         name = f"{model.name} {str(dtype).removeprefix('torch.')} {kv}"
         yield Case(f"{name} decode", partial(decode, model, kv, dtype), architectures)

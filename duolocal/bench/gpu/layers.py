@@ -9,7 +9,7 @@ from torch import Tensor
 from duolocal.bench.gpu.floors import attention_read_bytes
 from duolocal.bench.gpu.measure import Bench
 from duolocal.cache import DuoCache
-from duolocal.cache.gpu_path import GpuPath
+from duolocal.cache.gpu_backend import GpuBackend
 from duolocal.heads import HeadPlan
 from duolocal.kernels.gpu.layer_cache import LayerCache
 from duolocal.kernels.gpu.operations import TritonKernels
@@ -42,8 +42,8 @@ def filled_cache(bench: Bench, kv: str, retrieval: int, context: int, *, room: i
 
 def layers_of(cache: DuoCache) -> list[LayerCache]:
     """Return what the kernels see of each layer."""
-    assert isinstance(cache._path, GpuPath)
-    return cache._path._layers
+    assert isinstance(cache.backend, GpuBackend)
+    return cache.backend.layers
 
 
 def read_bytes(cache: DuoCache, seen: int) -> int:
@@ -66,8 +66,8 @@ def read_bytes(cache: DuoCache, seen: int) -> int:
 
 @contextlib.contextmanager
 def appending(cache: DuoCache, q_len: int) -> Iterator[None]:
-    """Open a transaction of `q_len` tokens, and forget it."""
-    cache.begin(q_len)
+    """Open a transaction of `q_len` tokens, a decode step for one, and forget it."""
+    cache.begin(q_len, decode=q_len == 1)
     try:
         yield
     finally:
