@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+_LOCKED = ".new.tmp"  # ends the name of a file that is written under a lock
 _PATIENCE_S = 2.0  # how long a cache waits for another process that writes to it; that takes milliseconds
 
 
@@ -24,7 +25,7 @@ def replacing(path: Path, *, durable: bool = False, mode: int = 0o666, locked: b
     durable: content and name are on the disk when this returns. mode: before the umask. locked: the caller holds a
     lock, so that one name serves and what a kill leaves behind is overwritten by the next writer.
     """
-    temporary = path.with_name(f".{path.name}.{'new' if locked else secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{path.name}{_LOCKED if locked else f'.{secrets.token_hex(6)}.tmp'}")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if locked else os.O_EXCL), mode))
     try:
         yield temporary
@@ -33,6 +34,12 @@ def replacing(path: Path, *, durable: bool = False, mode: int = 0o666, locked: b
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def unfinished(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield every temporary file of a writer that holds a lock, or was killed, and the path that it is meant for."""
+    for temporary in folder.glob(f".*{_LOCKED}"):
+        yield temporary, folder / temporary.name[1 : -len(_LOCKED)]
 
 
 def write_file(path: Path, data: bytes | str, *, durable: bool = False, locked: bool = False) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,30 @@ def test_after_kill_9_the_same_command_goes_on(named: bool, tmp_path: Path) -> N
     assert context == wanted
     reached.append(taken)
     assert all(before < after for before, after in itertools.pairwise(reached[1:])), reached
+
+
+def test_what_a_killed_writer_left_goes_when_the_next_file_is_begun(tmp_path: Path) -> None:
+    """Nobody would ever write to the name again: those of the store are made up."""
+    code = """
+        import os, signal, sys
+        from pathlib import Path
+        import numpy as np
+        from duolocal.sessions.file import ContextFile, Wanted
+        os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+        file = ContextFile.create(Path(sys.argv[1]))
+        nothing = lambda first, last: np.zeros((last - first, 0), np.uint8)
+        file.commit(Wanted({}, 3, np.arange(3, dtype=np.int32), 0, 0, 0, nothing, ()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "lost.duo")]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".lost.duo*.tmp")
+    with contextlib.closing(ContextFile.create(tmp_path / "alive.duo")):
+        assert not left.exists()
+        writing = left.with_name(left.name.replace("lost", "alive"))
+        writing.touch()
+        ContextFile.create(tmp_path / "next.duo").close()
+        assert writing.exists()  # its writer lives
 
 
 def test_every_state_on_the_disk_during_a_save_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from duolocal.errors import SessionError
-from duolocal.files import Lock, replacing
+from duolocal.files import Lock, replacing, unfinished
 from duolocal.sessions.layout import (
     ALIGNMENT,
     SLOT_BYTES,
@@ -97,6 +97,9 @@ class ContextFile:
     @classmethod
     def create(cls, path: Path) -> "ContextFile":
         """Begin a file that is there, whole, after its first commit; one that is at `path` is replaced then."""
+        for left, wanted in unfinished(path.parent):
+            with contextlib.suppress(OSError, SessionError), _lock(wanted):  # its writer, where one lives, has the lock
+                left.unlink()
         return cls(path, None, None, _lock(path))
 
     @property
