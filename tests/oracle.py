@@ -29,6 +29,31 @@ def visibility_mask(positions: Tensor, kv_len: int, *, retrieval: bool, sink_siz
     return (j <= i) & ((j < sink_size) | (i - j < recent_size))
 
 
+def oracle_weights(
+    q: Tensor, k: Tensor, positions: Tensor, *, retrieval: Sequence[bool], sink_size: int = 0, recent_size: int = 1
+) -> Tensor:
+    """Return the attention weights of q [q_len, num_heads, head_dim] on k [kv_len, num_kv_heads, head_dim].
+
+    Row j of k is position j; `positions` [q_len] are those of the queries; `retrieval` has one entry per KV head.
+    Returns [num_heads, q_len, kv_len] float64 on the CPU.
+    """
+    q, k = (tensor.detach().to("cpu", torch.float64) for tensor in (q, k))
+    kv_len, num_kv_heads, head_dim = k.shape
+    num_heads = q.shape[1]
+    assert num_heads % num_kv_heads == 0
+    assert len(retrieval) == num_kv_heads
+    assert int(positions.max()) < kv_len, "a query comes after the last key: append was not called"
+    weights = torch.full((num_heads, q.shape[0], kv_len), float("nan"), dtype=torch.float64)
+    for head in range(num_heads):
+        kv_head = head // (num_heads // num_kv_heads)
+        mask = visibility_mask(
+            positions, kv_len, retrieval=retrieval[kv_head], sink_size=sink_size, recent_size=recent_size
+        )
+        scores = q[:, head] @ k[:, kv_head].T / head_dim**0.5  # [q_len, kv_len]
+        weights[head] = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return weights
+
+
 def oracle_attention(
     q: Tensor,
     k: Tensor,
@@ -39,32 +64,19 @@ def oracle_attention(
     sink_size: int,
     recent_size: int,
 ) -> Tensor:
-    """Attend in float64 from q [q_len, num_heads, head_dim] to k and v [kv_len, num_kv_heads, head_dim].
-
-    Row j of k and v is position j; `positions` [q_len] are those of the queries; `retrieval` has one entry
-    per KV head. Returns [q_len, num_heads, head_dim] float64 on the CPU.
-    """
-    q, k, v = (tensor.detach().to("cpu", torch.float64) for tensor in (q, k, v))
-    kv_len, num_kv_heads, head_dim = k.shape
-    num_heads = q.shape[1]
+    """Attend by `oracle_weights` to v of k's shape; return [q_len, num_heads, head_dim] float64 on the CPU."""
     assert v.shape == k.shape
-    assert num_heads % num_kv_heads == 0
-    assert len(retrieval) == num_kv_heads
-    assert int(positions.max()) < kv_len, "a query comes after the last key: append was not called"
-    out = torch.full_like(q, float("nan"))
-    for head in range(num_heads):
-        kv_head = head // (num_heads // num_kv_heads)
-        mask = visibility_mask(
-            positions, kv_len, retrieval=retrieval[kv_head], sink_size=sink_size, recent_size=recent_size
-        )
-        scores = q[:, head] @ k[:, kv_head].T / head_dim**0.5  # [q_len, kv_len]
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-        out[:, head] = weights @ v[:, kv_head]
-    return out
+    weights = oracle_weights(q, k, positions, retrieval=retrieval, sink_size=sink_size, recent_size=recent_size)
+    return _weighted(weights, v)
+
+
+def _weighted(weights: Tensor, v: Tensor) -> Tensor:
+    values = v.detach().to("cpu", torch.float64).repeat_interleave(weights.shape[0] // v.shape[1], dim=1)
+    return torch.einsum("hqk,khd->qhd", weights, values)
 
 
 class OracleCache:
-    """A `Cache` that keeps all keys and values as they came.
+    """A `Cache` that keeps all keys and values as they came, and the attention weights of every call.
 
     `plan_retrieval[layer][kv_head]` says which heads are retrieval heads; None: all.
     """
@@ -88,6 +100,7 @@ class OracleCache:
         empty = torch.empty(0, config.num_kv_heads, config.head_dim, dtype=torch.float64)
         self.k = [empty for _ in range(config.num_layers)]  # [kv_len, num_kv_heads, head_dim] float64 per layer
         self.v = [empty for _ in range(config.num_layers)]
+        self.weights: list[Tensor] = []  # [num_heads, q_len, kv_len] float64 per call of attend
 
     def append(self, layer: int, k: Tensor, v: Tensor, rotation: object = None) -> None:
         """Add the next tokens' k and v [q_len, num_kv_heads, head_dim]."""
@@ -98,13 +111,13 @@ class OracleCache:
 
     def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: object = None) -> Tensor:
         """Attend from q [q_len, num_heads, head_dim]; return its shape, dtype and device."""
-        out = oracle_attention(
+        weights = oracle_weights(
             q,
             self.k[layer],
-            self.v[layer],
             positions,
             retrieval=self.plan_retrieval[layer],
             sink_size=self.sink_size,
             recent_size=self.recent_size,
         )
-        return out.to(q.device, q.dtype)
+        self.weights.append(weights)
+        return _weighted(weights, self.v[layer]).to(q.device, q.dtype)

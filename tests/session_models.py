@@ -1,7 +1,6 @@
 """Chats over tiny random models that a saved context can belong to: no file, but a source with a fingerprint."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from duolocal.quant.weight import DenseWeight, Weight
 from duolocal.settings import Sampling
 from duolocal.tokenizer import Tokenizer
 from duolocal.tokenizer.folder import read_folder
-from tests.tiny import random_model, tiny_config
-from tests.tokenizer_files import chatml, write
+from tests.tiny import random_model, tiny_config, transformer_of
+from tests.tokenizer_files import TEMPLATES, write
 
 GREEDY = Sampling(temperature=0, max_tokens=6)
 PLAN = HeadPlan(((True, False), (False, True)), sink_size=4, recent_size=64, source="test")
@@ -42,48 +41,61 @@ class OuterTensors:
         raise NotImplementedError
 
 
-def tiny_tokenizer(folder: Path) -> Tokenizer:
-    """Return the small chatml tokenizer, whose files lie in `folder` or are written below it once."""
-    place = folder if (folder / "tokenizer.json").is_file() else folder / "tokenizer"
+def tiny_tokenizer(folder: Path, template: str = "chatml") -> Tokenizer:
+    """Return the small tokenizer of a template, whose files lie in `folder` or are written below it once."""
+    place = folder if (folder / "tokenizer.json").is_file() else folder / template
     if not place.exists():
         place.mkdir(parents=True)
-        write(place, chatml())
+        write(place, TEMPLATES[template]())
     return Tokenizer(read_folder(place))
+
+
+def quiet_model(
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    seed: int = 2,
+    dtype: torch.dtype = torch.float32,
+    kernels: Kernels | None = None,
+    **changes: Any,
+) -> Transformer:
+    """Return a random model that never says a special token; one seed, one model. `changes`: of the config."""
+    config, weights = random_model(
+        tiny_config(vocab_size=tokenizer.vocab_size, max_positions=4096, **changes), seed=seed, dtype=dtype
+    )
+    assert isinstance(weights.lm_head, DenseWeight)
+    weights.lm_head.tensor[sorted(tokenizer._hidden)] = 0
+    return transformer_of((config, weights), context=context, kernels=kernels)
 
 
 def tiny_session(
     folder: Path,
+    template: str = "chatml",
     *,
     context: int = 2048,
     kv: str = "int8",
     plan: HeadPlan = PLAN,
     chunk_size: int = 64,
     seed: int = 2,
-    dtype: torch.dtype = torch.float32,
-    kernels: Kernels | None = None,
+    system: str | None = None,
     fingerprint: str | None = None,
-    **changes: Any,
+    **model: Any,
 ) -> ChatSession:
-    """Return an empty chat; one seed, one model. `changes` replaces fields of the config."""
-    tokenizer = tiny_tokenizer(folder)
-    config = replace(tiny_config("llama"), vocab_size=tokenizer.vocab_size, max_positions=4096, **changes)
-    config, weights = random_model(config, seed=seed, dtype=dtype)
-    assert isinstance(weights.lm_head, DenseWeight)
-    weights.lm_head.tensor[sorted(tokenizer._hidden)] = 0  # a random model should not say special tokens
-    transformer = Transformer(
-        config, weights, context=context, device=torch.device("cpu"), dtype=dtype, kernels=kernels
-    )
+    """Return an empty chat; `model`: as of `quiet_model`."""
+    tokenizer = tiny_tokenizer(folder, template)
+    transformer = quiet_model(tokenizer, context=context, seed=seed, **model)
     source = ModelSource(
         path=Path("tiny"),
         kind="gguf",
-        config=config,
+        config=transformer.config,
         metadata={},
         size_bytes=0,
         weight_format="F32",
         fingerprint=fingerprint or f"{seed:064x}",
-        tensors=OuterTensors(weights),
+        tensors=OuterTensors(transformer.weights),
     )
-    return ChatSession(Engine.build(transformer, plan, kv=kv, chunk_size=chunk_size, source=source), tokenizer)
+    engine = Engine.build(transformer, plan, kv=kv, chunk_size=chunk_size, source=source)
+    return ChatSession(engine, tokenizer, system=system)
 
 
 def finish(events: Iterable[Event]) -> Finished:

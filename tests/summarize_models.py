@@ -5,41 +5,24 @@ Run as a program it is a job that gets killed: `python -m tests.summarize_models
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from duolocal.engine.engine import Engine
-from duolocal.heads import HeadPlan
-from duolocal.models.transformer import Transformer
-from duolocal.quant.weight import DenseWeight
 from duolocal.settings import Sampling
 from duolocal.summarize import Opened, Output, Record, Summarizer
 from duolocal.tokenizer import Tokenizer
-from duolocal.tokenizer.folder import read_folder
-from tests import tokenizer_files
-from tests.tiny import random_model, tiny_config
+from tests.session_models import PLAN, quiet_model, tiny_tokenizer
 
 GREEDY = Sampling(temperature=0, max_tokens=12, seed=0)
 WORDS = ["river", "mill", "stone", "wheel", "flour", "rye", "oak", "pond", "baker", "letter", "county", "ship", "crane"]
 
 
 def tiny_engine(folder: Path, template: str = "chatml", *, context: int = 512) -> tuple[Engine, Tokenizer]:
-    """Return a seeded random model that never says a special token, and its tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"chatml": tokenizer_files.chatml, "llama3": tokenizer_files.llama3, "llama2": tokenizer_files.llama2}
-    if not any(folder.iterdir()):
-        tokenizer_files.write(folder, files[template]())
-    tokenizer = Tokenizer(read_folder(folder))
-    config = replace(tiny_config("llama"), vocab_size=tokenizer.vocab_size, max_positions=4096)
-    config, weights = random_model(config, seed=2)
-    assert isinstance(weights.lm_head, DenseWeight)
-    weights.lm_head.tensor[sorted(tokenizer._hidden)] = 0
-    device, dtype = torch.device("cpu"), torch.float32
-    transformer = Transformer(config, weights, context=context, device=device, dtype=dtype)
-    plan = HeadPlan(((True, False), (False, True)), sink_size=4, recent_size=64, source="test")
-    return Engine.build(transformer, plan, kv="int8", chunk_size=64), tokenizer
+    """Return an engine of a seeded random model that never says a special token, and its tokenizer."""
+    tokenizer = tiny_tokenizer(folder, template)
+    return Engine.build(quiet_model(tokenizer, context=context), PLAN, kv="int8", chunk_size=64), tokenizer
 
 
 def text_of(seed: int, num_words: int = 40) -> str:

@@ -20,11 +20,10 @@ from duolocal.bench.timing import Spread, spread, total
 from duolocal.cache.cache import MIN_EXACT_RECENT
 from duolocal.engine.engine import Engine
 from duolocal.heads import HeadPlan
-from duolocal.models.transformer import Transformer
 from duolocal.options import Option, counted, listed
 from duolocal.processes import peak_bytes, resident_bytes
 from duolocal.settings import LoadSettings
-from tests.tiny import random_model, save_checkpoint, tiny_config
+from tests.tiny import random_model, save_checkpoint, tiny_config, transformer_of
 from tests.tokenizer_files import LLAMA3_SPLIT, byte_level
 
 TOKENS = [(7 * i) % 300 + 3 for i in range(400)]
@@ -33,9 +32,8 @@ SINK, RECENT, BLOCK = 8, 32, 16
 
 def engine(*, retrieval: tuple[bool, bool] = (True, False), tie: bool = False, kv: str = "int8") -> Engine:
     """A tiny model of two layers with two KV heads each, with room for 400 tokens."""
-    config, weights = random_model(tiny_config(max_positions=512, tie=tie))
+    transformer = transformer_of(random_model(tiny_config(max_positions=512, tie=tie)), context=400)
     plan = HeadPlan((retrieval, retrieval), SINK, RECENT, "test")
-    transformer = Transformer(config, weights, context=400, device=torch.device("cpu"), dtype=torch.float32)
     return Engine.build(transformer, plan, kv=kv, chunk_size=64, block_size=BLOCK)
 
 

@@ -11,19 +11,15 @@ from duolocal.engine.engine import Engine
 from duolocal.errors import SettingsError
 from duolocal.heads import HeadPlan
 from duolocal.kernels.cpu.operations import CpuKernels
-from duolocal.models.transformer import Transformer
-from tests.tiny import random_model, tiny_config
+from tests.tiny import random_model, tiny_config, transformer_of
 
 TOKENS = [(7 * i) % 300 + 3 for i in range(300)]
 SINK, RECENT = 8, 32
 
 
 def engine(kernels: CpuKernels | None) -> Engine:
-    config, weights = random_model(tiny_config(max_positions=512))
+    transformer = transformer_of(random_model(tiny_config(max_positions=512)), context=400, kernels=kernels)
     plan = HeadPlan(((True, False),) * 2, SINK, RECENT, "test")
-    transformer = Transformer(
-        config, weights, context=400, device=torch.device("cpu"), dtype=torch.float32, kernels=kernels
-    )
     return Engine.build(transformer, plan, kv="int8", chunk_size=64)
 
 

@@ -1,7 +1,6 @@
 """The engine on seeded tiny models: cuts, undo and cancelling change nothing; what does not fit is refused first."""
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from duolocal.engine import engine as engine_module
 from duolocal.engine.engine import Cancelled, Engine
 from duolocal.errors import ContextOverflowError, DuoLocalError, TokenizerError
 from duolocal.heads import HeadPlan
-from duolocal.models.transformer import Transformer
 from duolocal.plan.fitting import Free
 from duolocal.settings import Sampling
 from tests.oracle import OracleCache
-from tests.tiny import random_model, save_checkpoint, tiny_config
+from tests.tiny import random_model, save_checkpoint, tiny_config, transformer_of
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0, max_tokens=12)
@@ -30,8 +28,7 @@ ALL = HeadPlan(((True, True),) * 2, sink_size=4, recent_size=24, source="test")
 def make_engine(
     *, plan: HeadPlan = PLAN, kv: str = "int4", chunk_size: int = 64, context: int = 640, block_size: int = 64
 ) -> Engine:
-    config, weights = random_model(replace(tiny_config("llama"), max_positions=4096), dtype=torch.float64)
-    transformer = Transformer(config, weights, context=context, device=CPU, dtype=torch.float64)
+    transformer = transformer_of(random_model(tiny_config(max_positions=4096), dtype=torch.float64), context=context)
     return Engine.build(transformer, plan, kv=kv, chunk_size=chunk_size, block_size=block_size)
 
 

@@ -24,11 +24,10 @@ from duolocal.evaluate.compare import Comparison, WindowFigures
 from duolocal.evaluate.grid import cells
 from duolocal.heads import HeadPattern, HeadPlan, HeadsSpec
 from duolocal.models.loader import open_model
-from duolocal.models.transformer import Transformer
 from duolocal.sample_text import sample_text
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 from tests.oracle import OracleCache
-from tests.tiny import random_model, save_checkpoint, tiny_config
+from tests.tiny import random_model, save_checkpoint, tiny_config, transformer_of
 from tests.tokenizer_files import chatml, write
 
 CPU = torch.device("cpu")
@@ -47,8 +46,7 @@ YOURS = Choice("yours", SPLIT, "k8v4", Setting("0.5", "k8v4"))
 
 
 def lineup(choice: Choice = YOURS, *, context: int = 900) -> Lineup:
-    config, weights = random_model(replace(tiny_config("llama", vocab_size=1024), max_positions=4096))
-    transformer = Transformer(config, weights, context=context, device=CPU, dtype=torch.float32)
+    transformer = transformer_of(random_model(tiny_config(vocab_size=1024, max_positions=4096)), context=context)
     return Lineup(transformer, [choice], chunk_size=128)
 
 

@@ -15,10 +15,9 @@ from duolocal.evaluate import Choice, Lineup, Setting, combinations, engines
 from duolocal.evaluate import compare as compare_module
 from duolocal.evaluate.compare import Comparison, WindowFigures, compare, cut_windows
 from duolocal.heads import HeadPlan
-from duolocal.models.transformer import Transformer
 from duolocal.plan.memory import dense_16bit_bytes
 from tests.oracle import OracleCache
-from tests.tiny import random_model, tiny_config
+from tests.tiny import random_model, tiny_config, transformer_of
 
 CPU = torch.device("cpu")
 SPLIT = HeadPlan(((True, False), (False, True)), sink_size=4, recent_size=24, source="test")
@@ -27,8 +26,7 @@ STREAMING = HeadPlan(((False, False),) * 2, sink_size=4, recent_size=24, source=
 
 
 def lineup(*choices: Choice, chunk_size: int = 64, context: int = 400, dtype: torch.dtype = torch.float64) -> Lineup:
-    config, weights = random_model(replace(tiny_config("llama"), max_positions=4096), dtype=dtype)
-    transformer = Transformer(config, weights, context=context, device=CPU, dtype=dtype)
+    transformer = transformer_of(random_model(tiny_config(max_positions=4096), dtype=dtype), context=context)
     return Lineup(transformer, choices, chunk_size=chunk_size)
 
 

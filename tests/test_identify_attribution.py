@@ -10,8 +10,8 @@ from duolocal.identify.mix import mixed_hidden
 from duolocal.identify.text import PasskeyText
 from duolocal.models.transformer import Transformer
 from tests.hand_built import RETRIEVAL, induction_model
-from tests.test_identify_drift import RECENT, SINK, scores, text, transformer
-from tests.tiny import random_model, tiny_config
+from tests.test_identify_drift import RECENT, SINK, scores, text
+from tests.tiny import random_model, tiny_config, transformer_of
 
 WINDOW = {"sink_size": SINK, "recent_size": RECENT}
 
@@ -32,7 +32,7 @@ def kl_at(model: Transformer, drawn: PasskeyText, gates: Tensor) -> tuple[float,
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_the_gradient_is_the_slope_of_the_weighted_kl(architecture: str, checkpointing: bool) -> None:
-    model = transformer(random_model(tiny_config(architecture), dtype=torch.float64))  # type: ignore[arg-type]
+    model = transformer_of(random_model(tiny_config(architecture), dtype=torch.float64))  # type: ignore[arg-type]
     drawn, step = text(1), 1e-3
     gradient, at_text, at_answers = divergence(model, drawn, **WINDOW, checkpointing=checkpointing)
     half = torch.full(gradient.shape, 0.5, dtype=torch.float64)
@@ -59,7 +59,7 @@ def attributed(model: Transformer, *texts: PasskeyText) -> AttributionScores:
 
 
 def test_the_score_is_drift_and_capped_cost_of_all_texts() -> None:
-    model = transformer(random_model(dtype=torch.float64))
+    model = transformer_of(random_model(dtype=torch.float64))
     result = attributed(model, text(1), text(2, length=60))
     both = [divergence(model, drawn, **WINDOW, checkpointing=False)[0] for drawn in (text(1), text(2, length=60))]
     torch.testing.assert_close(result.cost, -(both[0] + both[1]) / 2, rtol=1e-9, atol=0)
@@ -70,7 +70,7 @@ def test_the_score_is_drift_and_capped_cost_of_all_texts() -> None:
 
 
 def test_the_head_that_retrieves_costs_most() -> None:
-    result = attributed(transformer(induction_model(torch.float32), torch.float32), text(3))
+    result = attributed(transformer_of(induction_model(torch.float32)), text(3))
     assert divmod(int(result.cost.argmax()), result.cost.shape[1]) == RETRIEVAL
     assert divmod(int(result.score.argmax()), result.cost.shape[1]) == RETRIEVAL
     assert result.kl_at_answers > result.kl_at_text > 0

@@ -19,22 +19,15 @@ from duolocal.identify.state_file import load_state, save_state
 from duolocal.identify.text import PasskeyShape, PasskeyText
 from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models import observe
-from duolocal.models.config import ModelConfig
 from duolocal.models.observe import ObservedCache
 from duolocal.models.transformer import Transformer
-from duolocal.models.weights import ModelWeights
 from tests.hand_built import RETRIEVAL, induction_model
 from tests.oracle import OracleCache, oracle_attention
-from tests.tiny import random_model, tiny_config
+from tests.tiny import random_model, tiny_config, transformer_of
 
 SETTINGS = DistillSettings(
     steps=8, num_tokens=48, seed=0, sink_size=2, recent_size=5, passkeys=PasskeyShape(num_passkeys=1, num_words=1)
 )
-
-
-def transformer(model: tuple[ModelConfig, ModelWeights], dtype: torch.dtype = torch.float64) -> Transformer:
-    config, weights = model
-    return Transformer(config, weights, context=config.max_positions, device=torch.device("cpu"), dtype=dtype)
 
 
 def draw(step: int) -> PasskeyText:
@@ -77,7 +70,7 @@ def test_the_mix_is_the_oracles(n: int, sink: int, recent: int, tile: int) -> No
 
 def test_the_distance_is_that_of_two_models_of_the_oracle() -> None:
     config, weights = random_model(dtype=torch.float64)
-    model, text = transformer((config, weights)), draw(0)
+    model, text = transformer_of((config, weights)), draw(0)
     retrieval = [[True, False], [False, True]]
     ids, positions = torch.tensor(text.token_ids), torch.arange(len(text.token_ids))
     split = OracleCache(config, retrieval, sink_size=SETTINGS.sink_size, recent_size=SETTINGS.recent_size)
@@ -93,7 +86,7 @@ def test_the_distance_is_that_of_two_models_of_the_oracle() -> None:
 
 
 def test_a_text_shorter_than_a_window_is_judged_by_its_answers() -> None:
-    model, gates = transformer(random_model(dtype=torch.float64)), some_gates()
+    model, gates = transformer_of(random_model(dtype=torch.float64)), some_gates()
     answers = PasskeyText(list(range(3, 43)), predicted_at=[5, 39], sources=[(0, 1)] * 2)  # no text before token 5
     assert (
         distance(model, gates, answers, SETTINGS)[0]
@@ -103,7 +96,7 @@ def test_a_text_shorter_than_a_window_is_judged_by_its_answers() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_gradients_are_finite_differences(architecture: str) -> None:
-    model = transformer(random_model(tiny_config(architecture), dtype=torch.float64))  # type: ignore[arg-type]
+    model = transformer_of(random_model(tiny_config(architecture), dtype=torch.float64))  # type: ignore[arg-type]
     gates, text, step = some_gates(), draw(1), 1e-5
     _, gradient = distance(model, gates, text, SETTINGS)
     for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -116,7 +109,7 @@ def test_gradients_are_finite_differences(architecture: str) -> None:
 
 
 def test_checkpointing_changes_nothing() -> None:
-    model = transformer(random_model(), torch.float32)
+    model = transformer_of(random_model())
     with_it = distance(model, some_gates(), draw(2), SETTINGS, checkpointing=True)
     without = distance(model, some_gates(), draw(2), SETTINGS, checkpointing=False)
     assert with_it[0] == without[0] and torch.equal(with_it[1], without[1])
@@ -147,7 +140,7 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def test_only_the_gate_of_the_retrieval_head_stays_open() -> None:
-    state = run(transformer(induction_model(torch.float32), torch.float32), replace(SETTINGS, steps=60, rate=0.1))
+    state = run(transformer_of(induction_model(torch.float32)), replace(SETTINGS, steps=60, rate=0.1))
     open_gates = (state.gates > 0.5).nonzero().tolist()
     assert open_gates == [list(RETRIEVAL)]
     assert state.gates[RETRIEVAL] > 0.9
@@ -155,14 +148,14 @@ def test_only_the_gate_of_the_retrieval_head_stays_open() -> None:
 
 
 def test_gates_stay_between_0_and_1_at_any_rate() -> None:
-    model, seen = transformer(random_model(), torch.float32), []
+    model, seen = transformer_of(random_model()), []
     list(distill(model, draw, replace(SETTINGS, rate=3.0), save=lambda state: seen.append(state.gates)))
     gates = torch.stack(seen)
     assert len(seen) == 8 and gates.min() == 0.0 and gates.max() == 1.0
 
 
 def test_progress_says_loss_and_open_gates() -> None:
-    *progress, state = distill(transformer(random_model(), torch.float32), draw, SETTINGS)
+    *progress, state = distill(transformer_of(random_model()), draw, SETTINGS)
     assert isinstance(state, DistillState)
     assert all(isinstance(event, IdentifyProgress) for event in progress)
     assert [(event.done, event.total) for event in progress] == [(step, 8) for step in range(1, 9)]  # type: ignore[union-attr]
@@ -172,7 +165,7 @@ def test_progress_says_loss_and_open_gates() -> None:
 
 @pytest.mark.parametrize("cut", [1, 5, 8])
 def test_going_on_from_a_file_equals_never_having_stopped(tmp_path: Path, cut: int) -> None:
-    model, file = transformer(random_model(), torch.float32), tmp_path / "state.json"
+    model, file = transformer_of(random_model()), tmp_path / "state.json"
     whole = run(model)
     for event in distill(model, draw, SETTINGS, save=lambda state: save_state(file, state, "f")):
         if isinstance(event, IdentifyProgress) and event.done == cut:
@@ -227,7 +220,7 @@ def test_the_fingerprint_is_of_all_settings_and_the_model() -> None:
 
 def test_decoded_computes_the_same_in_torch() -> None:
     config, weights = random_model()
-    model = transformer((config, weights), torch.float32)
+    model = transformer_of((config, weights))
     plain = decoded(model)
     assert isinstance(plain.kernels, TorchKernels)
     assert distance(plain, some_gates(), draw(0), SETTINGS)[0] == distance(model, some_gates(), draw(0), SETTINGS)[0]

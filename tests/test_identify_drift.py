@@ -10,19 +10,12 @@ from duolocal.identify import IdentifyProgress
 from duolocal.identify.drift import DriftScores, drift_scores
 from duolocal.identify.text import PasskeyText
 from duolocal.kernels.interface import Rotation, StepTraits
-from duolocal.models.config import ModelConfig
 from duolocal.models.transformer import Transformer
-from duolocal.models.weights import ModelWeights
 from tests.hand_built import RETRIEVAL, induction_model
 from tests.oracle import oracle_attention
-from tests.tiny import random_model, tiny_config
+from tests.tiny import random_model, tiny_config, transformer_of
 
 SINK, RECENT = 2, 5
-
-
-def transformer(model: tuple[ModelConfig, ModelWeights], dtype: torch.dtype = torch.float64) -> Transformer:
-    config, weights = model
-    return Transformer(config, weights, context=config.max_positions, device=torch.device("cpu"), dtype=dtype)
 
 
 def text(seed: int, length: int = 40) -> PasskeyText:
@@ -61,7 +54,7 @@ class Both:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_the_score_is_the_oracles_difference_through_the_output_projection(architecture: str) -> None:
-    model = transformer(random_model(tiny_config(architecture), dtype=torch.float64))  # type: ignore[arg-type]
+    model = transformer_of(random_model(tiny_config(architecture), dtype=torch.float64))  # type: ignore[arg-type]
     config, drawn = model.config, text(1)
     result = scores(model, drawn)
     positions, cache = torch.arange(len(drawn.token_ids)), Both()
@@ -84,14 +77,14 @@ def test_the_score_is_the_oracles_difference_through_the_output_projection(archi
 
 
 def test_several_texts_are_averaged() -> None:
-    model = transformer(random_model(dtype=torch.float64))
+    model = transformer_of(random_model(dtype=torch.float64))
     one, other = text(1), text(2, length=60)
     mean = (scores(model, one).score + scores(model, other).score) / 2
     torch.testing.assert_close(scores(model, one, other).score, mean, rtol=1e-12, atol=0)
 
 
 def test_the_head_that_retrieves_drifts_most_at_the_answers() -> None:
-    at_answers = scores(transformer(induction_model(torch.float32), torch.float32), text(3)).at_answers
+    at_answers = scores(transformer_of(induction_model(torch.float32)), text(3)).at_answers
     assert divmod(int(at_answers.argmax()), at_answers.shape[1]) == RETRIEVAL
     others = at_answers.clone()
     others[RETRIEVAL] = 0

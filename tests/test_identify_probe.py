@@ -16,17 +16,11 @@ from duolocal.identify.text import PasskeyText
 from duolocal.models.config import ModelConfig
 from duolocal.models.observe import ObservedCache, shown_attention
 from duolocal.models.transformer import Transformer
-from duolocal.models.weights import ModelWeights
 from tests.hand_built import RETRIEVAL, induction_model
-from tests.oracle import OracleCache, oracle_attention
-from tests.tiny import random_model, tiny_config
+from tests.oracle import OracleCache, oracle_attention, oracle_weights
+from tests.tiny import random_model, tiny_config, transformer_of
 
 SINK, RECENT = 4, 8
-
-
-def transformer(model: tuple[ModelConfig, ModelWeights], dtype: torch.dtype = torch.float64) -> Transformer:
-    config, weights = model
-    return Transformer(config, weights, context=config.max_positions, device=torch.device("cpu"), dtype=dtype)
 
 
 class Collected:
@@ -42,13 +36,6 @@ class Collected:
         self.rows[layer, positions] += 1
 
 
-def naive_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Return the whole matrix [num_heads, n, n] in float64 for q [n, num_heads, d] and k [n, num_kv_heads, d]."""
-    n, num_heads, d = q.shape
-    scores = torch.stack([q[:, h] @ k[:, h // (num_heads // k.shape[1])].T for h in range(num_heads)]) / d**0.5
-    return scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf")).softmax(-1)
-
-
 @pytest.mark.parametrize("tile", [1, 7, 100, None])
 def test_tiles_are_the_whole_matrix(tile: int | None) -> None:
     config = tiny_config(num_heads=6, num_kv_heads=2)
@@ -62,7 +49,9 @@ def test_tiles_are_the_whole_matrix(tile: int | None) -> None:
         cache.append(1, k[start:stop], v[start:stop])
         outs.append(cache.attend(1, q[start:stop], torch.arange(start, stop)))
     assert (seen.rows[1] == 1).all()  # every query shown once
-    torch.testing.assert_close(seen.weights[1], naive_weights(q, k), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        seen.weights[1], oracle_weights(q, k, torch.arange(n), retrieval=[True, True]), rtol=0, atol=1e-13
+    )
     wanted = oracle_attention(q, k, v, torch.arange(n), retrieval=[True, True], sink_size=0, recent_size=1)
     torch.testing.assert_close(torch.cat(outs), wanted, rtol=0, atol=1e-13)
 
@@ -71,28 +60,21 @@ def test_tiles_are_the_whole_matrix(tile: int | None) -> None:
 @pytest.mark.parametrize("chunk_size", [7, 64])
 def test_a_probe_sees_what_the_model_attends_to(architecture: str, chunk_size: int) -> None:
     config = tiny_config(architecture)  # type: ignore[arg-type]
-    model = transformer(random_model(config, dtype=torch.float64))
+    model = transformer_of(random_model(config, dtype=torch.float64))
     n = 30
     ids = torch.randint(0, config.vocab_size, (n,), generator=torch.Generator().manual_seed(2))
     seen = Collected(config, n)
     assert list(probe(model, ids.tolist(), seen, chunk_size=chunk_size)) == [1, 2]
 
-    class Recorder(OracleCache):
-        def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: object = None) -> Tensor:
-            wanted = naive_weights(q, self.k[layer])
-            torch.testing.assert_close(seen.weights[layer], wanted, rtol=0, atol=1e-12)
-            self.compared = layer
-            return super().attend(layer, q, positions)
-
-    cache = Recorder(config)
-    model.hidden(ids, torch.arange(n), cache)
-    assert cache.compared == config.num_layers - 1
+    oracle = OracleCache(config)
+    model.hidden(ids, torch.arange(n), oracle)
+    torch.testing.assert_close(seen.weights, torch.stack(oracle.weights), rtol=0, atol=1e-12)
 
 
 def test_a_16_bit_model_is_probed_in_float32() -> None:
     config, weights = random_model(dtype=torch.bfloat16)
     dtypes = set()
-    model = transformer((config, weights), torch.bfloat16)
+    model = transformer_of((config, weights))
     list(probe(model, list(range(9)), lambda layer, positions, weights: dtypes.add(weights.dtype)))
     assert dtypes == {torch.float32}
 
@@ -106,7 +88,7 @@ def run_echo(model: Transformer, **changes: int) -> EchoScores:
 
 
 def test_echo_finds_the_induction_head() -> None:
-    scores = run_echo(transformer(induction_model()))
+    scores = run_echo(transformer_of(induction_model()))
     layer, head = RETRIEVAL[0], 3
     assert scores.induction[layer, head] > 0.95
     assert scores.per_kv_head(2)[0].argmax() == RETRIEVAL[0] * 2 + RETRIEVAL[1]
@@ -117,7 +99,7 @@ def test_echo_finds_the_induction_head() -> None:
 
 def test_echo_scores_are_the_weights_at_the_first_copy() -> None:
     config = tiny_config(num_heads=6, num_kv_heads=2, max_positions=256)
-    model = transformer(random_model(config, dtype=torch.float64))
+    model = transformer_of(random_model(config, dtype=torch.float64))
     copy = 40
     drawn: list[Tensor] = []
     embed = model.embed
@@ -142,14 +124,14 @@ def test_echo_scores_are_the_weights_at_the_first_copy() -> None:
 
 
 def test_echo_is_the_same_for_a_seed_and_another_for_another() -> None:
-    model = transformer(random_model(tiny_config(max_positions=256)), torch.float32)
+    model = transformer_of(random_model(tiny_config(max_positions=256)))
     first, again, other = run_echo(model), run_echo(model), run_echo(model, seed=1)
     assert torch.equal(first.echo, again.echo) and torch.equal(first.induction, again.induction)
     assert not torch.equal(first.echo, other.echo)
 
 
 def test_echo_refuses_copies_inside_the_window() -> None:
-    model = transformer(random_model(), torch.float32)
+    model = transformer_of(random_model())
     with pytest.raises(SettingsError, match=r"echo needs 28 tokens or more to look beyond a window of 4 \+ 8, not 27"):
         next(echo_scores(model, sink_size=4, recent_size=8, seed=0, num_tokens=27))
 
@@ -163,7 +145,7 @@ def copied_text(seed: int) -> PasskeyText:
 
 
 def test_copy_finds_the_induction_head() -> None:
-    *progress, scores = copy_scores(transformer(induction_model()), [copied_text(0), copied_text(1)])
+    *progress, scores = copy_scores(transformer_of(induction_model()), [copied_text(0), copied_text(1)])
     assert isinstance(scores, CopyScores) and len(progress) == 4
     assert scores.num_copied == 20
     layer, head = RETRIEVAL[0], 3

@@ -3,7 +3,6 @@
 import gc
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,6 @@ from duolocal.errors import SettingsError
 from duolocal.heads import HeadPlan
 from duolocal.kernels.cpu import build
 from duolocal.kernels.torch_kernels import TorchKernels
-from duolocal.models.config import ModelConfig
-from duolocal.models.transformer import Transformer
 from duolocal.reader import Found, Passage, Retriever
 from duolocal.reader.attention import POWER, ChunkReader, listened_layers
 from duolocal.reader.passages import LEAST_SHARE, MAX_CARRIED, Carried, Carry, choose
@@ -28,8 +25,7 @@ from duolocal.reader.sentences import MAX_CHARACTERS, MAX_TOKENS, Sentence, chun
 from duolocal.tokenizer import Tokenizer
 from tests.compiled import compiled
 from tests.oracle import OracleCache
-from tests.session_models import tiny_tokenizer
-from tests.tiny import random_model, tiny_config
+from tests.session_models import quiet_model, tiny_tokenizer
 
 TEXTS = st.text(st.sampled_from("ab cd.!?\n\t\"') 。！、字é🙂\u3000\r"), max_size=1500) | st.text(max_size=300)
 LAYERS = 4
@@ -113,35 +109,12 @@ def test_a_long_text_is_cut_as_it_is_read() -> None:
 # --- scores ---
 
 
-class Noting(OracleCache):
-    """A dense float64 model's attention weights, per layer [num_heads, q_len, kv_len]."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.weights: list[Tensor] = []
-
-    def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: object = None) -> Tensor:
-        keys = self.k[layer].repeat_interleave(q.shape[1] // self.k[layer].shape[1], dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q.double(), keys) / q.shape[2] ** 0.5
-        scores.masked_fill_(torch.arange(keys.shape[0]) > positions[:, None], float("-inf"))
-        self.weights.append(scores.softmax(-1))
-        return super().attend(layer, q, positions, rotation)
-
-
 def make(
     folder: Path, *, kernels: str = "torch", context: int = 2048, chunk_size: int = 64
 ) -> tuple[Engine, Tokenizer]:
     tokenizer = tiny_tokenizer(folder)
-    config = replace(tiny_config(num_layers=LAYERS), vocab_size=tokenizer.vocab_size, max_positions=4096)
-    config, weights = random_model(config)
-    transformer = Transformer(
-        config,
-        weights,
-        context=context,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        kernels=TorchKernels(torch.float32) if kernels == "torch" else compiled(1),
-    )
+    chosen = TorchKernels(torch.float32) if kernels == "torch" else compiled(1)
+    transformer = quiet_model(tokenizer, context=context, seed=0, kernels=chosen, num_layers=LAYERS)
     plan = HeadPlan(((True, False),) * LAYERS, sink_size=4, recent_size=64, source="test")
     return Engine.build(transformer, plan, kv="int8", chunk_size=chunk_size), tokenizer
 
@@ -158,7 +131,7 @@ def text_of(count: int, seed: int = 0) -> str:
 
 def dense_scores(engine: Engine, before: Sequence[int], chunk: Sequence[int], question: Sequence[int]) -> Tensor:
     """Return the weights of a question alone over a chunk: [layers * heads, q_len, chunk] of the listened layers."""
-    oracle = Noting(engine.config)
+    oracle = OracleCache(engine.config)
     ids = torch.tensor([*before, *chunk, *question])
     engine.transformer.hidden(ids, torch.arange(len(ids)), oracle)
     weights = torch.cat(oracle.weights[: listened_layers(LAYERS)])

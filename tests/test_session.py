@@ -1,55 +1,18 @@
 """A conversation's tokens: what is fed turn by turn is what the template makes of the whole, and undo is exact."""
 
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from duolocal.engine.engine import Engine
-from duolocal.engine.session import ChatSession, Event, Finished, Prefilled, Text
+from duolocal.engine.session import ChatSession, Finished, Prefilled, Text
 from duolocal.errors import ContextOverflowError, SettingsError
-from duolocal.heads import HeadPlan
-from duolocal.models.transformer import Transformer
-from duolocal.quant.weight import DenseWeight
 from duolocal.settings import Sampling
-from duolocal.tokenizer import Message, Tokenizer
-from duolocal.tokenizer.folder import read_folder
-from tests.tiny import random_model, tiny_config
-from tests.tokenizer_files import chatml, llama2, llama3, write
+from duolocal.tokenizer import Message
+from tests.session_models import finish, in_context, tiny_session
+from tests.tokenizer_files import TEMPLATES
 
 GREEDY = Sampling(temperature=0, max_tokens=6)
 DOCUMENT = "The mill stood by the river. " * 12
-TEMPLATES = {"chatml": chatml, "llama3": llama3, "llama2": llama2}
-
-
-def make_session(
-    tmp_path: Path, template: str = "chatml", *, context: int = 2048, system: str | None = None
-) -> ChatSession:
-    folder = tmp_path / template
-    if not folder.exists():
-        folder.mkdir()
-        write(folder, TEMPLATES[template]())
-    tokenizer = Tokenizer(read_folder(folder))
-    config = replace(tiny_config("llama"), vocab_size=tokenizer.vocab_size, max_positions=4096)
-    config, weights = random_model(config, seed=2)
-    assert isinstance(weights.lm_head, DenseWeight)
-    weights.lm_head.tensor[sorted(tokenizer._hidden)] = 0  # a random model should not say special tokens
-    device, dtype = torch.device("cpu"), torch.float32
-    transformer = Transformer(config, weights, context=context, device=device, dtype=dtype)
-    plan = HeadPlan(((True, False), (False, True)), sink_size=4, recent_size=64, source="test")
-    return ChatSession(Engine.build(transformer, plan, kv="int8", chunk_size=64), tokenizer, system=system)
-
-
-def finish(events: Iterable[Event]) -> Finished:
-    *_, last = events
-    assert isinstance(last, Finished)
-    return last
-
-
-def in_context(session: ChatSession) -> list[int]:
-    return [*session.engine.token_ids, *session._state.unfed]
 
 
 def rendered(session: ChatSession, messages: list[Message]) -> str:
@@ -62,7 +25,7 @@ def rendered(session: ChatSession, messages: list[Message]) -> str:
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("system", [None, "Answer in verse."])
 def test_turn_by_turn_equals_the_whole_template(tmp_path: Path, template: str, system: str | None) -> None:
-    session = make_session(tmp_path, template, system=system)
+    session = tiny_session(tmp_path, template, system=system)
     finish(session.add_document("mill.txt", DOCUMENT))
     finish(session.ask("Where did it stand?", GREEDY))
     finish(session.ask("And why <|im_end|> there?", GREEDY))
@@ -76,7 +39,7 @@ def test_turn_by_turn_equals_the_whole_template(tmp_path: Path, template: str, s
 
 
 def test_the_first_turn_has_the_ids_of_the_whole_template(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     finish(session.ask("Where?", GREEDY))
     pieces = session.tokenizer.chat_pieces([Message("user", "Where?")], add_generation_prompt=True)
     ids = session.tokenizer.encode_pieces(pieces)
@@ -84,7 +47,7 @@ def test_the_first_turn_has_the_ids_of_the_whole_template(tmp_path: Path) -> Non
 
 
 def test_a_document_is_prefilled_before_the_question_and_only_once(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     events = list(session.add_document("mill.txt", DOCUMENT))
     progress = [event for event in events if isinstance(event, Prefilled)]
     assert len(progress) > 1
@@ -96,7 +59,7 @@ def test_a_document_is_prefilled_before_the_question_and_only_once(tmp_path: Pat
 
 
 def test_undo_returns_to_the_same_answer(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     finish(session.add_document("mill.txt", DOCUMENT))
     finish(session.ask("Where?", GREEDY))
     before = (in_context(session), session.messages, session.context_items())
@@ -111,7 +74,7 @@ def test_undo_returns_to_the_same_answer(tmp_path: Path) -> None:
 
 
 def test_retry_after_a_document_asks_the_question_alone_again(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     finish(session.add_document("mill.txt", DOCUMENT))
     finish(session.ask("Where\n\nand when?", GREEDY))
     first = in_context(session)
@@ -120,7 +83,7 @@ def test_retry_after_a_document_asks_the_question_alone_again(tmp_path: Path) ->
 
 
 def test_undo_takes_documents_back_and_ends(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     assert not session.undo()
     finish(session.add_document("mill.txt", DOCUMENT))
     assert session.documents == ["mill.txt"]
@@ -130,7 +93,7 @@ def test_undo_takes_documents_back_and_ends(tmp_path: Path) -> None:
 
 
 def test_every_turn_can_be_undone_and_the_documents_stay(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     finish(session.add_document("mill.txt", DOCUMENT))
     loaded = in_context(session)
     for turn in range(12):
@@ -146,7 +109,7 @@ def test_every_turn_can_be_undone_and_the_documents_stay(tmp_path: Path) -> None
 
 
 def test_cancelling_a_document_leaves_no_trace(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     finish(session.ask("Hello?", GREEDY))
     before = (in_context(session), session.messages)
     events = session.add_document("mill.txt", DOCUMENT)
@@ -159,7 +122,7 @@ def test_cancelling_a_document_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_cancelling_an_answer_keeps_what_was_said(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     events = session.ask("Hello?", Sampling(temperature=0))
     said = []
     for event in events:
@@ -177,7 +140,7 @@ def test_cancelling_an_answer_keeps_what_was_said(tmp_path: Path) -> None:
 
 
 def test_cancelling_before_the_answer_leaves_no_trace(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     events = session.ask("Hello? " * 60, GREEDY)
     next(events)
     session.cancel()
@@ -186,7 +149,7 @@ def test_cancelling_before_the_answer_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_an_abandoned_answer_is_as_good_as_a_cancelled_one(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     for event in session.ask("Hello?", Sampling(temperature=0)):
         if isinstance(event, Text):
             break
@@ -196,7 +159,7 @@ def test_an_abandoned_answer_is_as_good_as_a_cancelled_one(tmp_path: Path) -> No
 
 
 def test_a_blank_answer_can_be_followed_by_a_question(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     session.tokenizer.eos_ids = frozenset(range(session.tokenizer.vocab_size))
     assert finish(session.ask("Hello?", GREEDY)).completion_tokens == 0
     session.tokenizer.eos_ids = frozenset()
@@ -205,21 +168,21 @@ def test_a_blank_answer_can_be_followed_by_a_question(tmp_path: Path) -> None:
 
 
 def test_stop_strings_end_the_answer_and_are_not_shown(tmp_path: Path) -> None:
-    whole = make_session(tmp_path)
+    whole = tiny_session(tmp_path)
     finish(whole.ask("Hello?", Sampling(temperature=0, max_tokens=30)))
     answer = whole.messages[-1].content
     stop = answer[8:10]
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     done = finish(session.ask("Hello?", Sampling(temperature=0, max_tokens=30, stop=(stop,))))
     assert done.reason == "stop"
     assert session.messages[-1].content == answer[: answer.index(stop)]
 
 
 def test_documents_that_do_not_fit_are_refused_whole_before_any_is_read(tmp_path: Path) -> None:
-    session = make_session(tmp_path, context=512)
+    session = tiny_session(tmp_path, context=512)
     sizes = []
     for name, text in (("a.txt", "Alpha."), ("b.txt", "word " * 600)):
-        probe = make_session(tmp_path, context=4096)
+        probe = tiny_session(tmp_path, context=4096)
         finish(probe.add_document(name, text))
         sizes.append(probe.engine.position)
     with pytest.raises(ContextOverflowError) as caught:
@@ -229,12 +192,12 @@ def test_documents_that_do_not_fit_are_refused_whole_before_any_is_read(tmp_path
     assert "the context is 512, 0 are in use and 128 are kept for a question" in message
     assert session.engine.position == 0
     suggested = int(message.rsplit("--context ", 1)[1].partition("K")[0]) * 1024
-    bigger = make_session(tmp_path, context=suggested)
+    bigger = tiny_session(tmp_path, context=suggested)
     assert finish(bigger.add_documents([("a.txt", "Alpha."), ("b.txt", "word " * 600)])).reason == "loaded"
 
 
 def test_a_question_that_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
-    session = make_session(tmp_path, context=128)
+    session = tiny_session(tmp_path, context=128)
     with pytest.raises(ContextOverflowError, match="128 of 128 are free: shorten it, /reset, or start with --context"):
         session.ask("word " * 400, GREEDY)
     with pytest.raises(SettingsError, match="the question is empty"):
@@ -243,7 +206,7 @@ def test_a_question_that_does_not_fit_is_refused_before_any_work(tmp_path: Path)
 
 
 def test_an_answer_ends_when_the_context_is_full(tmp_path: Path) -> None:
-    session = make_session(tmp_path, context=64)
+    session = tiny_session(tmp_path, context=64)
     done = finish(session.ask("Hello?", Sampling(temperature=0)))
     assert done.reason == "context"
     assert session.engine.position == 64
@@ -254,13 +217,13 @@ def test_an_answer_ends_when_the_context_is_full(tmp_path: Path) -> None:
 
 
 def test_another_system_prompt_reads_the_documents_again(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     finish(session.add_document("mill.txt", DOCUMENT))
     finish(session.ask("Where?", GREEDY))
     finish(session.set_system("Be brief."))
     assert session.documents == ["mill.txt"]
     assert [message.role for message in session.messages] == ["system", "user"]
-    fresh = make_session(tmp_path, system="Be brief.")
+    fresh = tiny_session(tmp_path, system="Be brief.")
     finish(fresh.add_document("mill.txt", DOCUMENT))
     assert in_context(session) == in_context(fresh)
     finish(session.set_system(None))
@@ -268,7 +231,7 @@ def test_another_system_prompt_reads_the_documents_again(tmp_path: Path) -> None
 
 
 def test_a_system_prompt_that_leaves_no_room_changes_nothing(tmp_path: Path) -> None:
-    session = make_session(tmp_path, context=512)
+    session = tiny_session(tmp_path, context=512)
     finish(session.add_document("mill.txt", DOCUMENT))
     before = (in_context(session), session.messages)
     with pytest.raises(ContextOverflowError):
@@ -277,7 +240,7 @@ def test_a_system_prompt_that_leaves_no_room_changes_nothing(tmp_path: Path) -> 
 
 
 def test_reset_forgets_everything(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     finish(session.add_document("mill.txt", DOCUMENT))
     finish(session.ask("Where?", GREEDY))
     session.reset()

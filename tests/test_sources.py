@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from duolocal.documents import Document, Part
 from duolocal.engine.engine import Engine
@@ -15,9 +14,7 @@ from duolocal.engine.session import ChatSession, Event, Text
 from duolocal.errors import SettingsError
 from duolocal.heads import HeadPlan
 from duolocal.kernels.torch_kernels import TorchKernels
-from duolocal.models.config import ModelConfig
 from duolocal.models.loader import open_model
-from duolocal.models.transformer import Transformer
 from duolocal.settings import Sampling
 from duolocal.sources import QUERY_CHUNK, STANDS_OUT, Passage, Source, attended, find_sources, passages
 from duolocal.terminal.docs_chat import sources as show_sources
@@ -25,8 +22,8 @@ from duolocal.terminal.sources_view import sources_view
 from duolocal.tokenizer import load_tokenizer
 from tests.compiled import compiled
 from tests.oracle import OracleCache
-from tests.test_session import DOCUMENT, GREEDY, finish, make_session
-from tests.tiny import random_model, tiny_config
+from tests.session_models import DOCUMENT, GREEDY, finish, tiny_session
+from tests.tiny import random_model, tiny_config, transformer_of
 
 PLANS = {
     "mixed": HeadPlan(((True, False), (False, True)), sink_size=4, recent_size=24, source="test"),
@@ -36,32 +33,9 @@ PLANS = {
 CONTEXT = 512
 
 
-class Noting(OracleCache):
-    """The oracle, keeping the weights of retrieval heads: per layer [num_heads, q_len, kv_len]."""
-
-    def __init__(self, config: ModelConfig, plan: HeadPlan) -> None:
-        super().__init__(config, plan.retrieval, sink_size=plan.sink_size, recent_size=plan.recent_size)
-        self.weights: list[Tensor] = []
-
-    def attend(self, layer: int, q: Tensor, positions: Tensor, rotation: object = None) -> Tensor:
-        keys = self.k[layer].repeat_interleave(q.shape[1] // self.k[layer].shape[1], dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q.double(), keys) / q.shape[2] ** 0.5
-        scores.masked_fill_(torch.arange(keys.shape[0]) > positions[:, None], float("-inf"))
-        kept = torch.tensor(self.plan_retrieval[layer]).repeat_interleave(q.shape[1] // self.k[layer].shape[1])
-        self.weights.append(scores.softmax(-1)[kept])
-        return super().attend(layer, q, positions, rotation)
-
-
 def make(plan: HeadPlan, kv: str, kernels: str) -> Engine:
-    config, weights = random_model(tiny_config(max_positions=CONTEXT))
-    transformer = Transformer(
-        config,
-        weights,
-        context=CONTEXT,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        kernels=TorchKernels(torch.float32) if kernels == "torch" else compiled(1),
-    )
+    model = random_model(tiny_config(max_positions=CONTEXT))
+    transformer = transformer_of(model, kernels=TorchKernels(torch.float32) if kernels == "torch" else compiled(1))
     return Engine.build(transformer, plan, kv=kv, chunk_size=50)
 
 
@@ -83,11 +57,14 @@ def test_scores_are_the_attention_of_the_dense_model(
     answer = list(engine.generate(tokens(asked, 2), Sampling(temperature=0, max_tokens=12), eos_ids=frozenset()))
     list(engine.prefill(answer[-1:]))
     assert engine.position == before + asked + 12
-    oracle = Noting(engine.config, PLANS[plan])
+    heads = PLANS[plan]
+    oracle = OracleCache(engine.config, heads.retrieval, sink_size=heads.sink_size, recent_size=heads.recent_size)
     ids = torch.tensor(engine.token_ids)
     engine.transformer.hidden(ids, torch.arange(len(ids)), oracle)
     first = before + asked - 1
-    weights = torch.cat(oracle.weights)[:, first : first + 12]  # queries whose next token is the answer
+    group = engine.cache.query_group
+    retrieval = torch.tensor(heads.retrieval).flatten().repeat_interleave(group)
+    weights = torch.cat(oracle.weights)[retrieval, first : first + 12]  # queries whose next token is the answer
     spans = [range(3, min(90, before + asked)), range(min(100, before), before)]
     wanted = {
         (each.start, each.stop): float(weights[:, :, each.start : each.stop].amax((0, 2)).mean())
@@ -141,7 +118,7 @@ def test_nothing_to_look_at() -> None:
 @pytest.mark.parametrize("kept", [True, False], ids=["rings kept", "rings given up"])
 def test_every_passage_is_where_it_says(tmp_path: Path, template: str, kept: bool) -> None:
     """The passages of all documents together are their texts, whatever template and names stand around them."""
-    session = make_session(tmp_path, template, system="Be brief.")
+    session = tiny_session(tmp_path, template, system="Be brief.")
     texts = {
         "a & b.txt": "".join(f"Line {n} of the first, ünïcödé.\n" for n in range(40)),
         "two": f'It says <document name="two">\n itself. {DOCUMENT}',
@@ -166,7 +143,7 @@ def test_every_passage_is_where_it_says(tmp_path: Path, template: str, kept: boo
 
 
 def test_what_has_no_sources_is_said(tmp_path: Path) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     with pytest.raises(SettingsError, match="there is no answer to look up"):
         find_sources(session)
     finish(session.ask("Which?", GREEDY))
@@ -178,7 +155,7 @@ def test_what_has_no_sources_is_said(tmp_path: Path) -> None:
 
 
 def test_an_empty_answer_has_no_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = make_session(tmp_path)
+    session = tiny_session(tmp_path)
     finish(session.add_document("three", DOCUMENT))
     everything = frozenset(range(session.tokenizer.vocab_size))
     monkeypatch.setattr(session.tokenizer, "eos_ids", everything)

@@ -17,9 +17,8 @@ from duolocal.errors import SettingsError
 from duolocal.evaluate import Setting, combinations
 from duolocal.heads import HeadPlan
 from duolocal.kernels.sparse import SparsePrefill
-from duolocal.models.transformer import Transformer
 from duolocal.settings import LoadSettings, Sampling
-from tests.tiny import random_model, save_checkpoint, tiny_config
+from tests.tiny import random_model, save_checkpoint, tiny_config, transformer_of
 
 CPU = torch.device("cpu")
 PLAN = HeadPlan(((True, False), (True, True)), sink_size=4, recent_size=24, source="test")
@@ -27,8 +26,7 @@ POLICY = SparsePrefill(mass=0.7, tile=32, stride=4, least_blocks=2)
 
 
 def make_engine(policy: SparsePrefill | None, *, chunk_size: int = 640, kv: str = "k8v4") -> Engine:
-    config, weights = random_model(replace(tiny_config("llama"), max_positions=4096), dtype=torch.float64)
-    transformer = Transformer(config, weights, context=1024, device=CPU, dtype=torch.float64)
+    transformer = transformer_of(random_model(tiny_config(max_positions=4096), dtype=torch.float64), context=1024)
     return Engine.build(transformer, PLAN, kv=kv, chunk_size=chunk_size, block_size=16, prefill=policy)
 
 

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from duolocal.kernels.interface import Kernels
 from duolocal.models.config import ModelConfig, RopeScaling
+from duolocal.models.transformer import Transformer
 from duolocal.models.weights import LayerWeights, ModelWeights
 from duolocal.quant.weight import DenseWeight, Linear
 
@@ -116,6 +118,21 @@ def random_model(
     )
     head = embedding if config.tie_embeddings else DenseWeight(normal(config.vocab_size, hidden, std=0.125))
     return config, ModelWeights(embedding=embedding, layers=layers, norm=norm(hidden), lm_head=head)
+
+
+def transformer_of(
+    model: tuple[ModelConfig, ModelWeights], *, context: int | None = None, kernels: Kernels | None = None
+) -> Transformer:
+    """Return the Transformer of a model in the dtype of its norms, on the CPU; context: None for all it reaches."""
+    config, weights = model
+    return Transformer(
+        config,
+        weights,
+        context=config.max_positions if context is None else context,
+        device=torch.device("cpu"),
+        dtype=weights.norm.dtype,
+        kernels=kernels,
+    )
 
 
 def huggingface_model(

@@ -3,6 +3,7 @@
 import io
 import json
 import pydoc_data.topics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,6 @@ def train_sentencepiece(*, symbols: tuple[str, ...] = (), **options: Any) -> byt
         },
     )
     return out.getvalue()
+
+
+TEMPLATES: dict[str, Callable[[], Files]] = {"chatml": chatml, "llama3": llama3, "llama2": llama2}
