@@ -194,6 +194,8 @@ def test_the_affinity_is_not_believed_once_torch_has_bound_the_main_thread(monke
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.delenv("OMP_PROC_BIND", raising=False)
     assert threads._affinity() == (2,)
+    monkeypatch.setenv("OMP_PROC_BIND", "false")
+    assert threads._affinity() == (2,)
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     assert threads._affinity() == (0, 1, 2, 3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2})

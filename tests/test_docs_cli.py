@@ -147,7 +147,7 @@ def test_the_tokens_are_those_of_the_real_model(smollm2_path: Path, capsys) -> N
 
 
 def test_docs_in_the_chat_show_source_pages_and_share(tmp_path: Path) -> None:
-    chat, output = make_chat(columns=160)
+    chat, output = make_chat(columns=400)  # no path is wrapped
     chat.handle("/docs")
     assert shown(output) == "no documents in the context; /load PATH adds some"
     (tmp_path / "a.pdf").write_bytes(pdf(["\n".join(["one two three four"] * 25), None]))

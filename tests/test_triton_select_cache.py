@@ -102,7 +102,7 @@ def check_digests(cache: DuoCache) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="in 16 bits two scores may be too near to compare lists")
-@pytest.mark.parametrize(("reuse", "slots"), [pytest.param(1, None, marks=pytest.mark.slow), (4, 3)])
+@pytest.mark.parametrize(("reuse", "slots"), [pytest.param(1, None, marks=pytest.mark.full), (4, 3)])
 def test_a_cache_is_the_torch_path(reuse: int, slots: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through chunks, single tokens, an undo and a reload: the same lists, and near results."""
     monkeypatch.setattr(decode, "HOST_SPLITS", 1)

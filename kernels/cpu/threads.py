@@ -15,7 +15,8 @@ def _affinity() -> tuple[int, ...]:
     if not hasattr(os, "sched_getaffinity"):
         return tuple(range(os.cpu_count() or 1))
     allowed = sorted(os.sched_getaffinity(0))
-    if len(allowed) == 1 and "torch" in sys.modules and "OMP_PROC_BIND" in os.environ:
+    binding = os.environ.get("OMP_PROC_BIND", "false").lower() != "false"
+    if len(allowed) == 1 and "torch" in sys.modules and binding:
         # What a container or taskset leaves us is not known any more: binding to a core outside it fails, and that
         # thread stays unbound.
         return tuple(range(os.cpu_count() or 1))
