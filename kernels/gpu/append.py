@@ -46,18 +46,8 @@ def append_token_kernel(
     HALF_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
-    KEY_KIND: tl.constexpr,
-    KEY_CODES: tl.constexpr,
-    KEY_SCALES: tl.constexpr,
-    KEY_MINIMA: tl.constexpr,
-    KEY_BYTES: tl.constexpr,
-    KEY_ROTATED: tl.constexpr,
-    VALUE_KIND: tl.constexpr,
-    VALUE_CODES: tl.constexpr,
-    VALUE_SCALES: tl.constexpr,
-    VALUE_MINIMA: tl.constexpr,
-    VALUE_BYTES: tl.constexpr,
-    VALUE_ROTATED: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     FACTOR: tl.constexpr,  # of the Hadamard transform
     LIMIT: tl.constexpr,  # largest finite number of q_blocks
     TILE: tl.constexpr,
@@ -85,7 +75,7 @@ def append_token_kernel(
     tl.store(q_rotated + out_at, new_low, mask=q_mask)
     tl.store(q_rotated + out_at + half, new_high, mask=q_mask)
     if row >= 0:
-        if KEY_ROTATED:
+        if KEY.rotate:
             low, high = rotate_halves(new_low, new_high, DIM, HALF_PAD, FACTOR, compute)
         else:
             low = new_low.to(tl.float32)
@@ -127,40 +117,12 @@ def append_token_kernel(
             high = tl.load(ring_k + at + half, mask=mask, other=0.0)
             low = tl.where(stored, low, key_low[None, :])
             high = tl.where(stored, high, key_high[None, :])
-            _encode(
-                record,
-                tokens,
-                low,
-                high,
-                KEY_KIND,
-                KEY_CODES,
-                KEY_SCALES,
-                KEY_MINIMA,
-                KEY_BYTES,
-                KEY_ROTATED,
-                DIM,
-                HALF_PAD,
-                FACTOR,
-            )
+            _encode(record, tokens, low, high, KEY, DIM, HALF_PAD, FACTOR)
             low = tl.load(ring_v + at, mask=mask, other=0.0)
             high = tl.load(ring_v + at + half, mask=mask, other=0.0)
             low = tl.where(stored, low, value_low[None, :])
             high = tl.where(stored, high, value_high[None, :])
-            _encode(
-                record,
-                tokens,
-                low,
-                high,
-                VALUE_KIND,
-                VALUE_CODES,
-                VALUE_SCALES,
-                VALUE_MINIMA,
-                VALUE_BYTES,
-                VALUE_ROTATED,
-                DIM,
-                HALF_PAD,
-                FACTOR,
-            )
+            _encode(record, tokens, low, high, VALUE, DIM, HALF_PAD, FACTOR)
 
 
 @triton.jit
@@ -169,23 +131,18 @@ def _encode(
     tokens,
     low,
     high,
-    KIND: tl.constexpr,
-    CODES_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    MINIMA_AT: tl.constexpr,
-    TOKEN_BYTES: tl.constexpr,
-    ROTATED: tl.constexpr,
+    PLANE: tl.constexpr,
     DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     """Encode rows in the compute dtype, all of them inside the block."""
-    if ROTATED:
+    if PLANE.rotate:
         x, y = rotate_halves(low, high, DIM, HALF_PAD, FACTOR, low.dtype)
     else:
         x = low.to(tl.float32)
         y = high.to(tl.float32)
-    store_plane(record, tokens, x, y, tokens >= 0, KIND, CODES_AT, SCALES_AT, MINIMA_AT, TOKEN_BYTES, DIM, HALF_PAD)
+    store_plane(record, tokens, x, y, tokens >= 0, PLANE, DIM, HALF_PAD)
 
 
 def append_token(cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +164,7 @@ def append_token(cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, cos: Tensor
     assert cos.stride(1) == sin.stride(1) == 1
     assert cache.ring_k.is_contiguous() and cache.ring_v.is_contiguous() and cache.records.is_contiguous()
     assert cache.table.stride(1) == 1 and cache.recent_size >= layout.block_size and group <= 16
-    key, value = plane_constants(layout, "key"), plane_constants(layout, "value")
+    key = plane_constants(layout, "key")
     blocks_dtype = block_dot_dtype(key, interpreted=not q.is_cuda)
     q_rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q_blocks = torch.empty((cache.num_heads, head_dim), dtype=blocks_dtype, device=q.device)
@@ -237,18 +194,8 @@ def append_token(cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, cos: Tensor
         HALF_PAD=triton.next_power_of_2(head_dim // 2),
         BLOCK_SIZE=layout.block_size,
         RECORD_BYTES=layout.record_bytes,
-        KEY_KIND=key.kind,
-        KEY_CODES=key.codes_at,
-        KEY_SCALES=key.scales_at,
-        KEY_MINIMA=key.minima_at,
-        KEY_BYTES=key.token_bytes,
-        KEY_ROTATED=key.rotate,
-        VALUE_KIND=value.kind,
-        VALUE_CODES=value.codes_at,
-        VALUE_SCALES=value.scales_at,
-        VALUE_MINIMA=value.minima_at,
-        VALUE_BYTES=value.token_bytes,
-        VALUE_ROTATED=value.rotate,
+        KEY=key,
+        VALUE=plane_constants(layout, "value"),
         FACTOR=hadamard_factor(head_dim),
         LIMIT=torch.finfo(blocks_dtype).max,
         TILE=TOKEN_TILE,

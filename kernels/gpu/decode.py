@@ -59,16 +59,8 @@ def split_attention_kernel(
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
-    KEY_KIND: tl.constexpr,
-    KEY_CODES: tl.constexpr,
-    KEY_SCALES: tl.constexpr,
-    KEY_MINIMA: tl.constexpr,
-    KEY_BYTES: tl.constexpr,
-    VALUE_KIND: tl.constexpr,
-    VALUE_CODES: tl.constexpr,
-    VALUE_SCALES: tl.constexpr,
-    VALUE_MINIMA: tl.constexpr,
-    VALUE_BYTES: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     KEY_DOT: tl.constexpr,  # dtype of the product with the keys, and of the values
     VALUE_DOT: tl.constexpr,
     STREAMS: tl.constexpr,
@@ -124,16 +116,8 @@ def split_attention_kernel(
                 DIM_PAD,
                 BLOCK_SIZE,
                 RECORD_BYTES,
-                KEY_KIND,
-                KEY_CODES,
-                KEY_SCALES,
-                KEY_MINIMA,
-                KEY_BYTES,
-                VALUE_KIND,
-                VALUE_CODES,
-                VALUE_SCALES,
-                VALUE_MINIMA,
-                VALUE_BYTES,
+                KEY,
+                VALUE,
                 KEY_DOT,
                 VALUE_DOT,
                 STREAMS,
@@ -299,6 +283,8 @@ def split_constants(cache: LayerCache, *, interpreted: bool) -> tuple[dict[str, 
     types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     window = window_tile(cache)
     constants: dict[str, object] = {
+        "KEY": key,
+        "VALUE": value,
         "BUDGET": 0 if cache.selection is None else cache.selection.budget,
         "SINK": cache.sink_size,
         "RECENT": cache.recent_size,
@@ -317,13 +303,5 @@ def split_constants(cache: LayerCache, *, interpreted: bool) -> tuple[dict[str, 
         "TILE_STAGES": STAGES,
         "INTERPRETED": interpreted,
     }
-    for name, plane in (("KEY", key), ("VALUE", value)):
-        constants |= {
-            f"{name}_KIND": plane.kind,
-            f"{name}_CODES": plane.codes_at,
-            f"{name}_SCALES": plane.scales_at,
-            f"{name}_MINIMA": plane.minima_at,
-            f"{name}_BYTES": plane.token_bytes,
-        }
     # Products in float32 have no tensor core: the more warps share one, the fewer registers each needs.
     return constants, {"num_warps": max(4, tile // 16) if 0 in (key.kind, value.kind) else tile // 16}

@@ -43,16 +43,8 @@ def attend_block_range(
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
-    KEY_KIND: tl.constexpr,
-    KEY_CODES: tl.constexpr,
-    KEY_SCALES: tl.constexpr,
-    KEY_MINIMA: tl.constexpr,
-    KEY_BYTES: tl.constexpr,
-    VALUE_KIND: tl.constexpr,
-    VALUE_CODES: tl.constexpr,
-    VALUE_SCALES: tl.constexpr,
-    VALUE_MINIMA: tl.constexpr,
-    VALUE_BYTES: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     KEY_DOT: tl.constexpr,
     VALUE_DOT: tl.constexpr,
     STREAMS: tl.constexpr,
@@ -62,8 +54,8 @@ def attend_block_range(
     INTERPRETED: tl.constexpr,
 ):
     """Attend to iterations begin..end-1 of one retrieval head; write the output and the log-sum-exp of this range."""
-    key_parts: tl.constexpr = 4 if KEY_KIND == 5 else (2 if KEY_KIND >= 3 else 1)
-    value_parts: tl.constexpr = 4 if VALUE_KIND == 5 else (2 if VALUE_KIND >= 3 else 1)
+    key_parts: tl.constexpr = 4 if KEY.kind == 5 else (2 if KEY.kind >= 3 else 1)
+    value_parts: tl.constexpr = 4 if VALUE.kind == 5 else (2 if VALUE.kind >= 3 else 1)
     key_units: tl.constexpr = DIM_PAD // key_parts
     value_units: tl.constexpr = DIM_PAD // value_parts
     # Of part 0, 1, 2, 3: dimension 0, 1, D/2, D/2 + 1 and every second on (int4), 0, 1 and every second on (8 bits).
@@ -122,16 +114,16 @@ def attend_block_range(
     record_a = records + _record_index(table, listed, at_a, first_block, last_block, BLOCK_SIZE, LISTED) * RECORD_BYTES
     ahead_a = _record_index(table, listed, at_a + TILES * TILE, first_block, last_block, BLOCK_SIZE, LISTED)
     token = (at_a & (BLOCK_SIZE - 1)) + rows
-    key_scales_a, key_minima_a = load_raw_scales(record_a, token, None, KEY_KIND, KEY_SCALES, KEY_MINIMA)
-    value_scales_a, value_minima_a = load_raw_scales(record_a, token, None, VALUE_KIND, VALUE_SCALES, VALUE_MINIMA)
+    key_scales_a, key_minima_a = load_raw_scales(record_a, token, None, KEY)
+    value_scales_a, value_minima_a = load_raw_scales(record_a, token, None, VALUE)
     if TILES == 2:
         at_b = at_a + TILE
         index_b = _record_index(table, listed, at_b, first_block, last_block, BLOCK_SIZE, LISTED)
         record_b = records + index_b * RECORD_BYTES
         ahead_b = _record_index(table, listed, at_b + TILES * TILE, first_block, last_block, BLOCK_SIZE, LISTED)
         token = (at_b & (BLOCK_SIZE - 1)) + rows
-        key_scales_b, key_minima_b = load_raw_scales(record_b, token, None, KEY_KIND, KEY_SCALES, KEY_MINIMA)
-        value_scales_b, value_minima_b = load_raw_scales(record_b, token, None, VALUE_KIND, VALUE_SCALES, VALUE_MINIMA)
+        key_scales_b, key_minima_b = load_raw_scales(record_b, token, None, KEY)
+        value_scales_b, value_minima_b = load_raw_scales(record_b, token, None, VALUE)
     for step in tl.range(begin, end, num_stages=TILE_STAGES):
         at_a = step * (TILES * TILE)
         words_a = load_codes(
@@ -139,17 +131,15 @@ def attend_block_range(
             ((at_a & (BLOCK_SIZE - 1)) + rows)[:, :, None],
             key_unit[None, None, :],
             key_mask,
-            KEY_KIND,
-            KEY_CODES,
-            KEY_BYTES,
+            KEY,
             True,
         )
         scores_a = _scores(
-            words_a, key_scales_a, key_minima_a, q_0, q_1, q_2, q_3, q_sum, scale, KEY_KIND, KEY_DOT, INTERPRETED
+            words_a, key_scales_a, key_minima_a, q_0, q_1, q_2, q_3, q_sum, scale, KEY.kind, KEY_DOT, INTERPRETED
         )
         positions = _first_position(listed, at_a, last_block, BLOCK_SIZE, LISTED) + rows
         scores_a = _hide(scores_a, positions, seen_end, SINK)
-        factor_a, heights = _heights(scores_a, value_scales_a, value_minima_a, VALUE_KIND)
+        factor_a, heights = _heights(scores_a, value_scales_a, value_minima_a, VALUE.kind)
         if TILES == 2:
             at_b = at_a + TILE
             words_b = load_codes(
@@ -157,17 +147,15 @@ def attend_block_range(
                 ((at_b & (BLOCK_SIZE - 1)) + rows)[:, :, None],
                 key_unit[None, None, :],
                 key_mask,
-                KEY_KIND,
-                KEY_CODES,
-                KEY_BYTES,
+                KEY,
                 True,
             )
             scores_b = _scores(
-                words_b, key_scales_b, key_minima_b, q_0, q_1, q_2, q_3, q_sum, scale, KEY_KIND, KEY_DOT, INTERPRETED
+                words_b, key_scales_b, key_minima_b, q_0, q_1, q_2, q_3, q_sum, scale, KEY.kind, KEY_DOT, INTERPRETED
             )
             positions = _first_position(listed, at_b, last_block, BLOCK_SIZE, LISTED) + rows
             scores_b = _hide(scores_b, positions, seen_end, SINK)
-            factor_b, heights_b = _heights(scores_b, value_scales_b, value_minima_b, VALUE_KIND)
+            factor_b, heights_b = _heights(scores_b, value_scales_b, value_minima_b, VALUE.kind)
             heights = tl.maximum(heights, heights_b)
         new_reference = tl.maximum(reference, tl.max(heights, 1))
         shrink = tl.exp2(reference - new_reference)[:, None, :]
@@ -183,9 +171,7 @@ def attend_block_range(
             ((at_a & (BLOCK_SIZE - 1)) + rows)[:, None, :],
             value_unit[None, :, None],
             value_mask,
-            VALUE_KIND,
-            VALUE_CODES,
-            VALUE_BYTES,
+            VALUE,
             True,
         )
         total, bias, acc_0, acc_1, acc_2, acc_3 = _add_values(
@@ -200,7 +186,7 @@ def attend_block_range(
             acc_1,
             acc_2,
             acc_3,
-            VALUE_KIND,
+            VALUE.kind,
             VALUE_DOT,
             INTERPRETED,
         )
@@ -210,9 +196,7 @@ def attend_block_range(
                 ((at_b & (BLOCK_SIZE - 1)) + rows)[:, None, :],
                 value_unit[None, :, None],
                 value_mask,
-                VALUE_KIND,
-                VALUE_CODES,
-                VALUE_BYTES,
+                VALUE,
                 True,
             )
             total, bias, acc_0, acc_1, acc_2, acc_3 = _add_values(
@@ -227,23 +211,21 @@ def attend_block_range(
                 acc_1,
                 acc_2,
                 acc_3,
-                VALUE_KIND,
+                VALUE.kind,
                 VALUE_DOT,
                 INTERPRETED,
             )
 
         record_a = records + ahead_a * RECORD_BYTES
         token = ((at_a + TILES * TILE) & (BLOCK_SIZE - 1)) + rows
-        key_scales_a, key_minima_a = load_raw_scales(record_a, token, None, KEY_KIND, KEY_SCALES, KEY_MINIMA)
-        value_scales_a, value_minima_a = load_raw_scales(record_a, token, None, VALUE_KIND, VALUE_SCALES, VALUE_MINIMA)
+        key_scales_a, key_minima_a = load_raw_scales(record_a, token, None, KEY)
+        value_scales_a, value_minima_a = load_raw_scales(record_a, token, None, VALUE)
         ahead_a = _record_index(table, listed, at_a + 2 * TILES * TILE, first_block, last_block, BLOCK_SIZE, LISTED)
         if TILES == 2:
             record_b = records + ahead_b * RECORD_BYTES
             token = ((at_b + TILES * TILE) & (BLOCK_SIZE - 1)) + rows
-            key_scales_b, key_minima_b = load_raw_scales(record_b, token, None, KEY_KIND, KEY_SCALES, KEY_MINIMA)
-            value_scales_b, value_minima_b = load_raw_scales(
-                record_b, token, None, VALUE_KIND, VALUE_SCALES, VALUE_MINIMA
-            )
+            key_scales_b, key_minima_b = load_raw_scales(record_b, token, None, KEY)
+            value_scales_b, value_minima_b = load_raw_scales(record_b, token, None, VALUE)
             ahead_b = _record_index(table, listed, at_b + 2 * TILES * TILE, first_block, last_block, BLOCK_SIZE, LISTED)
 
     # Join the streams.

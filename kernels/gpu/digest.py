@@ -58,12 +58,7 @@ def digest_blocks_kernel(
     DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     FACTOR: tl.constexpr,  # of the Hadamard transform
-    KIND: tl.constexpr,
-    CODES_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    MINIMA_AT: tl.constexpr,
-    TOKEN_BYTES: tl.constexpr,
-    ROTATED: tl.constexpr,
+    KEY: tl.constexpr,
 ):
     row = tl.program_id(1)
     block = first + tl.program_id(0)
@@ -80,34 +75,8 @@ def digest_blocks_kernel(
         at = row * CHANNELS + columns
         low_channels = tl.load(channels + at)
         high_channels = tl.load(channels + at + half)
-        low = _keys(
-            record,
-            low_channels,
-            BLOCK_SIZE,
-            DIM,
-            HALF_PAD,
-            FACTOR,
-            KIND,
-            CODES_AT,
-            SCALES_AT,
-            MINIMA_AT,
-            TOKEN_BYTES,
-            ROTATED,
-        )
-        high = _keys(
-            record,
-            high_channels,
-            BLOCK_SIZE,
-            DIM,
-            HALF_PAD,
-            FACTOR,
-            KIND,
-            CODES_AT,
-            SCALES_AT,
-            MINIMA_AT,
-            TOKEN_BYTES,
-            ROTATED,
-        )
+        low = _keys(record, low_channels, BLOCK_SIZE, DIM, HALF_PAD, FACTOR, KEY)
+        high = _keys(record, high_channels, BLOCK_SIZE, DIM, HALF_PAD, FACTOR, KEY)
         runs: tl.constexpr = BLOCK_SIZE // RUN
         low = tl.reshape(low, (runs, RUN, half))
         high = tl.reshape(high, (runs, RUN, half))
@@ -132,18 +101,13 @@ def _keys(
     DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     FACTOR: tl.constexpr,
-    KIND: tl.constexpr,
-    CODES_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    MINIMA_AT: tl.constexpr,
-    TOKEN_BYTES: tl.constexpr,
-    ROTATED: tl.constexpr,
+    KEY: tl.constexpr,
 ):
     """Return some channels of a block's keys, turned back: float32 [BLOCK_SIZE, channels]."""
     tokens = tl.arange(0, BLOCK_SIZE)
-    raw_scales, raw_minima = load_raw_scales(record, tokens, None, KIND, SCALES_AT, MINIMA_AT)
+    raw_scales, raw_minima = load_raw_scales(record, tokens, None, KEY)
     half: tl.constexpr = DIM // 2
-    if ROTATED:
+    if KEY.rotate:
         # Of integer planes, all of it exact but the last line: products of codes with ±1, and their sums.
         scale, minimum = raw_scales.to(tl.float32)[:, None], raw_minima.to(tl.float32)[:, None]
         units = tl.arange(0, HALF_PAD)
@@ -151,30 +115,28 @@ def _keys(
         size: tl.constexpr = DIM & -DIM
         signs_low = tl.where(inside[:, None], hadamard_tile(units[:, None], channels[None, :], size), 0.0)
         signs_high = tl.where(inside[:, None], hadamard_tile(units[:, None] + half, channels[None, :], size), 0.0)
-        shared = load_codes(
-            record, tokens[:, None], units[None, :], inside[None, :], KIND, CODES_AT, TOKEN_BYTES, False
-        )
-        if KIND == 5:
+        shared = load_codes(record, tokens[:, None], units[None, :], inside[None, :], KEY, False)
+        if KEY.kind == 5:
             low = (shared & 15).to(tl.float16)
             high = (shared >> 4).to(tl.float16)
         else:
             low = shared.to(tl.float16)
-            high = load_codes(
-                record, tokens[:, None], units[None, :] + half, inside[None, :], KIND, CODES_AT, TOKEN_BYTES, False
-            ).to(tl.float16)
+            high = load_codes(record, tokens[:, None], units[None, :] + half, inside[None, :], KEY, False).to(
+                tl.float16
+            )
         x = tl.dot(low, signs_low.to(tl.float16))
         x = tl.dot(high, signs_high.to(tl.float16), x)
         signs = (tl.sum(signs_low, 0) + tl.sum(signs_high, 0))[None, :]
         x = (x * scale + signs * minimum) * FACTOR
-    elif KIND == 5:
+    elif KEY.kind == 5:
         units = (channels % half)[None, :]
-        shared = load_codes(record, tokens[:, None], units, None, KIND, CODES_AT, TOKEN_BYTES, False)
+        shared = load_codes(record, tokens[:, None], units, None, KEY, False)
         codes = tl.where((channels >= half)[None, :], shared >> 4, shared & 15).to(tl.float32)
         x = codes * raw_scales.to(tl.float32)[:, None] + raw_minima.to(tl.float32)[:, None]
     else:
-        codes = load_codes(record, tokens[:, None], channels[None, :], None, KIND, CODES_AT, TOKEN_BYTES, False)
-        factor, addend = scale_factors(raw_scales, raw_minima, KIND)
-        x = numbers(codes, 0, KIND, tl.float32) * factor[:, None] + addend[:, None]
+        codes = load_codes(record, tokens[:, None], channels[None, :], None, KEY, False)
+        factor, addend = scale_factors(raw_scales, raw_minima, KEY.kind)
+        x = numbers(codes, 0, KEY.kind, tl.float32) * factor[:, None] + addend[:, None]
     return x
 
 
@@ -241,11 +203,6 @@ def _launch(cache: LayerCache, grid: tuple[int, int], *, first: int, newest: boo
         DIM=cache.head_dim,
         HALF_PAD=max(16, triton.next_power_of_2(cache.head_dim // 2)),
         FACTOR=hadamard_factor(cache.head_dim),
-        KIND=key.kind,
-        CODES_AT=key.codes_at,
-        SCALES_AT=key.scales_at,
-        MINIMA_AT=key.minima_at,
-        TOKEN_BYTES=key.token_bytes,
-        ROTATED=key.rotate,
+        KEY=key,
         num_warps=WARPS,
     )

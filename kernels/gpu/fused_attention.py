@@ -46,16 +46,8 @@ def fused_blocks_attention_kernel(
     BLOCK_N: tl.constexpr,
     K_DOT: tl.constexpr,
     V_DOT: tl.constexpr,
-    K_KIND: tl.constexpr,
-    K_CODES: tl.constexpr,
-    K_SCALES: tl.constexpr,
-    K_MINIMA: tl.constexpr,
-    K_BYTES: tl.constexpr,
-    V_KIND: tl.constexpr,
-    V_CODES: tl.constexpr,
-    V_SCALES: tl.constexpr,
-    V_MINIMA: tl.constexpr,
-    V_BYTES: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     V_NUMBER: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
@@ -87,14 +79,14 @@ def fused_blocks_attention_kernel(
         j = first + keys
         tokens = first % BLOCK_SIZE + keys
         record = records + tl.load(table + head * table_stride + first // BLOCK_SIZE) * record_stride
-        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, K_KIND, K_CODES, K_BYTES, DIM, K_DOT)
-        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, K_KIND, K_CODES, K_BYTES, DIM, K_DOT)
+        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, KEY, DIM, K_DOT)
+        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, KEY, DIM, K_DOT)
         scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
         scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee")
-        if K_KIND >= 3:
-            factor, addend = load_scales(record, tokens, tokens >= 0, K_KIND, K_SCALES, K_MINIMA)
+        if KEY.kind >= 3:
+            factor, addend = load_scales(record, tokens, tokens >= 0, KEY)
             scores = scores * factor[None, :]
-            if K_KIND >= 4:
+            if KEY.kind >= 4:
                 scores = scores + q_sum[:, None] * addend[None, :]
         visible = (j >= sink_size)[None, :] & (j[None, :] <= last_seen)
         scores = tl.where(visible, scores * scale, float("-inf"))
@@ -105,14 +97,20 @@ def fused_blocks_attention_kernel(
         total = total * shrink + tl.sum(weights, 1)
         top = new_top
         weights = weights.to(V_DOT)
-        factor, addend = load_scales(record, tokens, tokens >= 0, V_KIND, V_SCALES, V_MINIMA)
-        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, V_KIND, V_CODES, V_BYTES, DIM, V_NUMBER)
+        factor, addend = load_scales(record, tokens, tokens >= 0, VALUE)
+        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, VALUE, DIM, V_NUMBER)
         acc_low = tl.dot(
-            weights, dequantize(low, factor, addend, V_KIND, V_DOT), acc_low * shrink[:, None], input_precision="ieee"
+            weights,
+            dequantize(low, factor, addend, VALUE.kind, V_DOT),
+            acc_low * shrink[:, None],
+            input_precision="ieee",
         )
-        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, V_KIND, V_CODES, V_BYTES, DIM, V_NUMBER)
+        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, VALUE, DIM, V_NUMBER)
         acc_high = tl.dot(
-            weights, dequantize(high, factor, addend, V_KIND, V_DOT), acc_high * shrink[:, None], input_precision="ieee"
+            weights,
+            dequantize(high, factor, addend, VALUE.kind, V_DOT),
+            acc_high * shrink[:, None],
+            input_precision="ieee",
         )
 
     seen = total > 0.0
@@ -148,7 +146,6 @@ def fused_blocks_attention(cache: LayerCache, q: Tensor, start: int) -> tuple[Te
     splits = triton.cdiv(tiles, tiles_per_split)
     out = torch.empty(splits, cache.num_retrieval, rows, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(splits, cache.num_retrieval, rows, dtype=torch.float32, device=q.device)
-    key, value = plane_constants(layout, "key"), plane_constants(layout, "value")
     fused_blocks_attention_kernel[(row_tiles, cache.num_retrieval, splits)](
         queries,
         cache.records,
@@ -171,16 +168,8 @@ def fused_blocks_attention(cache: LayerCache, q: Tensor, start: int) -> tuple[Te
         BLOCK_N=block_n,
         K_DOT=triton_dtype(k_dot),
         V_DOT=triton_dtype(v_dot),
-        K_KIND=key.kind,
-        K_CODES=key.codes_at,
-        K_SCALES=key.scales_at,
-        K_MINIMA=key.minima_at,
-        K_BYTES=key.token_bytes,
-        V_KIND=value.kind,
-        V_CODES=value.codes_at,
-        V_SCALES=value.scales_at,
-        V_MINIMA=value.minima_at,
-        V_BYTES=value.token_bytes,
+        KEY=plane_constants(layout, "key"),
+        VALUE=plane_constants(layout, "value"),
         V_NUMBER=number_dtype(layout.value),
         num_warps=num_warps,
         num_stages=num_stages,

@@ -32,13 +32,13 @@ _HALF_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
-def load_plane(record, tokens, columns, mask, UPPER, KIND, CODES_AT, TOKEN_BYTES, DIM, DOT):
+def load_plane(record, tokens, columns, mask, UPPER, PLANE, DIM, DOT):
     """Load one half of head_dim of tokens as numbers [tokens, HALF_PAD], before factor and addend; UPPER: 0 or 1."""
-    if KIND == 5:
-        codes = load_codes(record, tokens, columns, mask, KIND, CODES_AT, TOKEN_BYTES, False)
-        return numbers(codes, 4 * UPPER, KIND, DOT)
-    codes = load_codes(record, tokens, columns + UPPER * (DIM // 2), mask, KIND, CODES_AT, TOKEN_BYTES, False)
-    return numbers(codes, 0, KIND, DOT)
+    if PLANE.kind == 5:
+        codes = load_codes(record, tokens, columns, mask, PLANE, False)
+        return numbers(codes, 4 * UPPER, PLANE.kind, DOT)
+    codes = load_codes(record, tokens, columns + UPPER * (DIM // 2), mask, PLANE, False)
+    return numbers(codes, 0, PLANE.kind, DOT)
 
 
 @triton.jit
@@ -62,21 +62,17 @@ def decode_plane(
     target,
     DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
-    KIND: tl.constexpr,
-    CODES: tl.constexpr,
-    SCALES: tl.constexpr,
-    MINIMA: tl.constexpr,
-    BYTES: tl.constexpr,
+    PLANE: tl.constexpr,
     NUMBER: tl.constexpr,
     OUT: tl.constexpr,
 ):
     """Store tokens [n] of a plane, where `wanted`, at the pointers target [n, 1]."""
     columns = tl.arange(0, HALF_PAD)[None, :]
     mask = wanted[:, None] & (columns < DIM // 2)
-    factor, addend = load_scales(record, tokens, wanted, KIND, SCALES, MINIMA)
+    factor, addend = load_scales(record, tokens, wanted, PLANE)
     for upper in tl.static_range(2):
-        number = load_plane(record, tokens[:, None], columns, mask, upper, KIND, CODES, BYTES, DIM, NUMBER)
-        tl.store(target + upper * (DIM // 2) + columns, dequantize(number, factor, addend, KIND, OUT), mask=mask)
+        number = load_plane(record, tokens[:, None], columns, mask, upper, PLANE, DIM, NUMBER)
+        tl.store(target + upper * (DIM // 2) + columns, dequantize(number, factor, addend, PLANE.kind, OUT), mask=mask)
 
 
 @triton.jit(do_not_specialize=["begin", "end"])
@@ -94,17 +90,9 @@ def decode_span_kernel(
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     OUT: tl.constexpr,
-    K_KIND: tl.constexpr,
-    K_CODES: tl.constexpr,
-    K_SCALES: tl.constexpr,
-    K_MINIMA: tl.constexpr,
-    K_BYTES: tl.constexpr,
+    KEY: tl.constexpr,
     K_NUMBER: tl.constexpr,
-    V_KIND: tl.constexpr,
-    V_CODES: tl.constexpr,
-    V_SCALES: tl.constexpr,
-    V_MINIMA: tl.constexpr,
-    V_BYTES: tl.constexpr,
+    VALUE: tl.constexpr,
     V_NUMBER: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
@@ -114,36 +102,8 @@ def decode_span_kernel(
     positions = first + tl.arange(0, TOKENS)
     wanted = (positions >= begin) & (positions < end)
     target = ((row * (end - begin) + (positions - begin)) * DIM)[:, None]
-    decode_plane(
-        record,
-        tokens,
-        wanted,
-        out_k + target,
-        DIM,
-        HALF_PAD,
-        K_KIND,
-        K_CODES,
-        K_SCALES,
-        K_MINIMA,
-        K_BYTES,
-        K_NUMBER,
-        OUT,
-    )
-    decode_plane(
-        record,
-        tokens,
-        wanted,
-        out_v + target,
-        DIM,
-        HALF_PAD,
-        V_KIND,
-        V_CODES,
-        V_SCALES,
-        V_MINIMA,
-        V_BYTES,
-        V_NUMBER,
-        OUT,
-    )
+    decode_plane(record, tokens, wanted, out_k + target, DIM, HALF_PAD, KEY, K_NUMBER, OUT)
+    decode_plane(record, tokens, wanted, out_v + target, DIM, HALF_PAD, VALUE, V_NUMBER, OUT)
 
 
 def decode_span(
@@ -160,7 +120,6 @@ def decode_span(
     if out is None:
         out = torch.empty(2, prod(shape), dtype=dtype, device=cache.records.device)
     k, v = (plane[: prod(shape)].view(shape) for plane in out)
-    key, value = plane_constants(layout, "key"), plane_constants(layout, "value")
     tokens = min(layout.block_size, DECODE_TOKENS)
     grid = (triton.cdiv(end, tokens) - begin // tokens, cache.num_retrieval)
     decode_span_kernel[grid](
@@ -177,17 +136,9 @@ def decode_span(
         BLOCK_SIZE=layout.block_size,
         TOKENS=tokens,
         OUT=triton_dtype(dtype),
-        K_KIND=key.kind,
-        K_CODES=key.codes_at,
-        K_SCALES=key.scales_at,
-        K_MINIMA=key.minima_at,
-        K_BYTES=key.token_bytes,
+        KEY=plane_constants(layout, "key"),
         K_NUMBER=number_dtype(layout.key),
-        V_KIND=value.kind,
-        V_CODES=value.codes_at,
-        V_SCALES=value.scales_at,
-        V_MINIMA=value.minima_at,
-        V_BYTES=value.token_bytes,
+        VALUE=plane_constants(layout, "value"),
         V_NUMBER=number_dtype(layout.value),
         num_warps=4,
     )

@@ -42,7 +42,7 @@ _BFLOAT16_MAX = tl.constexpr(torch.finfo(torch.bfloat16).max)
 
 
 class PlaneConstants(NamedTuple):
-    """Where a plane lies in a record; offsets in bytes, all constexpr in a kernel."""
+    """Where a plane is in a record; offsets in bytes. Kernels take it as one constexpr, KEY or VALUE or PLANE."""
 
     kind: int  # one of F32, F16, BF16, FP8, INT8, INT4
     codes_at: int
@@ -100,9 +100,7 @@ def load_codes(
     tokens,
     columns,
     mask,
-    KIND: tl.constexpr,
-    CODES_AT: tl.constexpr,
-    TOKEN_BYTES: tl.constexpr,
+    PLANE: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """Load raw codes: units of one byte, of two (WORDS), or the floats of a float plane.
@@ -112,10 +110,11 @@ def load_codes(
     Returns uint8, uint16 or floats; 0 where masked.
     """
     coded: tl.constexpr = tl.uint16 if WORDS else tl.uint8
-    float16: tl.constexpr = tl.float16 if KIND == 1 else tl.bfloat16
-    unit: tl.constexpr = coded if KIND >= 3 else (float16 if KIND >= 1 else tl.float32)
-    size: tl.constexpr = 4 if KIND == 0 else (2 if KIND <= 2 or WORDS else 1)
-    units = (record + CODES_AT).to(tl.pointer_type(unit)) + (tokens * (TOKEN_BYTES // size) + columns)
+    kind: tl.constexpr = PLANE.kind
+    float16: tl.constexpr = tl.float16 if kind == 1 else tl.bfloat16
+    unit: tl.constexpr = coded if kind >= 3 else (float16 if kind >= 1 else tl.float32)
+    size: tl.constexpr = 4 if kind == 0 else (2 if kind <= 2 or WORDS else 1)
+    units = (record + PLANE.codes_at).to(tl.pointer_type(unit)) + (tokens * (PLANE.token_bytes // size) + columns)
     return _load(units, mask)
 
 
@@ -185,23 +184,23 @@ def _two_words(CODE: tl.constexpr, words):
 
 
 @triton.jit
-def load_scales(record, tokens, mask, KIND: tl.constexpr, SCALES_AT: tl.constexpr, MINIMA_AT: tl.constexpr):
+def load_scales(record, tokens, mask, PLANE: tl.constexpr):
     """Load the factor and the addend of each token, float32 like `tokens`; 0 where masked.
 
     A float plane has factors of 1 and addends of 0, an FP8 plane addends of 0: leave them out there.
     """
-    scales, minima = load_raw_scales(record, tokens, mask, KIND, SCALES_AT, MINIMA_AT)
-    return scale_factors(scales, minima, KIND)
+    scales, minima = load_raw_scales(record, tokens, mask, PLANE)
+    return scale_factors(scales, minima, PLANE.kind)
 
 
 @triton.jit
-def load_raw_scales(record, tokens, mask, KIND: tl.constexpr, SCALES_AT: tl.constexpr, MINIMA_AT: tl.constexpr):
+def load_raw_scales(record, tokens, mask, PLANE: tl.constexpr):
     """Load the scale and the minimum of each token as stored; what a plane has not is 0."""
-    if KIND >= 4:
-        scales = _load((record + SCALES_AT).to(tl.pointer_type(tl.float16)) + tokens, mask)
-        minima = _load((record + MINIMA_AT).to(tl.pointer_type(tl.float16)) + tokens, mask)
-    elif KIND == 3:
-        scales = _load((record + SCALES_AT).to(tl.pointer_type(tl.uint16)) + tokens, mask)
+    if PLANE.kind >= 4:
+        scales = _load((record + PLANE.scales_at).to(tl.pointer_type(tl.float16)) + tokens, mask)
+        minima = _load((record + PLANE.minima_at).to(tl.pointer_type(tl.float16)) + tokens, mask)
+    elif PLANE.kind == 3:
+        scales = _load((record + PLANE.scales_at).to(tl.pointer_type(tl.uint16)) + tokens, mask)
         minima = tl.zeros_like(scales)
     else:
         scales = tl.zeros(tokens.shape, tl.float16)
@@ -322,11 +321,7 @@ def store_plane(
     low,
     high,
     mask,
-    KIND: tl.constexpr,
-    CODES_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    MINIMA_AT: tl.constexpr,
-    TOKEN_BYTES: tl.constexpr,
+    PLANE: tl.constexpr,
     DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
 ):
@@ -336,54 +331,55 @@ def store_plane(
     dimensions 0..DIM/2-1 and DIM/2..DIM-1, already rotated where the plane is; mask: bool [rows].
     """
     half: tl.constexpr = DIM // 2
+    kind: tl.constexpr = PLANE.kind
     columns = tl.arange(0, HALF_PAD)[None, :]
     inside = columns < half
     written = mask[:, None] & inside
-    if KIND <= 2:
-        size: tl.constexpr = 4 if KIND == 0 else 2
-        at = tokens[:, None] * (TOKEN_BYTES // size) + columns
-        if KIND == 0:
-            units = (record + CODES_AT).to(tl.pointer_type(tl.float32)) + at
+    if kind <= 2:
+        size: tl.constexpr = 4 if kind == 0 else 2
+        at = tokens[:, None] * (PLANE.token_bytes // size) + columns
+        if kind == 0:
+            units = (record + PLANE.codes_at).to(tl.pointer_type(tl.float32)) + at
             # Saturated like the others: an infinity would poison the whole context.
             tl.store(units, _within(low, 3.4028234663852886e38), mask=written)
             tl.store(units + half, _within(high, 3.4028234663852886e38), mask=written)
-        elif KIND == 1:
-            units = (record + CODES_AT).to(tl.pointer_type(tl.float16)) + at
+        elif kind == 1:
+            units = (record + PLANE.codes_at).to(tl.pointer_type(tl.float16)) + at
             tl.store(units, _within(low, _HALF_MAX).to(tl.float16), mask=written)
             tl.store(units + half, _within(high, _HALF_MAX).to(tl.float16), mask=written)
         else:
-            units = (record + CODES_AT).to(tl.pointer_type(tl.uint16)) + at
+            units = (record + PLANE.codes_at).to(tl.pointer_type(tl.uint16)) + at
             tl.store(units, bfloat16_bits(_within(low, _BFLOAT16_MAX)), mask=written)
             tl.store(units + half, bfloat16_bits(_within(high, _BFLOAT16_MAX)), mask=written)
-    elif KIND == 3:
+    elif kind == 3:
         largest = tl.maximum(
             tl.max(tl.where(inside, tl.abs(low), 0.0), 1), tl.max(tl.where(inside, tl.abs(high), 0.0), 1)
         )
         scale_bits = bfloat16_bits(tl.math.div_rn(largest, tl.full(largest.shape, _FP8_MAX, tl.float32)))
-        tl.store((record + SCALES_AT).to(tl.pointer_type(tl.uint16)) + tokens, scale_bits, mask=mask)
+        tl.store((record + PLANE.scales_at).to(tl.pointer_type(tl.uint16)) + tokens, scale_bits, mask=mask)
         scale = (scale_bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
         scale = tl.where(scale == 0.0, 1.0, scale)[:, None] + tl.zeros_like(low)
-        bytes_ = record + CODES_AT + tokens[:, None] * TOKEN_BYTES + columns
+        bytes_ = record + PLANE.codes_at + tokens[:, None] * PLANE.token_bytes + columns
         tl.store(bytes_, fp8_bits(_within(tl.math.div_rn(low, scale), _FP8_MAX)), mask=written)
         tl.store(bytes_ + half, fp8_bits(_within(tl.math.div_rn(high, scale), _FP8_MAX)), mask=written)
     else:
-        steps: tl.constexpr = 255.0 if KIND == 4 else 15.0
+        steps: tl.constexpr = 255.0 if kind == 4 else 15.0
         huge: tl.constexpr = float("inf")
         smallest = tl.minimum(tl.min(tl.where(inside, low, huge), 1), tl.min(tl.where(inside, high, huge), 1))
         largest = tl.maximum(tl.max(tl.where(inside, low, -huge), 1), tl.max(tl.where(inside, high, -huge), 1))
         minimum = _within(smallest, _HALF_MAX).to(tl.float16)
         step = tl.math.div_rn(largest - minimum.to(tl.float32), tl.full(largest.shape, steps, tl.float32))
         scale = _within(step, _HALF_MAX).to(tl.float16)
-        tl.store((record + SCALES_AT).to(tl.pointer_type(tl.float16)) + tokens, scale, mask=mask)
-        tl.store((record + MINIMA_AT).to(tl.pointer_type(tl.float16)) + tokens, minimum, mask=mask)
+        tl.store((record + PLANE.scales_at).to(tl.pointer_type(tl.float16)) + tokens, scale, mask=mask)
+        tl.store((record + PLANE.minima_at).to(tl.pointer_type(tl.float16)) + tokens, minimum, mask=mask)
         # Codes come from the rounded scale and minimum, which are what decoding sees. A constant row has scale 0.
         divisor = scale.to(tl.float32)
         divisor = tl.where(divisor == 0.0, 1.0, divisor)[:, None] + tl.zeros_like(low)
         floor = minimum.to(tl.float32)[:, None]
         low_codes = integer_codes(low, floor, divisor, steps)
         high_codes = integer_codes(high, floor, divisor, steps)
-        bytes_ = record + CODES_AT + tokens[:, None] * TOKEN_BYTES + columns
-        if KIND == 5:
+        bytes_ = record + PLANE.codes_at + tokens[:, None] * PLANE.token_bytes + columns
+        if kind == 5:
             tl.store(bytes_, (low_codes | (high_codes << 4)).to(tl.uint8), mask=written)
         else:
             tl.store(bytes_, low_codes.to(tl.uint8), mask=written)

@@ -43,11 +43,7 @@ def block_scores_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     K_DOT: tl.constexpr,
-    K_KIND: tl.constexpr,
-    K_CODES: tl.constexpr,
-    K_SCALES: tl.constexpr,
-    K_MINIMA: tl.constexpr,
-    K_BYTES: tl.constexpr,
+    KEY: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -69,14 +65,14 @@ def block_scores_kernel(
         for piece in range(0, BLOCK_SIZE // BLOCK_N):
             tokens = piece * BLOCK_N + keys
             j = block * BLOCK_SIZE + tokens
-            low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, K_KIND, K_CODES, K_BYTES, DIM, K_DOT)
-            high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, K_KIND, K_CODES, K_BYTES, DIM, K_DOT)
+            low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, KEY, DIM, K_DOT)
+            high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, KEY, DIM, K_DOT)
             scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
             scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee")
-            if K_KIND >= 3:
-                factor, addend = load_scales(record, tokens, tokens >= 0, K_KIND, K_SCALES, K_MINIMA)
+            if KEY.kind >= 3:
+                factor, addend = load_scales(record, tokens, tokens >= 0, KEY)
                 scores = scores * factor[None, :]
-                if K_KIND >= 4:
+                if KEY.kind >= 4:
                     scores = scores + q_sum[:, None] * addend[None, :]
             visible = (j >= sink_size)[None, :] & (j[None, :] <= last_seen)
             scores = tl.where(visible, scores * scale, float("-inf"))
@@ -99,7 +95,6 @@ def block_scores(cache: LayerCache, q: Tensor, *, first: int, step: int, num_blo
     k_dot, v_dot = (dot_dtype(plane, interpreted=interpreted) for plane in (layout.key, layout.value))
     block_m, block_n, num_warps, num_stages = fused_tiles(dim, rows, layout, k_dot, v_dot)
     out = torch.empty(cache.num_retrieval, rows, num_blocks, dtype=torch.float32, device=q.device)
-    key = plane_constants(layout, "key")
     grid = (triton.cdiv(rows, block_m), cache.num_retrieval, triton.cdiv(num_blocks, SPAN_BLOCKS))
     block_scores_kernel[grid](
         fold_queries(cache, q, k_dot),
@@ -123,11 +118,7 @@ def block_scores(cache: LayerCache, q: Tensor, *, first: int, step: int, num_blo
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         K_DOT=triton_dtype(k_dot),
-        K_KIND=key.kind,
-        K_CODES=key.codes_at,
-        K_SCALES=key.scales_at,
-        K_MINIMA=key.minima_at,
-        K_BYTES=key.token_bytes,
+        KEY=plane_constants(layout, "key"),
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -160,16 +151,8 @@ def chosen_blocks_attention_kernel(
     BLOCK_N: tl.constexpr,
     K_DOT: tl.constexpr,
     V_DOT: tl.constexpr,
-    K_KIND: tl.constexpr,
-    K_CODES: tl.constexpr,
-    K_SCALES: tl.constexpr,
-    K_MINIMA: tl.constexpr,
-    K_BYTES: tl.constexpr,
-    V_KIND: tl.constexpr,
-    V_CODES: tl.constexpr,
-    V_SCALES: tl.constexpr,
-    V_MINIMA: tl.constexpr,
-    V_BYTES: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     V_NUMBER: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
@@ -197,14 +180,14 @@ def chosen_blocks_attention_kernel(
         tokens = at % pieces * BLOCK_N + keys
         j = block * BLOCK_SIZE + tokens
         record = records + tl.load(table + head * table_stride + block) * record_stride
-        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, K_KIND, K_CODES, K_BYTES, DIM, K_DOT)
-        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, K_KIND, K_CODES, K_BYTES, DIM, K_DOT)
+        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, KEY, DIM, K_DOT)
+        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, KEY, DIM, K_DOT)
         scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
         scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee")
-        if K_KIND >= 3:
-            factor, addend = load_scales(record, tokens, tokens >= 0, K_KIND, K_SCALES, K_MINIMA)
+        if KEY.kind >= 3:
+            factor, addend = load_scales(record, tokens, tokens >= 0, KEY)
             scores = scores * factor[None, :]
-            if K_KIND >= 4:
+            if KEY.kind >= 4:
                 scores = scores + q_sum[:, None] * addend[None, :]
         visible = (j >= sink_size)[None, :] & (j[None, :] <= last_seen)
         scores = tl.where(visible, scores * scale, float("-inf"))
@@ -215,14 +198,20 @@ def chosen_blocks_attention_kernel(
         total = total * shrink + tl.sum(weights, 1)
         top = new_top
         weights = weights.to(V_DOT)
-        factor, addend = load_scales(record, tokens, tokens >= 0, V_KIND, V_SCALES, V_MINIMA)
-        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, V_KIND, V_CODES, V_BYTES, DIM, V_NUMBER)
+        factor, addend = load_scales(record, tokens, tokens >= 0, VALUE)
+        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, VALUE, DIM, V_NUMBER)
         acc_low = tl.dot(
-            weights, dequantize(low, factor, addend, V_KIND, V_DOT), acc_low * shrink[:, None], input_precision="ieee"
+            weights,
+            dequantize(low, factor, addend, VALUE.kind, V_DOT),
+            acc_low * shrink[:, None],
+            input_precision="ieee",
         )
-        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, V_KIND, V_CODES, V_BYTES, DIM, V_NUMBER)
+        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, VALUE, DIM, V_NUMBER)
         acc_high = tl.dot(
-            weights, dequantize(high, factor, addend, V_KIND, V_DOT), acc_high * shrink[:, None], input_precision="ieee"
+            weights,
+            dequantize(high, factor, addend, VALUE.kind, V_DOT),
+            acc_high * shrink[:, None],
+            input_precision="ieee",
         )
 
     divisor = tl.where(total > 0.0, total, 1.0)
@@ -252,7 +241,6 @@ def chosen_blocks_attention(cache: LayerCache, q: Tensor, chosen: Chosen) -> tup
     counts = chosen.blocks.sum(-1, dtype=torch.int32)
     out = torch.empty(cache.num_retrieval, rows, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(cache.num_retrieval, rows, dtype=torch.float32, device=q.device)
-    key, value = plane_constants(layout, "key"), plane_constants(layout, "value")
     chosen_blocks_attention_kernel[(rows // block_m, cache.num_retrieval)](
         fold_queries(cache, q, k_dot),
         cache.records,
@@ -278,16 +266,8 @@ def chosen_blocks_attention(cache: LayerCache, q: Tensor, chosen: Chosen) -> tup
         BLOCK_N=block_n,
         K_DOT=triton_dtype(k_dot),
         V_DOT=triton_dtype(v_dot),
-        K_KIND=key.kind,
-        K_CODES=key.codes_at,
-        K_SCALES=key.scales_at,
-        K_MINIMA=key.minima_at,
-        K_BYTES=key.token_bytes,
-        V_KIND=value.kind,
-        V_CODES=value.codes_at,
-        V_SCALES=value.scales_at,
-        V_MINIMA=value.minima_at,
-        V_BYTES=value.token_bytes,
+        KEY=plane_constants(layout, "key"),
+        VALUE=plane_constants(layout, "value"),
         V_NUMBER=number_dtype(layout.value),
         num_warps=num_warps,
         num_stages=num_stages,

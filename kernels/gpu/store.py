@@ -62,18 +62,8 @@ def close_blocks_kernel(
     TOKENS: tl.constexpr,
     DOT: tl.constexpr,
     FACTOR: tl.constexpr,
-    K_KIND: tl.constexpr,
-    K_CODES: tl.constexpr,
-    K_SCALES: tl.constexpr,
-    K_MINIMA: tl.constexpr,
-    K_BYTES: tl.constexpr,
-    K_ROTATE: tl.constexpr,
-    V_KIND: tl.constexpr,
-    V_CODES: tl.constexpr,
-    V_SCALES: tl.constexpr,
-    V_MINIMA: tl.constexpr,
-    V_BYTES: tl.constexpr,
-    V_ROTATE: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
 ):
     row = tl.program_id(1)
     part = tl.program_id(0)
@@ -91,17 +81,17 @@ def close_blocks_kernel(
 
     low = load_half(ring_k, k, slots, source * k_stride, old, 0, slot_at, head * DIM, DIM, HALF_PAD)
     high = load_half(ring_k, k, slots, source * k_stride, old, DIM // 2, slot_at, head * DIM, DIM, HALF_PAD)
-    if K_ROTATE:
+    if KEY.rotate:
         low, high = rotate_halves(low, high, DIM, HALF_PAD, FACTOR, DOT)
     low, high = low.to(tl.float32), high.to(tl.float32)
-    store_plane(record, tokens, low, high, every, K_KIND, K_CODES, K_SCALES, K_MINIMA, K_BYTES, DIM, HALF_PAD)
+    store_plane(record, tokens, low, high, every, KEY, DIM, HALF_PAD)
 
     low = load_half(ring_v, v, slots, source * v_stride, old, 0, slot_at, head * DIM, DIM, HALF_PAD)
     high = load_half(ring_v, v, slots, source * v_stride, old, DIM // 2, slot_at, head * DIM, DIM, HALF_PAD)
-    if V_ROTATE:
+    if VALUE.rotate:
         low, high = rotate_halves(low, high, DIM, HALF_PAD, FACTOR, DOT)
     low, high = low.to(tl.float32), high.to(tl.float32)
-    store_plane(record, tokens, low, high, every, V_KIND, V_CODES, V_SCALES, V_MINIMA, V_BYTES, DIM, HALF_PAD)
+    store_plane(record, tokens, low, high, every, VALUE, DIM, HALF_PAD)
 
 
 def close_blocks(cache: LayerCache, k: Tensor, v: Tensor, start: int) -> None:
@@ -118,7 +108,6 @@ def close_blocks(cache: LayerCache, k: Tensor, v: Tensor, start: int) -> None:
         return
     assert last <= cache.max_blocks, (last, cache.max_blocks)
     assert size <= cache.recent_size, (size, cache.recent_size)
-    key, value = plane_constants(layout, "key"), plane_constants(layout, "value")
     tokens = min(size, CLOSE_TOKENS if dim <= 128 else CLOSE_TOKENS // 2)
     grid = ((last - first) * (size // tokens), cache.num_retrieval)
     close_blocks_kernel[grid](
@@ -143,18 +132,8 @@ def close_blocks(cache: LayerCache, k: Tensor, v: Tensor, start: int) -> None:
         TOKENS=tokens,
         DOT=triton_dtype(k.dtype),
         FACTOR=hadamard_factor(dim),
-        K_KIND=key.kind,
-        K_CODES=key.codes_at,
-        K_SCALES=key.scales_at,
-        K_MINIMA=key.minima_at,
-        K_BYTES=key.token_bytes,
-        K_ROTATE=key.rotate,
-        V_KIND=value.kind,
-        V_CODES=value.codes_at,
-        V_SCALES=value.scales_at,
-        V_MINIMA=value.minima_at,
-        V_BYTES=value.token_bytes,
-        V_ROTATE=value.rotate,
+        KEY=plane_constants(layout, "key"),
+        VALUE=plane_constants(layout, "value"),
         num_warps=4 if dim <= 128 else 8,
     )
 

@@ -44,11 +44,7 @@ def weigh_blocks_kernel(
     BLOCK_SIZE: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
     TILE: tl.constexpr,  # tokens
-    KIND: tl.constexpr,
-    CODES: tl.constexpr,
-    SCALES: tl.constexpr,
-    MINIMA: tl.constexpr,
-    BYTES: tl.constexpr,
+    KEY: tl.constexpr,
 ):
     row = tl.program_id(1)
     entry = tl.program_id(0)
@@ -71,14 +67,14 @@ def weigh_blocks_kernel(
         for at in range(0, BLOCK_SIZE, TILE):
             tokens = at + tl.arange(0, TILE)
             mask = (columns < half)[None, :] & (tokens >= 0)[:, None]
-            low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, KIND, CODES, BYTES, DIM, dot)
-            high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, KIND, CODES, BYTES, DIM, dot)
+            low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, KEY, DIM, dot)
+            high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, KEY, DIM, dot)
             scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
             scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee")
-            if KIND >= 3:
-                factor, addend = load_scales(record, tokens, tokens >= 0, KIND, SCALES, MINIMA)
+            if KEY.kind >= 3:
+                factor, addend = load_scales(record, tokens, tokens >= 0, KEY)
                 scores = scores * factor[None, :]
-                if KIND >= 4:
+                if KEY.kind >= 4:
                     scores = scores + q_sum[:, None] * addend[None, :]
             # Sinks are read from the ring. The first block has tokens behind them, but a tile of it may not.
             visible = (block * BLOCK_SIZE + tokens >= SINK)[None, :]
@@ -125,10 +121,6 @@ def weigh_candidates(cache: LayerCache, q_blocks: Tensor) -> None:
         BLOCK_SIZE=layout.block_size,
         RECORD_BYTES=layout.record_bytes,
         TILE=min(tile, layout.block_size),
-        KIND=key.kind,
-        CODES=key.codes_at,
-        SCALES=key.scales_at,
-        MINIMA=key.minima_at,
-        BYTES=key.token_bytes,
+        KEY=key,
         num_warps=WARPS,
     )
