@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from duolocal.kernels.blocks import BlockLayout, Plane
+from duolocal.kernels.gpu.block_tile import add_values, load_queries, softmax_step, store_rows, tile_scores
 from duolocal.kernels.gpu.layer_cache import LayerCache
-from duolocal.kernels.gpu.library_attention import dequantize, fold_queries, load_plane, number_dtype, triton_dtype
-from duolocal.kernels.gpu.planes import load_scales, plane_constants
+from duolocal.kernels.gpu.library_attention import fold_queries, number_dtype, triton_dtype
+from duolocal.kernels.gpu.planes import plane_constants
 
 FUSED_ROWS = 64  # rows of a tile; half of them beyond head_dim 128 and for 32-bit planes
 FUSED_KEYS = 64
@@ -59,9 +60,7 @@ def fused_blocks_attention_kernel(
     half: tl.constexpr = DIM // 2
     inside = (row < rows)[:, None] & (columns < half)[None, :]
     q_at = (head * rows + row)[:, None] * DIM + columns[None, :]
-    q_low = tl.load(q + q_at, mask=inside, other=0.0)
-    q_high = tl.load(q + q_at + half, mask=inside, other=0.0)
-    q_sum = tl.sum(q_low.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)  # meets the addend of each key
+    q_low, q_high, q_sum = load_queries(q, q_at, inside, DIM)
     last_seen = (start + row // GROUP - recent_size)[:, None]
     # Whole blocks before the first key that the tile's last query does not see are full.
     seen_end = start + tl.minimum(rows - 1, begin + BLOCK_M - 1) // GROUP - recent_size + 1
@@ -72,54 +71,22 @@ def fused_blocks_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc_low = tl.zeros([BLOCK_M, HALF_PAD], tl.float32)
     acc_high = tl.zeros([BLOCK_M, HALF_PAD], tl.float32)
-    # What is masked counts nothing: the query is 0 there, and those columns of the result are not stored.
     mask = (columns < half)[None, :] & (keys >= 0)[:, None]
     for tile in range(first_tile, end_tile):
         first = tile * BLOCK_N
         j = first + keys
         tokens = first % BLOCK_SIZE + keys
         record = records + tl.load(table + head * table_stride + first // BLOCK_SIZE) * record_stride
-        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, KEY, DIM, K_DOT)
-        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, KEY, DIM, K_DOT)
-        scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
-        scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee")
-        if KEY.kind >= 3:
-            factor, addend = load_scales(record, tokens, tokens >= 0, KEY)
-            scores = scores * factor[None, :]
-            if KEY.kind >= 4:
-                scores = scores + q_sum[:, None] * addend[None, :]
+        scores = tile_scores(q_low, q_high, q_sum, record, tokens, columns, mask, KEY, DIM, K_DOT)
         visible = (j >= sink_size)[None, :] & (j[None, :] <= last_seen)
         scores = tl.where(visible, scores * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - reference[:, None])
-        shrink = tl.exp2(top - reference)
-        total = total * shrink + tl.sum(weights, 1)
-        top = new_top
-        weights = weights.to(V_DOT)
-        factor, addend = load_scales(record, tokens, tokens >= 0, VALUE)
-        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, VALUE, DIM, V_NUMBER)
-        acc_low = tl.dot(
-            weights,
-            dequantize(low, factor, addend, VALUE.kind, V_DOT),
-            acc_low * shrink[:, None],
-            input_precision="ieee",
-        )
-        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, VALUE, DIM, V_NUMBER)
-        acc_high = tl.dot(
-            weights,
-            dequantize(high, factor, addend, VALUE.kind, V_DOT),
-            acc_high * shrink[:, None],
-            input_precision="ieee",
+        top, total, weights, shrink = softmax_step(scores, top, total)
+        acc_low, acc_high = add_values(
+            weights, shrink, acc_low, acc_high, record, tokens, columns, mask, VALUE, DIM, V_DOT, V_NUMBER
         )
 
-    seen = total > 0.0
-    divisor = tl.where(seen, total, 1.0)
     row_at = (split * tl.num_programs(1) + head) * rows + row
-    out_at = row_at[:, None] * DIM + columns[None, :]
-    tl.store(out + out_at, acc_low / divisor[:, None], mask=inside)
-    tl.store(out + out_at + half, acc_high / divisor[:, None], mask=inside)
-    tl.store(lse + row_at, (top + tl.log2(divisor)) * 0.6931471805599453, mask=row < rows)
+    store_rows(out, lse, row_at, columns, inside, row < rows, top, total, acc_low, acc_high, DIM)
 
 
 def fused_blocks_attention(cache: LayerCache, q: Tensor, start: int) -> tuple[Tensor, Tensor]:

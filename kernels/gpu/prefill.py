@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from duolocal.kernels.gpu.block_tile import natural_lse, softmax_step
 from duolocal.kernels.gpu.fused_attention import LOG2_E, fused_blocks_attention
 from duolocal.kernels.gpu.layer_cache import LayerCache
 from duolocal.kernels.gpu.library_attention import (
@@ -41,23 +42,15 @@ def attend(q, k, v, visible, top, total, acc, scale):
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # A row that has seen nothing yet has no reference: -inf - (-inf) is NaN.
-    reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - reference[:, None])
-    shrink = tl.exp2(top - reference)
-    total = total * shrink + tl.sum(weights, 1)
+    top, total, weights, shrink = softmax_step(scores, top, total)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return new_top, total, acc
+    return top, total, acc
 
 
 @triton.jit
 def finish(top, total, acc):
     """Return the softmax's output and its natural log-sum-exp; 0 and -inf for a row that saw nothing."""
-    seen = total > 0.0
-    out = acc / tl.where(seen, total, 1.0)[:, None]
-    lse = (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453
-    return out, lse
+    return acc / tl.where(total > 0.0, total, 1.0)[:, None], natural_lse(top, total)
 
 
 @triton.jit(do_not_specialize=["q_len", "start", "sink_size"])

@@ -10,10 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from duolocal.kernels.gpu.block_tile import (
+    add_values,
+    load_queries,
+    natural_lse,
+    softmax_step,
+    store_rows,
+    tile_scores,
+)
 from duolocal.kernels.gpu.fused_attention import LOG2_E, dot_dtype, fused_tiles
 from duolocal.kernels.gpu.layer_cache import LayerCache
-from duolocal.kernels.gpu.library_attention import dequantize, fold_queries, load_plane, number_dtype, triton_dtype
-from duolocal.kernels.gpu.planes import load_scales, plane_constants
+from duolocal.kernels.gpu.library_attention import fold_queries, number_dtype, triton_dtype
+from duolocal.kernels.gpu.planes import plane_constants
 from duolocal.kernels.gpu.prefill import blocks_attention
 from duolocal.kernels.sparse import Chosen, SparsePrefill, choose
 
@@ -52,9 +60,7 @@ def block_scores_kernel(
     half: tl.constexpr = DIM // 2
     inside = (row < rows)[:, None] & (columns < half)[None, :]
     q_at = (head * rows + row)[:, None] * DIM + columns[None, :]
-    q_low = tl.load(q + q_at, mask=inside, other=0.0)
-    q_high = tl.load(q + q_at + half, mask=inside, other=0.0)
-    q_sum = tl.sum(q_low.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)  # meets the addend of each key
+    q_low, q_high, q_sum = load_queries(q, q_at, inside, DIM)
     last_seen = (first + row // GROUP * STEP - recent_size)[:, None]
     mask = (columns < half)[None, :] & (keys >= 0)[:, None]
     begin = tl.program_id(2) * SPAN
@@ -65,23 +71,11 @@ def block_scores_kernel(
         for piece in range(0, BLOCK_SIZE // BLOCK_N):
             tokens = piece * BLOCK_N + keys
             j = block * BLOCK_SIZE + tokens
-            low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, KEY, DIM, K_DOT)
-            high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, KEY, DIM, K_DOT)
-            scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
-            scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee")
-            if KEY.kind >= 3:
-                factor, addend = load_scales(record, tokens, tokens >= 0, KEY)
-                scores = scores * factor[None, :]
-                if KEY.kind >= 4:
-                    scores = scores + q_sum[:, None] * addend[None, :]
+            scores = tile_scores(q_low, q_high, q_sum, record, tokens, columns, mask, KEY, DIM, K_DOT)
             visible = (j >= sink_size)[None, :] & (j[None, :] <= last_seen)
             scores = tl.where(visible, scores * scale, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-            total = total * tl.exp2(top - reference) + tl.sum(tl.exp2(scores - reference[:, None]), 1)
-            top = new_top
-        lse = (top + tl.log2(tl.where(total > 0.0, total, 1.0))) * 0.6931471805599453
-        tl.store(out + (head * rows + row) * num_blocks + block, lse, mask=row < rows)
+            top, total, _, _ = softmax_step(scores, top, total)
+        tl.store(out + (head * rows + row) * num_blocks + block, natural_lse(top, total), mask=row < rows)
 
 
 def block_scores(cache: LayerCache, q: Tensor, *, first: int, step: int, num_blocks: int) -> Tensor:
@@ -163,9 +157,7 @@ def chosen_blocks_attention_kernel(
     half: tl.constexpr = DIM // 2
     inside = (row < rows)[:, None] & (columns < half)[None, :]
     q_at = (head * rows + row)[:, None] * DIM + columns[None, :]
-    q_low = tl.load(q + q_at, mask=inside, other=0.0)
-    q_high = tl.load(q + q_at + half, mask=inside, other=0.0)
-    q_sum = tl.sum(q_low.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)  # meets the addend of each key
+    q_low, q_high, q_sum = load_queries(q, q_at, inside, DIM)
     last_seen = (first + row // GROUP - recent_size)[:, None]
     choice = head * (rows // (TILE * GROUP)) + begin // (TILE * GROUP)
     pieces: tl.constexpr = BLOCK_SIZE // BLOCK_N
@@ -180,46 +172,16 @@ def chosen_blocks_attention_kernel(
         tokens = at % pieces * BLOCK_N + keys
         j = block * BLOCK_SIZE + tokens
         record = records + tl.load(table + head * table_stride + block) * record_stride
-        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, KEY, DIM, K_DOT)
-        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, KEY, DIM, K_DOT)
-        scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
-        scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee")
-        if KEY.kind >= 3:
-            factor, addend = load_scales(record, tokens, tokens >= 0, KEY)
-            scores = scores * factor[None, :]
-            if KEY.kind >= 4:
-                scores = scores + q_sum[:, None] * addend[None, :]
+        scores = tile_scores(q_low, q_high, q_sum, record, tokens, columns, mask, KEY, DIM, K_DOT)
         visible = (j >= sink_size)[None, :] & (j[None, :] <= last_seen)
         scores = tl.where(visible, scores * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - reference[:, None])
-        shrink = tl.exp2(top - reference)
-        total = total * shrink + tl.sum(weights, 1)
-        top = new_top
-        weights = weights.to(V_DOT)
-        factor, addend = load_scales(record, tokens, tokens >= 0, VALUE)
-        low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, VALUE, DIM, V_NUMBER)
-        acc_low = tl.dot(
-            weights,
-            dequantize(low, factor, addend, VALUE.kind, V_DOT),
-            acc_low * shrink[:, None],
-            input_precision="ieee",
-        )
-        high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, VALUE, DIM, V_NUMBER)
-        acc_high = tl.dot(
-            weights,
-            dequantize(high, factor, addend, VALUE.kind, V_DOT),
-            acc_high * shrink[:, None],
-            input_precision="ieee",
+        top, total, weights, shrink = softmax_step(scores, top, total)
+        acc_low, acc_high = add_values(
+            weights, shrink, acc_low, acc_high, record, tokens, columns, mask, VALUE, DIM, V_DOT, V_NUMBER
         )
 
-    divisor = tl.where(total > 0.0, total, 1.0)
     row_at = head * rows + row
-    out_at = row_at[:, None] * DIM + columns[None, :]
-    tl.store(out + out_at, acc_low / divisor[:, None], mask=inside)
-    tl.store(out + out_at + half, acc_high / divisor[:, None], mask=inside)
-    tl.store(lse + row_at, (top + tl.log2(divisor)) * 0.6931471805599453, mask=row < rows)
+    store_rows(out, lse, row_at, columns, inside, row < rows, top, total, acc_low, acc_high, DIM)
 
 
 def chosen_blocks_attention(cache: LayerCache, q: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from duolocal.kernels.gpu.block_tile import load_queries, softmax_step, tile_scores
 from duolocal.kernels.gpu.digest import now_and_blocks
 from duolocal.kernels.gpu.fused_attention import LOG2_E
 from duolocal.kernels.gpu.layer_cache import LayerCache
-from duolocal.kernels.gpu.library_attention import load_plane
-from duolocal.kernels.gpu.planes import F32, load_scales, plane_constants
+from duolocal.kernels.gpu.planes import F32, plane_constants
 
 # To be swept on a GPU.
 TILE_TOKENS = 64  # of a block, looked at together; fewer in float32, which has no tensor core
@@ -58,31 +58,18 @@ def weigh_blocks_kernel(
         members = tl.arange(0, GROUP_PAD)
         columns = tl.arange(0, HALF_PAD)
         inside = (members < GROUP)[:, None] & (columns < half)[None, :]
-        q_at = q + (tl.load(retrieval_heads + row) * GROUP + members)[:, None] * DIM + columns[None, :]
-        q_low = tl.load(q_at, mask=inside, other=0.0)
-        q_high = tl.load(q_at + half, mask=inside, other=0.0)
-        q_sum = tl.sum(q_low.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)  # meets the addend of each key
+        q_at = (tl.load(retrieval_heads + row) * GROUP + members)[:, None] * DIM + columns[None, :]
+        q_low, q_high, q_sum = load_queries(q, q_at, inside, DIM)
         top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
         for at in range(0, BLOCK_SIZE, TILE):
             tokens = at + tl.arange(0, TILE)
             mask = (columns < half)[None, :] & (tokens >= 0)[:, None]
-            low = load_plane(record, tokens[:, None], columns[None, :], mask, 0, KEY, DIM, dot)
-            high = load_plane(record, tokens[:, None], columns[None, :], mask, 1, KEY, DIM, dot)
-            scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
-            scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee")
-            if KEY.kind >= 3:
-                factor, addend = load_scales(record, tokens, tokens >= 0, KEY)
-                scores = scores * factor[None, :]
-                if KEY.kind >= 4:
-                    scores = scores + q_sum[:, None] * addend[None, :]
+            scores = tile_scores(q_low, q_high, q_sum, record, tokens, columns, mask, KEY, DIM, dot)
             # Sinks are read from the ring. The first block has tokens behind them, but a tile of it may not.
             visible = (block * BLOCK_SIZE + tokens >= SINK)[None, :]
             scores = tl.where(visible, scores * scale, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-            total = total * tl.exp2(top - reference) + tl.sum(tl.exp2(scores - reference[:, None]), 1)
-            top = new_top
+            top, total, _, _ = softmax_step(scores, top, total)
         out = weights + (row * GROUP + members) * NUM_CANDIDATES + entry
         tl.store(out, top + tl.log2(total), mask=members < GROUP)
 
