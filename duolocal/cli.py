@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not complete (an answer, or some 
 
 import argparse
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -13,14 +14,16 @@ from typing import Any, NoReturn
 
 from duolocal import __version__
 from duolocal.commands import bench, chat, docs, eval, heads, models, plan, quantize, sessions, summarize
-from duolocal.commands.parsing import Command, Group, Parser, parser_of
+from duolocal.commands.parsing import Command, Parser, parser_of
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.processes import INTERRUPTED
+from duolocal.startup import without_collection
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import progress_console, starting_notice
 
 _MODULES = (chat, models, bench, heads, sessions, eval, docs, plan, quantize, summarize)  # in the order of --help
-COMMANDS = {one.name: one for module in _MODULES for one in vars(module).values() if isinstance(one, Command)}
-GROUPS = {one.name: one for module in _MODULES for one in vars(module).values() if isinstance(one, Group)}
+COMMANDS = {command.name: command for module in _MODULES for command in module.COMMANDS}
+GROUPS = {group.name: group for module in (models, bench, heads, sessions, eval, docs) for group in module.GROUPS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         found = read(list(sys.argv[1:] if argv is None else argv))
-        code = 0 if found is None else found[0].run(**found[1])
+        code = 0 if found is None else run(*found)
         sys.stdout.flush()
         return code
     except DuoLocalError as error:
@@ -49,8 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + 13
 
 
-def read(argv: Sequence[str]) -> tuple[Command, dict[str, Any]] | None:
-    """Read a command line: the command and its parameters; None where help was asked for, which is printed.
+def run(command: Command, values: Sequence[Any]) -> int:
+    """Run a command with its options; return the exit code. Raises DuoLocalError."""
+    command.refuse(*values)
+    module, _, name = command.run.partition(":")
+    with starting_notice(progress_console()), without_collection():  # importing torch takes seconds on a cold disk
+        function = getattr(importlib.import_module(f"duolocal.terminal.{module}"), name)
+    code: int = function(*values)
+    return code
+
+
+def read(argv: Sequence[str]) -> tuple[Command, tuple[Any, ...]] | None:
+    """Read a command line: the command and its options; None where help was asked for, which is printed.
 
     Raises SettingsError.
     """
@@ -79,11 +92,12 @@ def read(argv: Sequence[str]) -> tuple[Command, dict[str, Any]] | None:
             raise SettingsError(f"unknown command {f'{first} {rest[0]}'!r}: {_hint(rest[0], below)}")
         elif first not in COMMANDS:
             raise SettingsError(f"the following arguments are required: {group.metavar}")
-    parser, parameters = parser_of(COMMANDS[first])
+    command = COMMANDS[first]
+    parser = parser_of(command)
     words, unknown = parser.parse_known_args(rest)
     if unknown:
         _refuse(unknown[0], parser)
-    return COMMANDS[first], {parameter.name: parameter.value(words) for parameter in parameters}
+    return command, tuple(part.value(words) for part in command.parts)
 
 
 def _hint(word: str, names: Sequence[str]) -> str:

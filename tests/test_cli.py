@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 from duolocal import __version__, cli, settings
-from duolocal.commands.chat import history_file
 from duolocal.documents import Document
 from duolocal.models.registry import DEFAULT_MODEL
 from duolocal.settings import CHAT_SAMPLING, LoadSettings, Sampling
 from duolocal.terminal import bench_view, fetching
+from duolocal.terminal.chat_start import history_file
 from duolocal.terminal.once import answer_once
 from tests.terminal_fakes import FACTS, FakeSession, Reason
 
@@ -173,22 +173,22 @@ def test_models_lists_every_name(
     assert max(map(len, text.splitlines())) <= int(columns)
 
 
-def asked(*words: str) -> dict[str, Any]:
-    """Return the parameters that a command line comes to."""
+def asked(*words: str) -> tuple[Any, ...]:
+    """Return the options that a command line comes to."""
     found = cli.read(words)
     assert found is not None
     return found[1]
 
 
 def test_doc_takes_several_and_repeats() -> None:
-    values = asked("chat", "--doc", "a", "b", "--kv", "16", "--doc", "c", "--stop", "x", "--stop", "y")
-    assert (values["options"].doc, values["sampling"].stop) == (("a", "b", "c"), ("x", "y"))
+    options, _, sampling = asked("chat", "--doc", "a", "b", "--kv", "16", "--doc", "c", "--stop", "x", "--stop", "y")
+    assert (options.doc, sampling.stop) == (("a", "b", "c"), ("x", "y"))
 
 
 def test_sampling_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    values = asked("chat", "--temperature", "0", "--max-tokens", "2K", "--seed", "7", "--stop", "a b")
-    assert values["sampling"] == replace(CHAT_SAMPLING, temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
+    *_, sampling = asked("chat", "--temperature", "0", "--max-tokens", "2K", "--seed", "7", "--stop", "a b")
+    assert sampling == replace(CHAT_SAMPLING, temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
     assert cli.main(["chat", "--prompt", "a", "--top-p", "high"]) == 2
     assert capsys.readouterr().err == "duolocal: --top-p is 'high': give a number between 0 and 1; 1 switches it off\n"
 

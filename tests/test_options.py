@@ -1,5 +1,7 @@
 """Options are declared once: what is derived from the declarations agrees with them, for every command."""
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -61,24 +63,24 @@ def load_settings(words: list[str]) -> LoadSettings:
     """Read the settings of a chat."""
     found = cli.read(["chat", *words])
     assert found is not None
-    settings = found[1]["settings"]
+    settings = found[1][1]
     assert isinstance(settings, LoadSettings)
     return settings
 
 
-def parameters() -> list[Any]:
+def commands() -> list[Any]:
     return [pytest.param(command, id=name) for name, command in cli.COMMANDS.items()]
 
 
-@pytest.mark.parametrize("command", parameters())
+@pytest.mark.parametrize("command", commands())
 @pytest.mark.parametrize("columns", ["50", "200"])
 def test_help_names_every_option_with_its_help(command: Any, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    parser, parameters = parser_of(command)
+    parser = parser_of(command)
     shown = parser.format_help()
     joined = " ".join(shown.split())
-    for parameter in parameters:
-        for item in parameter.items:
+    for part in command.parts:
+        for item in part.items:
             declared = declared_in(item)
             assert declared.metavar or declared.positional or declared.kind.is_flag
             names = (declared.metavar or item.name,) if declared.positional else (flag(item.name), *declared.also)
@@ -89,10 +91,18 @@ def test_help_names_every_option_with_its_help(command: Any, columns: str, monke
     assert max(len(line) for line in shown.splitlines() if line not in to_copy) <= int(columns)
 
 
-@pytest.mark.parametrize("command", parameters())
+@pytest.mark.parametrize("command", commands())
 def test_an_option_stands_once(command: Any) -> None:
-    names = [item.name for parameter in parser_of(command)[1] for item in parameter.items]
+    names = [item.name for part in command.parts for item in part.items]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_what_a_command_runs_takes_what_it_reads(command: Any) -> None:
+    module, _, name = command.run.partition(":")
+    run = getattr(importlib.import_module(f"duolocal.terminal.{module}"), name)
+    taken = [parameter.annotation for parameter in inspect.signature(run).parameters.values()]
+    assert taken == [part.owner for part in command.parts]
 
 
 @given(given=st.fixed_dictionaries({}, optional=VALUES))
@@ -195,7 +205,7 @@ def test_settings_made_in_python_are_checked_too(field: str, value: Any, message
 def test_what_is_typed_passes_through_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = cli.read(["chat", "--prompt", text, "--doc", text, "--stop", text])
     assert found is not None
-    options, sampling = found[1]["options"], found[1]["sampling"]
+    options, _, sampling = found[1]
     assert (options.prompt, options.doc, sampling.stop) == (text, (text,), (text,))
     assert cli.main(["chat", f"--context={text}"]) == 2
     assert capsys.readouterr().err.startswith(f"duolocal: --context is {text!r}: give a number of tokens")
@@ -204,7 +214,7 @@ def test_what_is_typed_passes_through_literally(text: str, capsys: pytest.Captur
 def test_the_last_of_two_counts_and_an_equals_sign_takes_any_value() -> None:
     assert load_settings(["--kv", "16", "--kv=int4"]).kv == "int4"
     found = cli.read(["chat", "--prompt=-x"])
-    assert found is not None and found[1]["options"].prompt == "-x"
+    assert found is not None and found[1][0].prompt == "-x"
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ import pytest
 from rich.console import Console
 
 from duolocal import cli
-from duolocal.commands.sessions import KEEP, keep_bytes, settings_of_session
+from duolocal.commands.chat import Chat as ChatOptions
+from duolocal.commands.sessions import KEEP, keep_bytes
 from duolocal.documents import Document
 from duolocal.errors import SettingsError
 from duolocal.sessions.context import Origin
 from duolocal.sessions.keeper import ContextKeeper
 from duolocal.settings import LoadSettings, Sampling
 from duolocal.terminal.chat import Chat
+from duolocal.terminal.chat_start import settings_of_session
 from duolocal.terminal.chat_state import ChatState
 from duolocal.terminal.docs_chat import add_documents
 from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
@@ -140,11 +142,11 @@ def test_what_was_not_asked_is_taken_from_the_session(tmp_path: Path) -> None:
     assert chat.state.keeper is not None
     begin_or_open(chat.state.keeper, chat.state.session, "book", system=None)
     chat.state.keeper.close()
-    where = ("book", str(tmp_path / "sessions"))
-    settings, line = settings_of_session(*where, LoadSettings(model="tiny"))
+    options = ChatOptions(session="book", sessions_folder=str(tmp_path / "sessions"))
+    settings, line = settings_of_session(options, LoadSettings(model="tiny"))
     assert (settings.kv, line) == ("int8", "as session book was saved: --kv int8")
     asked = LoadSettings(model="tiny", kv="int4")
-    assert settings_of_session(*where, asked) == (asked, None)
+    assert settings_of_session(options, asked) == (asked, None)
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("off", 0), ("0", 0), ("2GiB", 2 << 30), (None, 8 << 30)])

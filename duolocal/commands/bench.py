@@ -1,17 +1,17 @@
-"""`duolocal bench`: measure on this machine."""
+"""The options of `duolocal bench`."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from duolocal.commands.models import CacheSettings, ContextSettings
-from duolocal.commands.parsing import Group, command
+from duolocal.commands.models import CACHE, CONTEXT
+from duolocal.commands.parsing import Command, Group
 from duolocal.errors import SettingsError
 from duolocal.options import ANY, TOKENS, Kind, flagged, listed, number, option, path, repeated
 from duolocal.settings import LoadSettings
 from duolocal.sizes import parse_tokens
-from duolocal.terminal.consoles import new_console, progress_console
 
 _PEERS = """\
 One process per runner, all on the same .gguf, text and threads, taking turns; llama.cpp in every combination of
@@ -55,27 +55,22 @@ def _read_folder(text: str, name: str) -> Path:
 _contexts = partial(option, _SIZES, "lengths", also=("--context",))
 _repeats = partial(option, TOKENS, "runs")
 _words = partial(option)
-GROUP = Group("bench", "measure on this machine")
 
 
-def _refuse_unread(what: str, settings: LoadSettings, *reads: str) -> None:
-    """Refuse what `bench what` would not look at; `reads`: "beyond" (--select, --kv-device-memory), "prefill"."""
-    beyond = settings.select != "off" or settings.kv_device_memory is not None
-    if beyond and "beyond" not in reads:
-        raise SettingsError(
-            f"bench {what} reads all blocks, in memory: leave --select and --kv-device-memory out, or use bench decode"
-        )
-    if settings.prefill != "exact" and "prefill" not in reads:
-        raise SettingsError(f"bench {what} reads exactly: leave --prefill out, or use bench prefill")
+def _reads(*reads: str, what: str) -> Callable[..., None]:
+    """Return what refuses settings that `what` would not look at; `reads`: "beyond" memory or selected, "prefill"."""
 
+    def refuse(*values: Any) -> None:
+        settings: LoadSettings = values[-1]
+        beyond = settings.select != "off" or settings.kv_device_memory is not None
+        if beyond and "beyond" not in reads:
+            raise SettingsError(
+                f"{what} reads all blocks, in memory: leave --select and --kv-device-memory out, or use bench decode"
+            )
+        if settings.prefill != "exact" and "prefill" not in reads:
+            raise SettingsError(f"{what} reads exactly: leave --prefill out, or use bench prefill")
 
-@command("bench memory", "bytes really allocated for the KV cache, by head class")
-def memory(settings: ContextSettings) -> int:
-    """Measure the memory of a cache."""
-    _refuse_unread("memory", settings, "beyond")
-    from duolocal.terminal.bench_view import bench_memory
-
-    return bench_memory(settings, new_console(), progress_console())
+    return refuse
 
 
 @dataclass(frozen=True)
@@ -87,28 +82,6 @@ class Decode:
     repeats: int = _repeats(default=5)
 
 
-@command(
-    "bench decode",
-    "decode speed by length, and the memory bandwidth it comes to; of ways to decode side by side",
-    description=_DECODE,
-)
-def decode(options: Decode, settings: CacheSettings) -> int:
-    """Measure decode."""
-    _refuse_unread("decode", settings, "beyond")
-    measured: dict[str, Any] = {
-        "contexts": options.contexts,
-        "num_tokens": options.tokens,
-        "repeats": options.repeats,
-    }
-    if settings.select != "off" or settings.kv_device_memory is not None:
-        from duolocal.terminal.bench_variants_view import bench_variants
-
-        return bench_variants(settings, new_console(), progress_console(), **measured)
-    from duolocal.terminal.bench_speed_view import bench_decode
-
-    return bench_decode(settings, new_console(), progress_console(), **measured)
-
-
 @dataclass(frozen=True)
 class Prefill:
     """What is read."""
@@ -118,39 +91,12 @@ class Prefill:
     repeats: int = _repeats(default=3)
 
 
-@command("bench prefill", "prefill speed by length and chunk size; with --prefill sparse, exact and sparse in turns")
-def prefill(options: Prefill, settings: CacheSettings) -> int:
-    """Measure prefill."""
-    _refuse_unread("prefill", settings, "prefill")
-    from duolocal.terminal.bench_speed_view import bench_prefill
-
-    return bench_prefill(
-        settings,
-        new_console(),
-        progress_console(),
-        contexts=options.contexts,
-        chunk_sizes=options.chunk_sizes,
-        repeats=options.repeats,
-    )
-
-
 @dataclass(frozen=True)
 class Profile:
     """Where time is looked for."""
 
     contexts: tuple[int, ...] = _contexts(default=(512, 8192))
     repeats: int = _repeats(default=50)
-
-
-@command("bench profile", "where a decode step and a prefill chunk spend their time, operation by operation")
-def profile(options: Profile, settings: CacheSettings) -> int:
-    """Measure operation by operation."""
-    _refuse_unread("profile", settings)
-    from duolocal.terminal.bench_profile_view import bench_profile
-
-    return bench_profile(
-        settings, new_console(), progress_console(), contexts=options.contexts, repeats=options.repeats
-    )
 
 
 @dataclass(frozen=True)
@@ -172,29 +118,12 @@ class Gpu:
     )
 
 
-@command("bench gpu", "test and measure the GPU kernels on this machine's CUDA device, with random weights")
-def gpu(options: Gpu) -> int:
-    """Run the suite."""
-    from duolocal.terminal.bench_gpu_view import bench_gpu
-
-    return bench_gpu(options.out, minutes=options.minutes, letters=options.sections)
-
-
 @dataclass(frozen=True)
 class Load:
     """How often a model is loaded."""
 
     repeats: int = _repeats(default=5)
     cold: bool = flagged("drop the files from the page cache before each run")
-
-
-@command("bench load", "time from nothing to a first token, in fresh processes")
-def load(options: Load, settings: ContextSettings) -> int:
-    """Measure loading."""
-    _refuse_unread("load", settings)
-    from duolocal.terminal.bench_speed_view import bench_load
-
-    return bench_load(settings, new_console(), progress_console(), repeats=options.repeats, cold=options.cold)
 
 
 @dataclass(frozen=True)
@@ -212,30 +141,6 @@ class Forms:
         "where to put the forms for the time",
         metavar="DIR",
         default_help="the system's",
-    )
-
-
-@command(
-    "bench forms",
-    "load time and peak memory of a model as it is, as 16-bit safetensors, AWQ and native",
-    description=_FORMS,
-)
-def forms(options: Forms, load: Load, settings: ContextSettings) -> int:
-    """Measure the forms of a model."""
-    _refuse_unread("forms", settings)
-    if (settings.weights, settings.outer_weights) != ("auto", "auto"):
-        raise SettingsError("--weights and --outer-weights are not for bench forms: leave them out")
-    from duolocal.terminal.bench_forms_view import bench_forms
-
-    return bench_forms(
-        settings,
-        options.also,
-        new_console(),
-        progress_console(),
-        forms=options.forms,
-        work=options.work,
-        repeats=load.repeats,
-        cold=load.cold,
     )
 
 
@@ -262,36 +167,76 @@ class Peers:
     json: Path | None = option(path("give a file"), "write the JSON to a file too, after every length", metavar="FILE")
 
 
-HALF = LoadSettings(heads="0.5")  # and "all" as a second runner
+def _refuse_forms(options: Forms, load: Load, settings: LoadSettings) -> None:
+    _reads(what="bench forms")(settings)
+    if (settings.weights, settings.outer_weights) != ("auto", "auto"):
+        raise SettingsError("--weights and --outer-weights are not for bench forms: leave them out")
 
 
-@command("bench peers", "speed and memory beside llama.cpp and transformers", description=_PEERS)
-def peers(
-    options: Peers,
-    settings: CacheSettings = HALF,
-) -> int:
-    """Measure beside the peers."""
-    _refuse_unread("peers", settings)
+def _refuse_peers(options: Peers, settings: LoadSettings) -> None:
+    _reads(what="bench peers")(settings)
     if settings.device not in ("auto", "cpu"):
         raise SettingsError(f"--device is {settings.device!r}: the peers are compared on the CPU; leave it out")
-    from duolocal.bench.peer_list import PeerChoice
 
-    choice = PeerChoice(
-        peers=options.peers,
-        flash=tuple(word == "on" for word in options.llama_flash),
-        kv=options.llama_kv,
-        requantized=not options.no_requantized,
-        limits=dict(options.limit),
-    )
-    from duolocal.terminal.bench_peers_view import bench_peers
 
-    return bench_peers(
-        settings,
-        choice,
-        new_console(),
-        progress_console(),
-        contexts=options.contexts,
-        decode_tokens=options.tokens,
-        repeats=options.repeats,
-        json_file=options.json,
-    )
+GROUPS = (Group("bench", "measure on this machine"),)
+COMMANDS = (
+    Command(
+        "bench memory",
+        "bytes really allocated for the KV cache, by head class",
+        "bench_view:bench_memory",
+        (CONTEXT,),
+        _reads("beyond", what="bench memory"),
+    ),
+    Command(
+        "bench decode",
+        "decode speed by length, and the memory bandwidth it comes to; of ways to decode side by side",
+        "bench_variants_view:bench_decode",
+        (Decode, CACHE),
+        _reads("beyond", what="bench decode"),
+        _DECODE,
+    ),
+    Command(
+        "bench prefill",
+        "prefill speed by length and chunk size; with --prefill sparse, exact and sparse in turns",
+        "bench_speed_view:bench_prefill",
+        (Prefill, CACHE),
+        _reads("prefill", what="bench prefill"),
+    ),
+    Command(
+        "bench profile",
+        "where a decode step and a prefill chunk spend their time, operation by operation",
+        "bench_profile_view:bench_profile",
+        (Profile, CACHE),
+        _reads(what="bench profile"),
+    ),
+    Command(
+        "bench gpu",
+        "test and measure the GPU kernels on this machine's CUDA device, with random weights",
+        "bench_gpu_view:bench_gpu",
+        (Gpu,),
+    ),
+    Command(
+        "bench load",
+        "time from nothing to a first token, in fresh processes",
+        "bench_speed_view:bench_load",
+        (Load, CONTEXT),
+        _reads(what="bench load"),
+    ),
+    Command(
+        "bench forms",
+        "load time and peak memory of a model as it is, as 16-bit safetensors, AWQ and native",
+        "bench_forms_view:bench_forms",
+        (Forms, Load, CONTEXT),
+        _refuse_forms,
+        _FORMS,
+    ),
+    Command(
+        "bench peers",
+        "speed and memory beside llama.cpp and transformers",
+        "bench_peers_view:bench_peers",
+        (Peers, replace(CACHE, base=LoadSettings(heads="0.5"))),  # and "all" as a second runner
+        _refuse_peers,
+        _PEERS,
+    ),
+)

@@ -1,19 +1,33 @@
-"""`duolocal eval`: measure what a smaller KV cache costs, beside the dense model."""
+"""The options of `duolocal eval`."""
 
-import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from duolocal.commands.models import CacheSettings, ModelSettings
-from duolocal.commands.parsing import Fields, Group, command
+from duolocal.commands.models import CACHE, MODEL, read_text
+from duolocal.commands.parsing import Command, Group, Taken
 from duolocal.errors import SettingsError
-from duolocal.options import ANY, REQUIRED, TOKENS, choice, counted, flagged, like, listed, number, option, path, whole
+from duolocal.options import (
+    ANY,
+    REQUIRED,
+    TOKENS,
+    Kind,
+    choice,
+    counted,
+    flagged,
+    like,
+    listed,
+    number,
+    option,
+    path,
+    whole,
+)
 from duolocal.settings import LoadSettings
-from duolocal.terminal.consoles import new_console, progress_console
 
 if TYPE_CHECKING:
+    from duolocal.documents import Document
     from duolocal.evaluate import Setting
 
 _LISTS = """\
@@ -39,40 +53,50 @@ documentation that is installed here (docstrings of Python, torch and others), n
 # As in duolocal.evaluate, which is not imported for --help.
 NEEDLE_NAMES = ("passkey", "fact", "paraphrase")
 TASK_NAMES = ("needles", "variables", "recall")
-PIPED_COLUMNS = 120  # where nobody says how wide the paper is: no figure is cut off
-
 _MACHINE = ("model", "weights", "outer_weights", "kv_device_memory", "device", "threads", "kernels")
-Machine = Annotated[LoadSettings, Fields(_MACHINE)]
+MACHINE = Taken(LoadSettings, _MACHINE)
 
 
-def _check_png(file: Path) -> None:
+def _read_picture(text: str, name: str) -> Path:
     """Refuse a picture that could not be drawn, before minutes of measuring."""
     import importlib.util
 
+    file = Path(text).expanduser()
     if importlib.util.find_spec("matplotlib") is None:
         raise SettingsError(f"{file}: pictures are drawn with matplotlib: pip install matplotlib")
     if not file.absolute().parent.is_dir():
         raise SettingsError(f"cannot write the picture {file}: there is no folder {file.absolute().parent}")
     if file.is_dir():
         raise SettingsError(f"cannot write the picture {file}: it is a folder")
+    return file
 
 
+def _read_haystack(spelled: str, name: str) -> tuple[str, str]:
+    from duolocal.sample_text import license_text, sample_text
+
+    built_in = {"licences": license_text, "help": sample_text}
+    return (built_in[spelled](), spelled) if spelled in built_in else read_text(spelled, name)
+
+
+def _read_document(spelled: str, name: str) -> "Document":
+    from duolocal.documents import load_document
+
+    return load_document(spelled)
+
+
+_HAYSTACK = Kind(_read_haystack, metavar="PATH")  # the text and its name
 _lengths = partial(option, listed(TOKENS, ascending=True), "lengths of the prompts")
 _count = partial(option, TOKENS)
 _depths = partial(_count, help="places, from the beginning to the end")
-_windows = partial(_count, help="read in windows of so many tokens", default=4096)
 _text = partial(
     option,
-    ANY,
+    _HAYSTACK,
     "a text of your own, licences (those that come with torch), or help (Python's)",
-    default="licences",
-    metavar="PATH",
+    default_help="licences",
 )
 _seed = partial(option, whole("a whole number"), "of what is hidden, and where", default=0)
-_words = partial(option)
-_png = partial(option, path("give a file"), metavar="FILE")
+_png = partial(option, Kind(_read_picture, metavar="FILE"))
 _MAPS = "draw a heat map of lengths and depths for each setting"
-GROUP = Group("eval", "measure what a smaller KV cache costs, beside the dense model")
 
 
 @dataclass(frozen=True)
@@ -93,38 +117,24 @@ class Variants:
         return combinations(self.heads, self.kv, self.sink_size, self.recent_size, self.select, self.prefill)
 
 
-def _consoles() -> dict[str, Any]:
-    console = new_console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PIPED_COLUMNS
-    return {"console": console, "progress": progress_console()}
+def _measures(what: str) -> Callable[..., None]:
+    """Return what refuses settings that would change nothing in what is measured."""
+
+    def refuse(*values: Any) -> None:
+        *_, variants, settings = values
+        _refuse_memory(settings)
+        if what in ("ppl", "kl", "check") and variants.select != ("off",):
+            raise SettingsError(
+                f"--select is for answers, and eval {what} measures reading, which reads everything: leave it "
+                "out, or use eval passkey, niah or multihop"
+            )
+
+    return refuse
 
 
-def _check(what: str, settings: LoadSettings, variants: Variants, png: Path | None) -> None:
-    """Refuse what would change nothing or could not be drawn."""
+def _refuse_memory(settings: LoadSettings) -> None:
     if settings.kv_device_memory is not None:
         raise SettingsError("--kv-device-memory changes no result: leave it out of eval")
-    if what in ("ppl", "kl", "check") and variants.select != ("off",):
-        raise SettingsError(
-            f"--select is for answers, and eval {what} measures reading, which reads everything: leave it "
-            "out, or use eval passkey, niah or multihop"
-        )
-    if png is not None:
-        _check_png(png)
-
-
-def _load_text(spelled: str) -> tuple[str, str]:
-    """Return the text and its name; "licences" and "help" are built in."""
-    from duolocal.sample_text import license_text, sample_text
-
-    if spelled == "licences":
-        return license_text(), spelled
-    if spelled == "help":
-        return sample_text(), spelled
-    from duolocal.documents import load_document
-
-    document = load_document(spelled)
-    return document.text, document.name
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ class Passkey:
     tokens: tuple[int, ...] = _lengths(default=(3584,))
     depths: int = _depths(default=10)
     no_dense: bool = flagged("leave out the dense 16-bit model beside it")
-    text: str = _text()
+    text: tuple[str, str] | None = _text()
     seed: int = _seed()
     png: Path | None = _png(_MAPS)
 
@@ -145,40 +155,9 @@ class Niah:
 
     tokens: tuple[int, ...] = _lengths(default=(1024, 2048, 3584))
     depths: int = _depths(default=5)
-    text: str = _text()
+    text: tuple[str, str] | None = _text()
     seed: int = _seed()
     png: Path | None = _png(_MAPS)
-
-
-def _grid(task: str, options: Passkey | Niah, variants: Variants, settings: LoadSettings, *, dense: bool) -> int:
-    _check(task, settings, variants, options.png)
-    choices, text = variants.settings(), _load_text(options.text)
-    from duolocal.terminal.eval_view import eval_grid
-
-    return eval_grid(
-        task,
-        settings,
-        choices,
-        text,
-        lengths=options.tokens,
-        depths=options.depths,
-        seed=options.seed,
-        dense=dense,
-        png=options.png,
-        **_consoles(),
-    )
-
-
-@command("eval passkey", "a number hidden in real text, under these settings and beside the dense model", epilog=_LISTS)
-def passkey(options: Passkey, variants: Variants, settings: Machine) -> int:
-    """Hide numbers."""
-    return _grid("passkey", options, variants, settings, dense=not options.no_dense)
-
-
-@command("eval niah", "a fact hidden in real text, by length and depth, beside the dense model", epilog=_LISTS)
-def niah(options: Niah, variants: Variants, settings: Machine) -> int:
-    """Hide facts."""
-    return _grid("niah", options, variants, settings, dense=True)
 
 
 @dataclass(frozen=True)
@@ -188,7 +167,7 @@ class Needle:
     reader: str = option(choice("retrieve"), "how the text is read", default="retrieve", metavar="HOW")
     tokens: tuple[int, ...] = _lengths(default=(32768,), also=("--lengths",))
     depths: int = _depths(default=10)
-    kinds: tuple[str, ...] = _words(
+    kinds: tuple[str, ...] = option(
         listed(ANY, NEEDLE_NAMES), f"of {', '.join(NEEDLE_NAMES)}", default=NEEDLE_NAMES, default_help="all"
     )
     absent: int = option(counted(0), "questions of each kind whose needle is not there, 0 for none", default=3)
@@ -196,33 +175,9 @@ class Needle:
     out: Path | None = option(
         path("give a folder"), "keep every length there, and go on from what is there", metavar="FOLDER"
     )
-    text: str | None = option(ANY, "a text of your own", metavar="PATH", default_help="documentation installed here")
+    text: tuple[str, str] | None = option(_HAYSTACK, "a text of your own", default_help="documentation installed here")
     seed: int = _seed()
     png: Path | None = _png("draw a heat map of lengths and depths for each kind")
-
-
-@command("eval needle", "needles in texts far longer than the context, with --reader retrieve", epilog=_NEEDLE)
-def needle(options: Needle, settings: CacheSettings) -> int:
-    """Hide needles, and read with the reader."""
-    _check("needle", settings, Variants(), options.png)
-    if settings.prefill != "exact":
-        raise SettingsError("eval needle reads exactly: leave --prefill out")
-    text = None if options.text is None else _load_text(options.text)
-    from duolocal.terminal.needle_view import eval_needle
-
-    return eval_needle(
-        settings,
-        text,
-        lengths=options.tokens,
-        depths=options.depths,
-        kinds=options.kinds,
-        absent=options.absent,
-        passages=options.passages,
-        seed=options.seed,
-        out=options.out,
-        png=options.png,
-        **_consoles(),
-    )
 
 
 @dataclass(frozen=True)
@@ -231,43 +186,21 @@ class Multihop:
 
     tokens: tuple[int, ...] = _lengths(default=(1024, 2048, 3584))
     samples: int = _count("prompts for each task and length", default=5)
-    tasks: tuple[str, ...] = _words(
+    tasks: tuple[str, ...] = option(
         listed(ANY, TASK_NAMES), f"which of {', '.join(TASK_NAMES)}", default=TASK_NAMES, default_help="all"
     )
-    text: str = _text()
+    text: tuple[str, str] | None = _text()
     seed: int = _seed()
     png: Path | None = _png("draw a heat map of tasks and lengths")
 
 
-@command(
-    "eval multihop", "several needles, chains of variables and recall of pairs, beside the dense model", epilog=_LISTS
-)
-def multihop(options: Multihop, variants: Variants, settings: Machine) -> int:
-    """Ask tasks of several steps."""
-    _check("multihop", settings, variants, options.png)
-    choices, text = variants.settings(), _load_text(options.text)
-    from duolocal.terminal.eval_view import eval_multihop
-
-    return eval_multihop(
-        settings,
-        choices,
-        text,
-        tasks=options.tasks,
-        lengths=options.tokens,
-        samples=options.samples,
-        seed=options.seed,
-        png=options.png,
-        **_consoles(),
-    )
-
-
 @dataclass(frozen=True)
-class Text:
+class Reading:
     """What is read."""
 
     tokens: int = _count("tokens of text", default=16384)
-    context: int = _windows()
-    text: str = _text()
+    context: int = _count("read in windows of so many tokens", default=4096)
+    text: tuple[str, str] | None = _text()
 
 
 @dataclass(frozen=True)
@@ -277,51 +210,18 @@ class Curve:
     png: Path | None = _png("draw a curve of KV memory against loss")
 
 
-def _compare(what: str, read: Text, png: Path | None, variants: Variants, settings: LoadSettings) -> int:
-    _check(what, settings, variants, png)
-    choices, text = variants.settings(), _load_text(read.text)
-    from duolocal.terminal.eval_compare_view import eval_compare
-
-    return eval_compare(
-        what, settings, choices, text, num_tokens=read.tokens, window=read.context, png=png, **_consoles()
-    )
-
-
-@command("eval ppl", "perplexity of real text, beside the dense model", epilog=_LISTS)
-def ppl(read: Text, curve: Curve, variants: Variants, settings: Machine) -> int:
-    """Compare perplexity."""
-    return _compare("ppl", read, curve.png, variants, settings)
-
-
-@command("eval kl", "KL divergence from the dense model, top-1 agreement and perplexity on real text", epilog=_LISTS)
-def kl(read: Text, curve: Curve, variants: Variants, settings: Machine) -> int:
-    """Compare distributions."""
-    return _compare("kl", read, curve.png, variants, settings)
-
-
 @dataclass(frozen=True)
-class Against:
+class Weights:
     """The models that are compared."""
 
-    against: tuple[str, ...] = _words(listed(ANY), "the models to compare with it", default=REQUIRED)
-
-
-@command(
-    "eval weights", "perplexity and KL of models against another: what fewer bits per weight cost", epilog=_WEIGHTS
-)
-def weights(models: Against, read: Text, settings: ModelSettings) -> int:
-    """Compare models."""
-    text = _load_text(read.text)
-    from duolocal.terminal.eval_weights_view import eval_weights
-
-    return eval_weights(settings, models.against, text, num_tokens=read.tokens, window=read.context, **_consoles())
+    against: tuple[str, ...] = option(listed(ANY), "the models to compare with it", default=REQUIRED)
 
 
 @dataclass(frozen=True)
 class Check:
     """Whose document is read, and how long it may take."""
 
-    doc: str = option(ANY, "the document", default=REQUIRED, metavar="PATH")
+    doc: "Document" = option(Kind(_read_document, metavar="PATH"), "the document", default=REQUIRED)
     tokens: int | None = _count("take the first N tokens only", default_help="all")
     minutes: float = option(
         number("a number such as 10 or 0.5", lambda value: 0 <= value <= 10_000),
@@ -332,30 +232,81 @@ class Check:
     png: Path | None = _png("draw the curve of KV memory against loss")
 
 
-@command("eval check", "your own document under your own settings, beside the dense model", epilog=_CHECK)
-def check(
-    options: Check,
-    variants: Variants,
-    settings: Annotated[LoadSettings, Fields(("context", *_MACHINE))],
-) -> int:
-    """Check what is lost of a document."""
-    _check("check", settings, variants, options.png)
-    choices = variants.settings()
-    if len(choices) != 1:
+def _refuse_needle(options: Needle, settings: LoadSettings) -> None:
+    _refuse_memory(settings)
+    if settings.prefill != "exact":
+        raise SettingsError("eval needle reads exactly: leave --prefill out")
+
+
+def _refuse_check(options: Check, variants: Variants, settings: LoadSettings) -> None:
+    _measures("check")(options, variants, settings)
+    if any(len(getattr(variants, item.name)) != 1 for item in fields(Variants)):
         raise SettingsError("eval check takes one setting: give --heads and --kv one value each")
-    from duolocal.documents import load_document
 
-    document = load_document(options.doc)
-    from duolocal.terminal.eval_check_view import eval_check
 
-    return eval_check(
-        settings,
-        choices[0],
-        document,
-        num_tokens=options.tokens,
-        context=settings.context,
-        minutes=options.minutes,
-        seed=options.seed,
-        png=options.png,
-        **_consoles(),
-    )
+GROUPS = (Group("eval", "measure what a smaller KV cache costs, beside the dense model"),)
+COMMANDS = (
+    Command(
+        "eval passkey",
+        "a number hidden in real text, under these settings and beside the dense model",
+        "eval_view:passkey",
+        (Passkey, Variants, MACHINE),
+        _measures("passkey"),
+        epilog=_LISTS,
+    ),
+    Command(
+        "eval niah",
+        "a fact hidden in real text, by length and depth, beside the dense model",
+        "eval_view:niah",
+        (Niah, Variants, MACHINE),
+        _measures("niah"),
+        epilog=_LISTS,
+    ),
+    Command(
+        "eval needle",
+        "needles in texts far longer than the context, with --reader retrieve",
+        "needle_view:eval_needle",
+        (Needle, CACHE),
+        _refuse_needle,
+        epilog=_NEEDLE,
+    ),
+    Command(
+        "eval multihop",
+        "several needles, chains of variables and recall of pairs, beside the dense model",
+        "eval_view:multihop",
+        (Multihop, Variants, MACHINE),
+        _measures("multihop"),
+        epilog=_LISTS,
+    ),
+    Command(
+        "eval ppl",
+        "perplexity of real text, beside the dense model",
+        "eval_compare_view:ppl",
+        (Reading, Curve, Variants, MACHINE),
+        _measures("ppl"),
+        epilog=_LISTS,
+    ),
+    Command(
+        "eval kl",
+        "KL divergence from the dense model, top-1 agreement and perplexity on real text",
+        "eval_compare_view:kl",
+        (Reading, Curve, Variants, MACHINE),
+        _measures("kl"),
+        epilog=_LISTS,
+    ),
+    Command(
+        "eval weights",
+        "perplexity and KL of models against another: what fewer bits per weight cost",
+        "eval_weights_view:eval_weights",
+        (Weights, Reading, MODEL),
+        epilog=_WEIGHTS,
+    ),
+    Command(
+        "eval check",
+        "your own document under your own settings, beside the dense model",
+        "eval_check_view:eval_check",
+        (Check, Variants, Taken(LoadSettings, ("context", *_MACHINE))),
+        _refuse_check,
+        epilog=_CHECK,
+    ),
+)

@@ -1,14 +1,12 @@
-"""`duolocal heads`: which heads of a model see the whole context."""
+"""The options of `duolocal heads`."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
-from duolocal.commands.parsing import Fields, Group, command
+from duolocal.commands.parsing import Command, Group, Taken
 from duolocal.errors import SettingsError
 from duolocal.options import ANY, RATIO, TOKENS, Option, choice, counted, flag, option, repeated
 from duolocal.settings import LoadSettings
-from duolocal.terminal.consoles import new_console, progress_console
 
 # As in duolocal.identify, which is not imported for --help.
 METHODS = ("drift", "attribution", "echo", "copy", "distill")
@@ -20,7 +18,6 @@ interrupted and goes on where it was. Drift, echo and copy are forward only.
 Without --out the pattern is kept for this model, and --heads auto takes it from then on.
 """
 _or_default = partial(option)
-GROUP = Group("heads", "which heads of a model see the whole context")
 
 
 @dataclass(frozen=True)
@@ -35,18 +32,6 @@ class Show:
         default_help="the model's pattern",
     )
     png: str | None = _or_default(ANY, "draw the map into this file", metavar="FILE")
-
-
-@command("heads show", "which heads of a model or pattern are retrieval heads")
-def show(options: Show, settings: Annotated[LoadSettings, Fields(("model", "heads"))]) -> int:
-    """Print the map of a model's heads."""
-    if options.pattern is not None and settings.heads != "auto":
-        Option(RATIO, "").parse(settings.heads.removeprefix("ratio="), "--heads")
-    from duolocal.terminal.heads_view import show_heads
-
-    return show_heads(
-        settings.model, console=new_console(), pattern=options.pattern, heads=settings.heads, png=options.png
-    )
 
 
 @dataclass(frozen=True)
@@ -83,35 +68,27 @@ class Identify:
                 raise SettingsError(f"{flag(name)} is for --method distill; {self.method} has none: leave it out")
 
 
-@command("heads identify", "find the retrieval heads of a model and write a pattern", epilog=_METHODS)
-def identify(
-    settings: Annotated[LoadSettings, Fields(("model", "sink_size", "recent_size", "device", "threads", "kernels"))],
-    options: Identify,
-) -> int:
-    """Rank the heads of a model."""
-    from duolocal.terminal.heads_identify_view import identify_heads
-
-    return identify_heads(
-        settings,
-        options.method,
-        out=options.out,
-        published=None if options.format is None else options.format == "published",
-        seed=options.seed,
-        num_tokens=options.tokens,
-        steps=options.steps,
-        text_share=options.text_share,
-        pressure=options.pressure,
-        default_ratio=options.default_ratio,
-        compare=options.compare,
-        png=options.png,
-        console=new_console(),
-        progress=progress_console(),
-    )
+def _refuse(options: Show, settings: LoadSettings) -> None:
+    if options.pattern is not None and settings.heads != "auto":
+        Option(RATIO, "").parse(settings.heads.removeprefix("ratio="), "--heads")
 
 
-@command("heads list", "models for which a pattern is published")
-def list_patterns() -> int:
-    """List the published patterns."""
-    from duolocal.terminal.heads_view import list_published
-
-    return list_published(new_console())
+_IDENTIFIED = ("model", "sink_size", "recent_size", "device", "threads", "kernels")
+GROUPS = (Group("heads", "which heads of a model see the whole context"),)
+COMMANDS = (
+    Command(
+        "heads show",
+        "which heads of a model or pattern are retrieval heads",
+        "heads_view:show_heads",
+        (Show, Taken(LoadSettings, ("model", "heads"))),
+        _refuse,
+    ),
+    Command(
+        "heads identify",
+        "find the retrieval heads of a model and write a pattern",
+        "heads_identify_view:identify_heads",
+        (Identify, Taken(LoadSettings, _IDENTIFIED)),
+        epilog=_METHODS,
+    ),
+    Command("heads list", "models for which a pattern is published", "heads_view:list_published"),
+)

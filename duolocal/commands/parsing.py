@@ -1,38 +1,71 @@
 """From words to a command and its typed options, and to --help: argparse, told by the dataclasses.
 
-    @command("bench decode", "decode speed by length")
-    def decode(settings: CacheSettings, options: Decode) -> int: ...
+    Command("bench decode", "decode speed by length", "bench_speed_view:bench_decode", (Decode, CACHE))
 
-A parameter is a frozen dataclass of options (`duolocal.options`), or Annotated with the fields of one that the command
-takes; its default value is where the options begin. Raises SettingsError for wrong usage; prints nothing but --help.
+A command takes frozen dataclasses of options (`duolocal.options`), whole or as Taken says, and names the function in
+`duolocal.terminal` that is called with them, so that --help imports none. Raises SettingsError for wrong usage.
 """
 
 import argparse
-import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 from duolocal.errors import SettingsError
 from duolocal.options import REQUIRED, declared_in, default_text, flag
 
 
-class Fields(tuple[str, ...]):
-    """The fields that a command takes of a dataclass: Annotated[LoadSettings, Fields(("model", "device"))]."""
+@dataclass(frozen=True)
+class Taken:
+    """What a command takes of a dataclass of options: some fields (None: all), and what they are if not given."""
+
+    owner: Any
+    names: tuple[str, ...] | None = None
+    base: Any = None  # None: the fields' own defaults
+
+    @property
+    def items(self) -> "tuple[Field[Any], ...]":
+        return tuple(item for item in fields(self.owner) if self.names is None or item.name in self.names)
+
+    def default_of(self, item: "Field[Any]") -> Any:
+        return item.default if self.base is None else getattr(self.base, item.name)
+
+    def value(self, words: argparse.Namespace) -> Any:
+        """Read the words of one command line."""
+        given: dict[str, Any] = {}
+        for item in self.items:
+            declared, typed = declared_in(item), getattr(words, item.name)
+            name = declared.metavar or item.name if declared.positional else flag(item.name)
+            if declared.kind.is_flag:
+                given[item.name] = typed
+            elif isinstance(typed, list) and typed:
+                given[item.name] = tuple(declared.parse(word, name) for word in typed)
+            elif isinstance(typed, str):
+                given[item.name] = declared.parse(typed, name)
+        return self.owner(**given) if self.base is None else replace(self.base, **given)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its words, one line of help, what it runs, and what --help says before and after the options."""
+    """A command: its words, a line of help, "module:function" that it runs, and the options that it takes.
+
+    refuse: raises SettingsError for options that do not go together, before anything heavy is imported.
+    """
 
     name: str
     help: str
-    run: Callable[..., int]
-    description: str
-    epilog: str
+    run: str
+    takes: tuple[Any, ...] = ()  # dataclasses, or Taken
+    refuse: Callable[..., None] = lambda *values: None
+    description: str | None = None
+    epilog: str = ""
+
+    @property
+    def parts(self) -> tuple[Taken, ...]:
+        return tuple(part if isinstance(part, Taken) else Taken(part) for part in self.takes)
 
 
 @dataclass(frozen=True)
@@ -42,13 +75,6 @@ class Group:
     name: str
     help: str
     metavar: str = "WHAT"
-
-
-def command(
-    name: str, help: str, *, description: str | None = None, epilog: str = ""
-) -> Callable[[Callable[..., int]], Command]:
-    """Make a function the command `name`."""
-    return lambda run: Command(name, help, run, description or f"{help[0].upper()}{help[1:]}.", epilog)
 
 
 def program_of(name: str) -> str:
@@ -89,62 +115,26 @@ def literal(text: str) -> str:
     return text.replace("%", "%%")
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a command: which fields of which dataclass it takes, and what they are if they are not given."""
-
-    name: str
-    owner: Any
-    items: "tuple[Field[Any], ...]"
-    base: Any  # None: the fields' own defaults
-
-    def default_of(self, item: "Field[Any]") -> Any:
-        return item.default if self.base is None else getattr(self.base, item.name)
-
-    def value(self, words: argparse.Namespace) -> Any:
-        """Read the words of one command line."""
-        given: dict[str, Any] = {}
-        for item in self.items:
-            declared, typed = declared_in(item), getattr(words, item.name)
-            name = declared.metavar or item.name if declared.positional else flag(item.name)
-            if declared.kind.is_flag:
-                given[item.name] = typed
-            elif isinstance(typed, list) and typed:
-                given[item.name] = tuple(declared.parse(word, name) for word in typed)
-            elif isinstance(typed, str):
-                given[item.name] = declared.parse(typed, name)
-        return self.owner(**given) if self.base is None else replace(self.base, **given)
-
-
-def _parameters(run: Callable[..., int]) -> Iterator[Parameter]:
-    for name, parameter in inspect.signature(run).parameters.items():
-        owner, chosen = parameter.annotation, None
-        if get_args(owner):
-            owner, chosen = get_args(owner)
-        items = tuple(item for item in fields(owner) if chosen is None or item.name in chosen)
-        yield Parameter(name, owner, items, None if parameter.default is parameter.empty else parameter.default)
-
-
-def parser_of(found: Command) -> tuple[argparse.ArgumentParser, tuple[Parameter, ...]]:
+def parser_of(found: Command) -> argparse.ArgumentParser:
     """Build the parser of a command."""
-    parameters = tuple(_parameters(found.run))
-    parser = Parser(program_of(found.name), _usage(parameters), found.description, found.epilog)
+    description = found.description or f"{found.help[0].upper()}{found.help[1:]}."
+    parser = Parser(program_of(found.name), _usage(found.parts), description, found.epilog)
     groups: dict[str | None, Any] = {None: parser}
-    for parameter in parameters:
-        for item in parameter.items:
+    for part in found.parts:
+        for item in part.items:
             title = declared_in(item).group
             if title not in groups:
                 groups[title] = parser.add_argument_group(title)
-            _add(groups[title], item, parameter.default_of(item))
-    return parser, parameters
+            _add(groups[title], item, part.default_of(item))
+    return parser
 
 
-def _usage(parameters: Sequence[Parameter]) -> str:
+def _usage(parts: Sequence[Taken]) -> str:
     """Return what must be given, and what may stand without an option's name."""
     words = ["[options]"]
-    for parameter in parameters:
-        for item in parameter.items:
-            declared, required = declared_in(item), parameter.default_of(item) is REQUIRED
+    for part in parts:
+        for item in part.items:
+            declared, required = declared_in(item), part.default_of(item) is REQUIRED
             if declared.positional:
                 word = f"{declared.metavar or item.name}{' ...' if declared.kind.many else ''}"
                 words.append(word if required else f"[{word}]")

@@ -1,14 +1,12 @@
-"""`duolocal plan`: what a model and a context take in memory and time, before anything is loaded."""
+"""The options of `duolocal plan`."""
 
 from dataclasses import dataclass, replace
 from functools import partial
 
-from duolocal.commands.parsing import command
+from duolocal.commands.parsing import Command
 from duolocal.errors import SettingsError
 from duolocal.options import ANY, BYTES, flagged, option
 from duolocal.settings import LoadSettings
-from duolocal.startup import without_collection
-from duolocal.terminal.consoles import new_console, progress_console, starting_notice
 
 CARDS = "rtx3090, rtx4090, rtx5090, a100, h100 …"  # as in duolocal.plan.cards, which is not imported for --help
 _MORE = """\
@@ -44,25 +42,13 @@ class Plan:
             raise SettingsError("--measure and --no-measure were both given: leave one of them out")
 
 
-@command(
-    "plan",
-    "what a model and a context take in memory and time, before anything is loaded",
-    description="Plan memory and time: weights, KV cache by head class, working memory, file size, speeds.",
-    epilog=_MORE,
+COMMANDS = (
+    Command(
+        "plan",
+        "what a model and a context take in memory and time, before anything is loaded",
+        "plan_view:plan",
+        (Plan, LoadSettings),
+        description="Plan memory and time: weights, KV cache by head class, working memory, file size, speeds.",
+        epilog=_MORE,
+    ),
 )
-def plan(options: Plan, settings: LoadSettings) -> int:
-    """Plan; return 0 where it fits, else 1."""
-    progress = progress_console()
-    with starting_notice(progress), without_collection():
-        from duolocal.engine.planning import plan_settings
-        from duolocal.terminal.plan_view import plan_json, print_plan, rates_for
-
-    planned = plan_settings(
-        settings, card=options.card, memory=options.memory, host_memory=options.host_memory, disk=options.disk
-    )
-    rates = rates_for(planned, settings, progress, measure=None if options.no_measure else options.measure)
-    if options.json:
-        plan_json(planned, rates)
-    else:
-        print_plan(planned, rates, new_console())
-    return 0 if planned.fits else 1

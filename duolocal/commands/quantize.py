@@ -1,15 +1,13 @@
-"""`duolocal quantize`: write a 16-bit model in 4 bits."""
+"""The options of `duolocal quantize`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from duolocal.commands.models import OUT_FOLDER
-from duolocal.commands.parsing import Fields, command
+from duolocal.commands.models import OUT_FOLDER, TEXT
+from duolocal.commands.parsing import Command, Taken
 from duolocal.errors import SettingsError
-from duolocal.options import ANY, REQUIRED, TOKENS, Kind, choice, counted, like, option
+from duolocal.options import REQUIRED, TOKENS, Kind, choice, counted, like, option
 from duolocal.settings import LoadSettings
-from duolocal.terminal.consoles import new_console, progress_console
 
 # As in duolocal.quantize, which is not imported for --help.
 METHODS = ("awq", "rtn")
@@ -41,7 +39,9 @@ class Quantize:
         f"weights per scale: {_SIZES}",
         default_help="the first that fits the model",
     )
-    text: str | None = option(ANY, "calibration text", metavar="FILE", default_help="prose that comes with Python")
+    text: tuple[str, str] | None = option(
+        TEXT, "calibration text", metavar="FILE", default_help="prose that comes with Python"
+    )
     samples: int | None = option(TOKENS, "windows of calibration text", default_help=str(SAMPLES))
     tokens: int | None = option(TOKENS, "tokens per window", default_help=str(TOKENS_PER_SAMPLE))
     seed: int = option(counted(0), "of the windows' places", default=0)
@@ -52,32 +52,19 @@ class Quantize:
                 raise SettingsError(f"{name} is for --method awq; rtn reads no text: leave it out")
 
 
-@command(
-    "quantize", "write a 16-bit model in 4 bits", description="Write a 16-bit model in 4 bits per weight.", epilog=_MORE
-)
-def quantize(options: Quantize, machine: Annotated[LoadSettings, Fields(("device", "threads", "kernels"))]) -> int:
-    """Quantize a model."""
+def _refuse(options: Quantize, machine: LoadSettings) -> None:
     if machine.kernels != "auto":
         raise SettingsError("--kernels is not for quantize, which computes in plain torch: leave it out")
-    text = None
-    if options.text is not None:
-        from duolocal.documents import load_document
 
-        text = load_document(options.text).text
-    from duolocal.quantize import QuantizeSettings
-    from duolocal.terminal.quantize_view import quantize_model
 
-    return quantize_model(
-        replace(machine, model=options.model),
-        options.out,
-        QuantizeSettings(
-            method=options.method,
-            group_size=options.group_size,
-            num_samples=options.samples or SAMPLES,
-            num_tokens=options.tokens or TOKENS_PER_SAMPLE,
-            seed=options.seed,
-        ),
-        text=text,
-        console=new_console(),
-        progress=progress_console(),
-    )
+COMMANDS = (
+    Command(
+        "quantize",
+        "write a 16-bit model in 4 bits",
+        "quantize_view:quantize_model",
+        (Quantize, Taken(LoadSettings, ("device", "threads", "kernels"))),
+        _refuse,
+        "Write a 16-bit model in 4 bits per weight.",
+        _MORE,
+    ),
+)

@@ -1,16 +1,14 @@
-"""`duolocal summarize`: hundreds of documents, resumable."""
+"""The options of `duolocal summarize`."""
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from duolocal.commands.parsing import command
+from duolocal.commands.parsing import Command, Taken
 from duolocal.errors import SettingsError
 from duolocal.options import ANY, REQUIRED, TOKENS, choice, flagged, option, path, repeated
 from duolocal.settings import SUMMARY_SAMPLING, LoadSettings, Sampling
-from duolocal.startup import without_collection
-from duolocal.terminal.consoles import new_console, progress_console, starting_notice
 
 # As in duolocal.summarize, which is not imported for --help.
 PRESETS = {
@@ -31,7 +29,7 @@ A document that does not fit into the context is read in parts, whose summaries 
 when it is done: whatever happens, --resume goes on and does nothing twice (docs/summarize.md).
 Exit codes: 0 all summarised; 1 none; 2 wrong usage; 3 some failed; 130 interrupted.
 """
-_STDOUT = Path("-")
+STDOUT = Path("-")
 _asked = partial(option, group="what is asked")
 
 
@@ -68,9 +66,9 @@ class Summarize:
     def __post_init__(self) -> None:
         if self.out is None and not self.dry_run:
             raise SettingsError("--out is missing: give the file for the summaries, or - for JSON lines on stdout")
-        if self.out == _STDOUT and self.resume:
+        if self.out == STDOUT and self.resume:
             raise SettingsError("--resume needs a file to go on with: give --out a name instead of -")
-        if self.out == _STDOUT and self.format not in (None, "jsonl"):
+        if self.out == STDOUT and self.format not in (None, "jsonl"):
             raise SettingsError(f"--out - writes JSON lines, not {self.format}: leave --format out, or name a file")
 
     @property
@@ -80,34 +78,13 @@ class Summarize:
         return self.format or {"markdown": "md"}.get(ending, ending if ending in FORMATS else FORMATS[0])
 
 
-@command(
-    "summarize",
-    "summarise hundreds of documents, resumable",
-    description="Summarise documents, one record each: files, folders, patterns and zip archives.",
-    epilog=_MORE,
+COMMANDS = (
+    Command(
+        "summarize",
+        "summarise hundreds of documents, resumable",
+        "summarize_view:summarize",
+        (Summarize, LoadSettings, Taken(Sampling, base=SUMMARY_SAMPLING)),
+        description="Summarise documents, one record each: files, folders, patterns and zip archives.",
+        epilog=_MORE,
+    ),
 )
-def summarize(options: Summarize, settings: LoadSettings, sampling: Sampling = SUMMARY_SAMPLING) -> int:
-    """Summarise documents, or say what it would take."""
-    progress = progress_console()
-    with starting_notice(progress), without_collection():
-        from duolocal.summarize.prompts import make_prompt
-        from duolocal.terminal.summarize_view import estimate_files, summarize_files
-
-        prompt = make_prompt(options.prompt, length=options.length, system=options.system)
-    common: dict[str, Any] = {
-        "prompt": prompt,
-        "sampling": sampling,
-        "part_tokens": options.part_tokens,
-        "stop_repeats": not options.allow_repeats,
-    }
-    if options.dry_run:
-        return estimate_files(settings, options.inputs, common, console=new_console(), progress=progress)
-    return summarize_files(
-        settings,
-        options.inputs,
-        common,
-        out=None if options.out == _STDOUT else options.out,
-        format=options.written,
-        resume=options.resume,
-        progress=progress,
-    )

@@ -3,11 +3,9 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from duolocal.bench.first_prompt import can_measure
@@ -15,12 +13,14 @@ from duolocal.bench.forms import disk_bytes, make_form
 from duolocal.bench.load import LoadSpeed, measure_loads
 from duolocal.bench.machine import machine_facts
 from duolocal.bench.text import text_ids
+from duolocal.commands.bench import Forms, Load
 from duolocal.files import free_name
 from duolocal.models.loader import open_model
 from duolocal.options import words_of
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.still import StillLine
 from duolocal.terminal.tables import new_table
@@ -30,22 +30,11 @@ PROMPT_TOKENS = 16
 CONTEXT = 8192
 
 
-def bench_forms(
-    settings: LoadSettings,
-    others: Sequence[str],
-    console: Console,
-    progress: Console,
-    *,
-    forms: Sequence[str],
-    work: Path | None,
-    repeats: int,
-    cold: bool,
-) -> int:
-    """Print load time and peak memory of the model, of `forms` made of it, and of `others`; return the exit code.
+def bench_forms(options: Forms, load: Load, settings: LoadSettings) -> int:
+    """Print load time and peak memory of the model, of forms made of it, and of others; return the exit code.
 
-    What is measured is loading: heads and KV format are fixed, so that none is ranked or measured on its first use.
-    others: models as they are, by name or path; work: an existing folder for the forms, None for the system's.
-    """
+    What is measured is loading: heads and KV format are fixed, so that none is ranked or measured on its first use."""
+    console, progress = new_console(), progress_console()
     settings = replace(
         settings,
         context=settings.context or CONTEXT,
@@ -53,7 +42,7 @@ def bench_forms(
         kv="int8" if settings.kv == "auto" else settings.kv,
     )
     sources = {settings.model: fetch(settings.model, progress)}
-    for other in others:
+    for other in options.also:
         sources[other] = fetch(other, progress)
     first = open_model(sources[settings.model])
     token_ids = text_ids(load_tokenizer(first), PROMPT_TOKENS)
@@ -64,10 +53,10 @@ def bench_forms(
         del source  # its mapped pages could not be dropped
     del first
     prompt = words_of(settings, without=("model",)) if can_measure() else None
-    folder = Path(tempfile.mkdtemp(prefix="duolocal-forms-", dir=work))
+    folder = Path(tempfile.mkdtemp(prefix="duolocal-forms-", dir=options.work))
     try:
         with StillLine(progress) as line:
-            for form in forms:
+            for form in options.forms:
                 line.show(f"making {form} of {clean_line(settings.model)}")
                 made = make_form(
                     form,
@@ -83,8 +72,8 @@ def bench_forms(
                 paths,
                 token_ids,
                 settings,
-                repeats=repeats,
-                cold=cold,
+                repeats=load.repeats,
+                cold=load.cold,
                 prompt=prompt,
                 on_step=line.show,
             )
@@ -94,9 +83,9 @@ def bench_forms(
     console.print(_table(speeds, sizes))
     dropped = "was dropped from" if all(speed.cold for speed in speeds.values()) else "is in"
     console.print(
-        f"seconds, medians of {repeats} fresh processes each, taking turns; KV {settings.kv}, heads {settings.heads}, "
-        f"context {settings.context:,}; the file {dropped} the page cache; first token: of a prompt of "
-        f"{PROMPT_TOKENS}; chat: from the command line to the first prompt; peak: resident memory with the mapped "
+        f"seconds, medians of {load.repeats} fresh processes each, taking turns; KV {settings.kv}, heads "
+        f"{settings.heads}, context {settings.context:,}; the file {dropped} the page cache; first token: of a prompt "
+        f"of {PROMPT_TOKENS}; chat: from the command line to the first prompt; peak: resident memory with the mapped "
         f"pages that were read, of which {figures.size(min(speed.imported_bytes for speed in speeds.values()))} are "
         "there after the imports",
         style="dim",
@@ -104,7 +93,7 @@ def bench_forms(
     )
     facts = machine_facts(threads=settings.threads, device=next(iter(speeds.values())).device)
     results = [{"form": name, "disk_bytes": sizes[name], **speed.report()} for name, speed in speeds.items()]
-    head = {"benchmark": "forms", "model": settings.model, "others": list(others), "repeats": repeats}
+    head = {"benchmark": "forms", "model": settings.model, "others": list(options.also), "repeats": load.repeats}
     head |= {"heads": settings.heads, "kv": settings.kv}
     print(json.dumps({**head, "results": results, "machine": facts}))
     return 0

@@ -5,12 +5,12 @@ The tables are plain text of some thousand characters: they must fit into the en
 
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from duolocal.bench.gpu.floors import targets
 from duolocal.bench.gpu.suite import chosen_sections, cuda_device_name, failed, run_suite, suite_files
+from duolocal.commands.bench import Gpu
 from duolocal.sizes import format_tokens
 from duolocal.terminal.clean import clean_line
 
@@ -21,13 +21,13 @@ Record = Mapping[str, Any]
 Cells = Sequence[str]
 
 
-def bench_gpu(folder: Path, *, minutes: float, letters: Collection[str]) -> int:
+def bench_gpu(options: Gpu) -> int:
     """Run the suite, print its tables and return the exit code: 1 where a check failed or a section died."""
     began = time.monotonic()
-    sections = chosen_sections(letters)
-    limit_s = 60 * minutes
+    sections = chosen_sections(options.sections)
+    limit_s = 60 * options.minutes
     device = cuda_device_name()
-    files = suite_files(folder, device, time.strftime("%Y-%m-%d"))
+    files = suite_files(options.out, device, time.strftime("%Y-%m-%d"))
     report = run_suite(
         sections,
         files,

@@ -2,10 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from duolocal.bench.compare import DUOLOCAL, RunnerResult, best_of, comparison, fastest, peers_of, ratios
@@ -25,6 +23,7 @@ from duolocal.bench.peer_list import (
 )
 from duolocal.bench.peers import METHOD, PeersRun, measure_peers
 from duolocal.bench.text import text_ids
+from duolocal.commands.bench import Peers
 from duolocal.engine.memory import available_bytes
 from duolocal.errors import SettingsError
 from duolocal.kernels.cpu.threads import default_threads
@@ -33,6 +32,7 @@ from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.bench_speed_view import fetch_and_open
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.still import StillLine
 from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import load_tokenizer
@@ -40,18 +40,17 @@ from duolocal.tokenizer import load_tokenizer
 BUSY_SHARE = 0.02  # of a core, used by children that should be idle: worth a warning
 
 
-def bench_peers(
-    settings: LoadSettings,
-    choice: PeerChoice,
-    console: Console,
-    progress: Console,
-    *,
-    contexts: Sequence[int],
-    decode_tokens: int,
-    repeats: int,
-    json_file: Path | None,
-) -> int:
-    """Print speed and memory of duolocal beside the chosen peers at the ascending `contexts`; return the exit code."""
+def bench_peers(options: Peers, settings: LoadSettings) -> int:
+    """Print speed and memory of duolocal beside the chosen peers at the ascending lengths; return the exit code."""
+    choice = PeerChoice(
+        peers=options.peers,
+        flash=tuple(word == "on" for word in options.llama_flash),
+        kv=options.llama_kv,
+        requantized=not options.no_requantized,
+        limits=dict(options.limit),
+    )
+    console, progress, contexts, json_file = new_console(), progress_console(), options.contexts, options.json
+    decode_tokens, repeats = options.tokens, options.repeats
     check_packages(choice.peers)
     if json_file is not None and not json_file.parent.is_dir():
         raise SettingsError(f"--json is {json_file}: there is no folder {json_file.parent}")

@@ -1,28 +1,27 @@
 """The tables of `duolocal bench profile`; the last line is one JSON object."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from duolocal.bench.machine import machine_facts
 from duolocal.bench.profile import Ceilings, StepProfile, compiled_kernels, measure_ceilings, profile_decode
 from duolocal.bench.profile import profile_prefill as profile_chunk
 from duolocal.bench.text import text_ids
+from duolocal.commands.bench import Profile
 from duolocal.engine.resolve import DEFAULT_CHUNK_SIZE
 from duolocal.settings import LoadSettings
 from duolocal.terminal.bench_speed_view import fetch_and_open, load_engine
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.still import StillLine
 from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import load_tokenizer
 
 
-def bench_profile(
-    settings: LoadSettings, console: Console, progress: Console, *, contexts: Sequence[int], repeats: int
-) -> int:
+def bench_profile(options: Profile, settings: LoadSettings) -> int:
     """Print where a decode step and a prefill chunk spend their time at each length; return the exit code."""
+    console, progress, contexts = new_console(), progress_console(), options.contexts
     source = fetch_and_open(settings, progress)
     chunk = DEFAULT_CHUNK_SIZE["cpu"]
     token_ids = text_ids(load_tokenizer(source), contexts[-1] + chunk + 1)
@@ -38,8 +37,8 @@ def bench_profile(
                 pass
             line.show(f"{context:,} tokens: profiling")
             following = token_ids[context : context + chunk]
-            profiles.append(("decode", profile_decode(engine, following[0], repeats=repeats)))
-            profiles.append(("prefill", profile_chunk(engine, following, repeats=max(3, repeats // 10))))
+            profiles.append(("decode", profile_decode(engine, following[0], repeats=options.repeats)))
+            profiles.append(("prefill", profile_chunk(engine, following, repeats=max(3, options.repeats // 10))))
             ceilings = ceilings.best(measure_ceilings(kernels))
     for name, profile in profiles:
         console.print(_table(name, profile, ceilings))

@@ -1,7 +1,6 @@
 """The tables of `duolocal bench decode`, `prefill` and `load`; the last line is one JSON object."""
 
 import json
-from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -13,6 +12,7 @@ from duolocal.bench.machine import machine_facts
 from duolocal.bench.prefill import measure_prefill
 from duolocal.bench.text import text_ids
 from duolocal.bench.timing import Spread
+from duolocal.commands.bench import Decode, Load, Prefill
 from duolocal.engine.engine import Engine
 from duolocal.engine.prefill_choice import prefill_policy
 from duolocal.models.loader import ModelSource, open_model
@@ -22,6 +22,7 @@ from duolocal.settings import LoadSettings
 from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
 from duolocal.terminal.still import StillLine
@@ -31,16 +32,10 @@ from duolocal.tokenizer import load_tokenizer
 PROMPT_TOKENS = 16  # of `bench load`
 
 
-def bench_decode(
-    settings: LoadSettings,
-    console: Console,
-    progress: Console,
-    *,
-    contexts: Sequence[int],
-    num_tokens: int,
-    repeats: int,
-) -> int:
+def bench_decode(options: Decode, settings: LoadSettings) -> int:
     """Print the decode speed at the ascending `contexts`; return the exit code."""
+    console, progress, repeats = new_console(), progress_console(), options.repeats
+    contexts, num_tokens = options.contexts, options.tokens
     source = fetch_and_open(settings, progress)
     token_ids = text_ids(load_tokenizer(source), contexts[-1] + 1)
     engine = load_engine(source, settings, progress, context=contexts[-1] + num_tokens + 1)
@@ -67,16 +62,10 @@ def bench_decode(
     return 0
 
 
-def bench_prefill(
-    settings: LoadSettings,
-    console: Console,
-    progress: Console,
-    *,
-    contexts: Sequence[int],
-    chunk_sizes: Sequence[int],
-    repeats: int,
-) -> int:
+def bench_prefill(options: Prefill, settings: LoadSettings) -> int:
     """Print the prefill speed at the ascending `contexts` and `chunk_sizes`; return the exit code."""
+    console, progress, repeats = new_console(), progress_console(), options.repeats
+    contexts, chunk_sizes = options.contexts, options.chunk_sizes
     source = fetch_and_open(settings, progress)
     token_ids = text_ids(load_tokenizer(source), contexts[-1])
     engine = load_engine(source, settings, progress, context=max(16, contexts[-1]), chunk_size=chunk_sizes[-1])
@@ -108,8 +97,9 @@ def bench_prefill(
     return 0
 
 
-def bench_load(settings: LoadSettings, console: Console, progress: Console, *, repeats: int, cold: bool) -> int:
+def bench_load(options: Load, settings: LoadSettings) -> int:
     """Print how long it takes from nothing to a first token; return the exit code."""
+    console, progress, repeats = new_console(), progress_console(), options.repeats
     source = fetch_and_open(settings, progress)
     path, token_ids = source.path, text_ids(load_tokenizer(source), PROMPT_TOKENS)
     del source  # its mapped pages could not be dropped
@@ -120,7 +110,7 @@ def bench_load(settings: LoadSettings, console: Console, progress: Console, *, r
             token_ids,
             settings,
             repeats=repeats,
-            cold=cold,
+            cold=options.cold,
             prompt=prompt,
             on_step=line.show,
         )

@@ -1,35 +1,34 @@
 """The table of `duolocal bench decode` with --select or --kv-device-memory: ways to decode, side by side."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
-
-from rich.console import Console
 
 from duolocal.bench.variants import Variant, VariantSpeed, measure_variants
 from duolocal.cache import ON_DEVICE, Placement, SelectionPolicy
+from duolocal.commands.bench import Decode
 from duolocal.engine.engine import Engine
 from duolocal.engine.select_choice import choose_channels, selection_budget
 from duolocal.paths import cache_folder
 from duolocal.settings import LoadSettings
 from duolocal.sizes import format_tokens
-from duolocal.terminal import figures
+from duolocal.terminal import bench_speed_view, figures
 from duolocal.terminal.bench_speed_view import fetch_and_open, load_engine, report_of, settings_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.progress import bar
 from duolocal.terminal.still import StillLine
 from duolocal.terminal.tables import new_table
 
 
-def bench_variants(
-    settings: LoadSettings,
-    console: Console,
-    progress: Console,
-    *,
-    contexts: Sequence[int],
-    num_tokens: int,
-    repeats: int,
-) -> int:
+def bench_decode(options: Decode, settings: LoadSettings) -> int:
+    """Print the speed of decode, of one way or, with other ways of reading, of all in turns; return the exit code."""
+    if settings.select == "off" and settings.kv_device_memory is None:
+        return bench_speed_view.bench_decode(options, settings)
+    return _bench_variants(options, settings)
+
+
+def _bench_variants(options: Decode, settings: LoadSettings) -> int:
     """Print the speed of reading all blocks, of selected ones, and of both beyond memory; return the exit code."""
+    console, progress, contexts, num_tokens = new_console(), progress_console(), options.contexts, options.tokens
     source = fetch_and_open(settings, progress)
     room = num_tokens + 2
     base = load_engine(source, replace(settings, select="off"), progress, context=contexts[-1] + room)
@@ -43,7 +42,9 @@ def bench_variants(
     with StillLine(progress) as line:
         for context in contexts:
             variants = _variants(base, settings, policy, context=base.context)
-            results += measure_variants(variants, context, num_tokens=num_tokens, repeats=repeats, on_step=line.show)
+            results += measure_variants(
+                variants, context, num_tokens=num_tokens, repeats=options.repeats, on_step=line.show
+            )
     table = new_table(">context", "~blocks", ">ms/token", ">min", ">max", ">speed", ">same", ">memory", ">beyond")
     for result in results:
         table.add_row(
@@ -58,7 +59,8 @@ def bench_variants(
     console.print(table)
     console.print(
         f"{settings_line(base)}; the cache holds random numbers; {num_tokens} greedy tokens, in turns, median, min and "
-        f"max of {repeats} runs; speed: times the first line; same: to the last bit as in memory; memory: of the cache",
+        f"max of {options.repeats} runs; speed: times the first line; same: to the last bit as in memory; memory: of "
+        "the cache",
         style="dim",
     )
     rows = [result.report() for result in results]

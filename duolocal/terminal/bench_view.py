@@ -3,10 +3,10 @@
 import json
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.text import Text
 
 from duolocal.bench import memory_report
+from duolocal.commands.models import Measure
 from duolocal.engine.engine import Engine
 from duolocal.engine.kv_choice import measure_kv
 from duolocal.errors import SettingsError
@@ -15,6 +15,7 @@ from duolocal.sample_text import sample_text
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
 from duolocal.terminal.tables import bare_table, new_table
@@ -23,8 +24,9 @@ from duolocal.tokenizer import load_tokenizer
 MIN_MEASURED_TOKENS = 1024
 
 
-def bench_memory(settings: LoadSettings, console: Console, progress: Console) -> int:
+def bench_memory(settings: LoadSettings) -> int:
     """Print the bytes that the KV cache of these settings really takes; return the exit code."""
+    progress = progress_console()
     fetch(settings.model, progress)
     with bar(progress, f"loading {clean_line(settings.model)}", ""):
         report = memory_report(settings)
@@ -37,18 +39,18 @@ def bench_memory(settings: LoadSettings, console: Console, progress: Console) ->
         is_size = name.endswith("_bytes") and isinstance(value, int)
         label = name.removesuffix("_bytes").replace("_", " ").replace("16bit", "16-bit")
         table.add_row(label, Text(_size(value) if is_size else _number(value)))
-    console.print(table)
+    new_console().print(table)
     print(json.dumps(report))
     return 0
 
 
-def measure_kv_formats(
-    settings: LoadSettings, text: str | None, num_tokens: int, console: Console, progress: Console
-) -> int:
+def measure_kv_formats(settings: LoadSettings, options: Measure) -> int:
     """Print what each KV format costs a model against the 16-bit cache, over the first tokens of a text.
 
-    `text` None takes the prose that comes with Python. Raises SettingsError when the text is too short.
+    Raises SettingsError when the text is too short.
     """
+    console, progress, num_tokens = new_console(), progress_console(), options.tokens
+    text = options.text[0] if options.text else sample_text()
     if num_tokens < MIN_MEASURED_TOKENS:
         # The recent tokens are exact in every format, so a short text would show no difference at all.
         raise SettingsError(f"--tokens is {num_tokens:,}: give {MIN_MEASURED_TOKENS:,} or more to see a difference")
@@ -56,7 +58,7 @@ def measure_kv_formats(
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
         source = open_model(path)
         engine = Engine.load(source, settings, context=num_tokens, kv="16", heads="all", events=shown)
-        token_ids = load_tokenizer(source).encode(text if text is not None else sample_text())[:num_tokens]
+        token_ids = load_tokenizer(source).encode(text)[:num_tokens]
         if len(token_ids) < num_tokens:
             raise SettingsError(
                 f"the text has {len(token_ids):,} tokens, --tokens is {num_tokens:,}: give a longer text, or fewer"

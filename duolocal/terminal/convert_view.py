@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from duolocal.commands.models import Convert
 from duolocal.engine.kernels import arrange_rows
 from duolocal.engine.place import device_named
 from duolocal.models.loader import ModelSource, open_model
@@ -17,14 +18,16 @@ from duolocal.quantize.dense import write_dense
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import Bar, bar
 
 _KERNELS = {"rows": "CPU", "planes": "GPU"}
 
 
-def convert_model(settings: LoadSettings, out: Path, *, to: str, console: Console, progress: Console) -> int:
-    """Write the model of `settings` to `out` as "native" or "f16"; return the exit code."""
+def convert_model(settings: LoadSettings, options: Convert) -> int:
+    """Write the model of `settings` in another form; return the exit code."""
+    console, progress, out, to = new_console(), progress_console(), options.out, options.to
     name = clean_line(settings.model)
     source = open_model(fetch(settings.model, progress))
     began_s = time.monotonic()

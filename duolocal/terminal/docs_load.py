@@ -4,8 +4,12 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from duolocal.commands.docs import Tokens
 from duolocal.documents import Document, Gathered, Loaded, gather, load_all
 from duolocal.files import free_name
+from duolocal.settings import LoadSettings
+from duolocal.startup import without_collection
+from duolocal.terminal.consoles import new_console, progress_console, starting_notice
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,3 +47,17 @@ def by_name(documents: Iterable[Document], *, taken: Collection[str] = ()) -> di
         name = free_name(document.name, str(document.path), taken=lambda name: name in named or name in taken)
         named[name] = document
     return named
+
+
+def docs_tokens(options: Tokens, settings: LoadSettings) -> int:
+    """Print what documents would take of the context; return the exit code. Raises DuoLocalError."""
+    progress = progress_console()
+    gathered = gather_with_bar(options.paths, progress)
+    with starting_notice(progress), without_collection():
+        from duolocal.terminal.docs_tokens import count_gathered, print_json, print_table
+    report = count_gathered(gathered, model=settings.model, context=settings.context, progress=progress)
+    if options.json:
+        print_json(report)
+    else:
+        print_table(report, new_console())
+    return 0

@@ -7,16 +7,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from duolocal.commands.eval import Check, Variants
 from duolocal.documents import Document
 from duolocal.engine.resolve import default_context
-from duolocal.evaluate import Lineup, Outcome, Setting, score
+from duolocal.evaluate import Lineup, Outcome, score
 from duolocal.evaluate.check import GOOD, SMALL, CheckResult, check, document_tokens
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.consoles import print_prose
 from duolocal.terminal.eval_compare_view import bos_ids
-from duolocal.terminal.eval_parts import bars, load_lineup, open_source, print_choices
+from duolocal.terminal.eval_parts import bars, eval_consoles, load_lineup, open_source, print_choices
 from duolocal.terminal.pictures import curve
 from duolocal.terminal.progress import bar
 from duolocal.terminal.tables import new_table
@@ -25,29 +26,19 @@ from duolocal.tokenizer import load_tokenizer
 PROMPT_ROOM = 256  # tokens for the question and answer around a passkey, where the context has them
 
 
-def eval_check(
-    settings: LoadSettings,
-    setting: Setting,
-    document: Document,
-    *,
-    num_tokens: int | None,
-    context: int | None,
-    minutes: float,
-    seed: int,
-    png: Path | None,
-    console: Console,
-    progress: Console,
-) -> int:
+def eval_check(options: Check, variants: Variants, settings: LoadSettings) -> int:
     """Check a document under one setting against dense and print the verdict; see `duolocal.evaluate.check`."""
+    console, progress = eval_consoles()
+    document, png = options.doc, options.png
     source = open_source(settings, progress)
     tokenizer = load_tokenizer(source)
     bos = bos_ids(tokenizer)
-    limit = context or default_context(source.config)
+    limit = settings.context or default_context(source.config)
     with bar(progress, f"reading {clean_line(document.name)}", ""):
         ids = tokenizer.encode(document.text)
-    token_ids = document_tokens(ids, context=limit - len(bos), asked=num_tokens, name=document.name)
+    token_ids = document_tokens(ids, context=limit - len(bos), asked=options.tokens, name=document.name)
     room = min(limit, len(bos) + len(token_ids) + PROMPT_ROOM)
-    lineup = load_lineup(source, settings, [setting], context=room, side_by_side=True, progress=progress)
+    lineup = load_lineup(source, settings, variants.settings(), context=room, side_by_side=True, progress=progress)
     print_choices(lineup, console)
     if document.note:
         console.print(Text(clean_line(document.note), style="dim"))
@@ -57,7 +48,9 @@ def eval_check(
             shown.describe(what)
             shown.update(done, total)
 
-        result = check(lineup, tokenizer, token_ids, minutes=minutes, seed=seed, bos=bos, on_progress=step)
+        result = check(
+            lineup, tokenizer, token_ids, minutes=options.minutes, seed=options.seed, bos=bos, on_progress=step
+        )
     _print(result, len(ids), document, console)
     if png is not None:
         _draw(result, lineup, png, console, title=f"{document.name}, {settings.model}")

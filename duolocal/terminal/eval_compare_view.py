@@ -8,39 +8,47 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from duolocal.evaluate import Lineup, Setting
+from duolocal.commands.eval import Curve, Reading, Variants
+from duolocal.evaluate import Lineup
 from duolocal.evaluate.compare import Comparison, compare, cut_windows
 from duolocal.settings import LoadSettings
 from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.consoles import print_prose
-from duolocal.terminal.eval_parts import choices_report, load_lineup, open_source, print_choices
+from duolocal.terminal.eval_parts import (
+    choices_report,
+    eval_consoles,
+    haystack,
+    load_lineup,
+    open_source,
+    print_choices,
+)
 from duolocal.terminal.pictures import curve
 from duolocal.terminal.progress import bar
 from duolocal.terminal.tables import new_table
 from duolocal.tokenizer import Tokenizer, load_tokenizer
 
 
-def eval_compare(
-    what: str,
-    settings: LoadSettings,
-    choices: Sequence[Setting],
-    text: tuple[str, str],
-    *,
-    num_tokens: int,
-    window: int,
-    png: Path | None,
-    console: Console,
-    progress: Console,
-) -> int:
-    """Print perplexity (what "ppl") or KL as well ("kl") of every setting against dense, over windows of a text."""
+def ppl(read: Reading, curve: Curve, variants: Variants, settings: LoadSettings) -> int:
+    """Print perplexity of every setting against dense, over windows of a text; return the exit code."""
+    return _compare("ppl", read, curve, variants, settings)
+
+
+def kl(read: Reading, curve: Curve, variants: Variants, settings: LoadSettings) -> int:
+    """Print perplexity and KL of every setting against dense, over windows of a text; return the exit code."""
+    return _compare("kl", read, curve, variants, settings)
+
+
+def _compare(what: str, read: Reading, curve: Curve, variants: Variants, settings: LoadSettings) -> int:
+    console, progress = eval_consoles()
+    text, png = haystack(read.text), curve.png
     source = open_source(settings, progress)
     tokenizer = load_tokenizer(source)
     bos = bos_ids(tokenizer)
-    windows = cut_windows(tokenizer.encode(text[0]), num_tokens=num_tokens, context=window, bos=bos)
+    windows = cut_windows(tokenizer.encode(text[0]), num_tokens=read.tokens, context=read.context, bos=bos)
     context = len(windows[0])
-    lineup = load_lineup(source, settings, choices, context=context, side_by_side=True, progress=progress)
+    lineup = load_lineup(source, settings, variants.settings(), context=context, side_by_side=True, progress=progress)
     print_choices(lineup, console)
     with bar(progress, "measuring", "tokens") as shown:
         engines = [(choice.name, lineup.engine(choice)) for choice in lineup.everyone]
@@ -56,7 +64,7 @@ def eval_compare(
     )
     if png is not None:
         _draw(what, results, lineup, context, png, console, model=settings.model)
-    report = {"evaluation": what, "model": settings.model, "text": text[1], "tokens": num_tokens, "context": context}
+    report = {"evaluation": what, "model": settings.model, "text": text[1], "tokens": read.tokens, "context": context}
     report |= {"windows": len(windows), "dense_kv_bytes": lineup.dense_bytes(context)}
     report |= {"settings": choices_report(lineup, context)}
     print(json.dumps({**report, "results": {result.name: result.report() for result in results}}))

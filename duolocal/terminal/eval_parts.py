@@ -1,6 +1,7 @@
 """What the views of `duolocal eval` share: loading with progress, naming settings, shades."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from duolocal.heads import HeadPlan
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.outer_weights import quantize_outer
 from duolocal.models.quantized import quantize_on_load
+from duolocal.sample_text import license_text
 from duolocal.settings import LoadSettings
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
 
@@ -27,7 +30,21 @@ _SHADES = (
     (0.2, "░░", "magenta"),
     (-1.0, "··", "red"),
 )
+PIPED_COLUMNS = 120  # where nobody says how wide the paper is: no figure is cut off
 LEGEND = "██ 80% or more for each token of the right answer, ▓▓ 60, ▒▒ 40, ░░ 20, ·· less; beside it the NLL; ✗ missed"
+
+
+def eval_consoles() -> tuple[Console, Console]:
+    """Return the consoles for results and for progress."""
+    console = new_console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPED_COLUMNS
+    return console, progress_console()
+
+
+def haystack(chosen: tuple[str, str] | None) -> tuple[str, str]:
+    """Return the text that is read and its name: what was chosen, or the licences that come with torch."""
+    return chosen or (license_text(), "licences")
 
 
 def open_source(settings: LoadSettings, progress: Console) -> ModelSource:

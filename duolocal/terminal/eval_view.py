@@ -10,7 +10,8 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.text import Text
 
-from duolocal.evaluate import Choice, Lineup, Outcome, Prompt, Score, Setting, ask, passkey_prompts, score
+from duolocal.commands.eval import Multihop, Niah, Passkey, Variants
+from duolocal.evaluate import Choice, Lineup, Outcome, Prompt, Score, ask, passkey_prompts, score
 from duolocal.evaluate.grid import cells, places
 from duolocal.evaluate.tasks import TASKS, niah_prompts
 from duolocal.settings import LoadSettings
@@ -20,6 +21,8 @@ from duolocal.terminal.consoles import print_prose
 from duolocal.terminal.eval_parts import (
     LEGEND,
     choices_report,
+    eval_consoles,
+    haystack,
     load_lineup,
     open_source,
     picture_for,
@@ -37,32 +40,27 @@ _MAKERS: dict[str, Callable[..., Sequence[Prompt]]] = {"passkey": passkey_prompt
 Runs = dict[str, list[Outcome]]
 
 
-def eval_grid(
-    task: str,
-    settings: LoadSettings,
-    choices: Sequence[Setting],
-    text: tuple[str, str],
-    *,
-    lengths: Sequence[int],
-    depths: int,
-    seed: int,
-    dense: bool,
-    png: Path | None,
-    console: Console,
-    progress: Console,
-) -> int:
-    """Print what of a thing hidden at `depths` places of each length the model finds, by setting and beside dense.
+def passkey(options: Passkey, variants: Variants, settings: LoadSettings) -> int:
+    """Print which hidden numbers the model finds, by setting and beside dense; return the exit code."""
+    return _grid("passkey", options, variants, settings, dense=not options.no_dense)
 
-    task: "passkey" or "niah"; text: the haystack and its name.
-    """
+
+def niah(options: Niah, variants: Variants, settings: LoadSettings) -> int:
+    """Print which hidden facts the model finds, by setting and beside dense; return the exit code."""
+    return _grid("niah", options, variants, settings, dense=True)
+
+
+def _grid(task: str, options: Passkey | Niah, variants: Variants, settings: LoadSettings, *, dense: bool) -> int:
+    console, progress = eval_consoles()
+    text, lengths, png = haystack(options.text), options.tokens, options.png
     source = open_source(settings, progress)
     tokenizer = load_tokenizer(source)
-    at = places(depths)
+    at = places(options.depths)
     prompts: list[Prompt] = []
     for length in lengths:
-        prompts += _MAKERS[task](tokenizer, text[0], num_tokens=length, depths=at, seed=seed)
+        prompts += _MAKERS[task](tokenizer, text[0], num_tokens=length, depths=at, seed=options.seed)
     context = max(prompt.context for prompt in prompts)
-    lineup = load_lineup(source, settings, choices, context=context, side_by_side=False, progress=progress)
+    lineup = load_lineup(source, settings, variants.settings(), context=context, side_by_side=False, progress=progress)
     print_choices(lineup, console)
     runs = _run(lineup, tokenizer, prompts, lineup.choices + ([lineup.dense] if dense else []), progress)
     if len(lengths) == 1 and len(runs) <= 2:
@@ -72,33 +70,29 @@ def eval_grid(
     if png is not None:
         draw_maps(runs, lengths, at, png, console, title=f"{task}, {clean_line(settings.model)}")
     _print_scores(runs, console)
-    report = {"evaluation": task, "model": settings.model, "text": text[1], "lengths": lengths, "depths": depths}
-    _print_report({**report, "seed": seed, "settings": choices_report(lineup, context)}, runs)
+    report = {
+        "evaluation": task,
+        "model": settings.model,
+        "text": text[1],
+        "lengths": lengths,
+        "depths": options.depths,
+    }
+    _print_report({**report, "seed": options.seed, "settings": choices_report(lineup, context)}, runs)
     return 0
 
 
-def eval_multihop(
-    settings: LoadSettings,
-    choices: Sequence[Setting],
-    text: tuple[str, str],
-    *,
-    tasks: Sequence[str],
-    lengths: Sequence[int],
-    samples: int,
-    seed: int,
-    png: Path | None,
-    console: Console,
-    progress: Console,
-) -> int:
+def multihop(options: Multihop, variants: Variants, settings: LoadSettings) -> int:
     """Print how well tasks that need several places of a text are done, by setting and beside dense."""
+    console, progress = eval_consoles()
+    text, lengths, tasks, png = haystack(options.text), options.tokens, options.tasks, options.png
     source = open_source(settings, progress)
     tokenizer = load_tokenizer(source)
     prompts: list[Prompt] = []
     for task in tasks:
         for length in lengths:
-            prompts += TASKS[task](tokenizer, text[0], num_tokens=length, samples=samples, seed=seed)
+            prompts += TASKS[task](tokenizer, text[0], num_tokens=length, samples=options.samples, seed=options.seed)
     context = max(prompt.context for prompt in prompts)
-    lineup = load_lineup(source, settings, choices, context=context, side_by_side=False, progress=progress)
+    lineup = load_lineup(source, settings, variants.settings(), context=context, side_by_side=False, progress=progress)
     print_choices(lineup, console)
     runs = _run(lineup, tokenizer, prompts, lineup.everyone, progress)
     _print_tasks(runs, tasks, lengths, console)
@@ -106,7 +100,7 @@ def eval_multihop(
         _draw_tasks(runs, tasks, lengths, png, console, title=f"multihop, {clean_line(settings.model)}")
     _print_scores(runs, console)
     report = {"evaluation": "multihop", "model": settings.model, "text": text[1], "tasks": tasks, "lengths": lengths}
-    more = {"samples": samples, "seed": seed, "settings": choices_report(lineup, context)}
+    more = {"samples": options.samples, "seed": options.seed, "settings": choices_report(lineup, context)}
     _print_report({**report, **more}, runs)
     return 0
 

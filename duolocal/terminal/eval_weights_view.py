@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from duolocal.commands.eval import Reading, Weights
 from duolocal.engine.engine import Engine
 from duolocal.evaluate.compare import Comparison, compare, cut_windows
 from duolocal.evaluate.engines import DENSE_KV
@@ -17,34 +17,27 @@ from duolocal.settings import WEIGHTS, LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.eval_compare_view import bos_ids, error_of
-from duolocal.terminal.eval_parts import open_source
+from duolocal.terminal.eval_parts import eval_consoles, haystack, open_source
 from duolocal.terminal.progress import bar
 from duolocal.terminal.tables import new_table
 
 
-def eval_weights(
-    settings: LoadSettings,
-    against: Sequence[str],
-    text: tuple[str, str],
-    *,
-    num_tokens: int,
-    window: int,
-    console: Console,
-    progress: Console,
-) -> int:
-    """Print perplexity and KL of every model of `against` beside the one of `settings`, over windows of a text.
+def eval_weights(options: Weights, read: Reading, settings: LoadSettings) -> int:
+    """Print perplexity and KL of every other model beside the one of `settings`, over windows of a text.
 
-    against: names, paths, or a format of `--weights` that stands for the model of `settings` in it.
+    The others are names, paths, or a format of `--weights` that stands for the model of `settings` in it.
     """
+    console, progress = eval_consoles()
+    text = haystack(read.text)
     models = [(settings.model, open_source(settings, progress))]
-    for name in against:
+    for name in options.against:
         if name in WEIGHTS:
             chosen = replace(settings, weights=name)
             models.append((f"{settings.model} {name}", open_source(chosen, progress)))
         else:
             models.append((name, open_source(replace(settings, model=name), progress)))
     tokenizer, ids = common_tokenizer(models, text[0])
-    windows = cut_windows(ids, num_tokens=num_tokens, context=window, bos=bos_ids(tokenizer))
+    windows = cut_windows(ids, num_tokens=read.tokens, context=read.context, bos=bos_ids(tokenizer))
     context = len(windows[0])
     dense = replace(settings, context=len(windows[0]), kv=DENSE_KV, heads="all")
     engines = []
@@ -62,7 +55,7 @@ def eval_weights(
             style="dim",
         )
     )
-    report = {"evaluation": "weights", "model": settings.model, "text": text[1], "tokens": num_tokens}
+    report = {"evaluation": "weights", "model": settings.model, "text": text[1], "tokens": read.tokens}
     report |= {"context": context, "windows": len(windows)}
     found = {
         result.name: {"weights": source.weight_format, "bytes": source.size_bytes, **result.report()}

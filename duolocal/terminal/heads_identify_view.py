@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from duolocal.commands.heads import Identify
 from duolocal.engine.head_choice import as_pattern
 from duolocal.errors import SettingsError
 from duolocal.heads import (
@@ -28,6 +29,7 @@ from duolocal.models.loader import ModelSource, open_model
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.heads_view import draw_map, print_map, short_name
 from duolocal.terminal.progress import Bar, bar
@@ -36,29 +38,11 @@ from duolocal.terminal.tables import new_table
 TOP = 0.5  # the halves that are compared
 
 
-def identify_heads(
-    settings: LoadSettings,
-    method: str,
-    *,
-    console: Console,
-    progress: Console,
-    out: str | None = None,
-    published: bool | None = None,
-    seed: int = 0,
-    num_tokens: int | None = None,
-    steps: int | None = None,
-    text_share: float | None = None,
-    pressure: float | None = None,
-    default_ratio: float | None = None,
-    compare: Sequence[str] = (),
-    png: str | None = None,
-) -> int:
-    """Rank the heads of a model, write the pattern, print a report whose last line is one JSON object.
-
-    out: where to; None keeps the pattern for this model. published: the layout, None by the name of `out`.
-    compare: patterns to compare with, beside those known for the model. png: None: beside `out`; "none": no picture.
-    """
-    others = [(Path(path).name or path, load_pattern(path)) for path in compare]
+def identify_heads(options: Identify, settings: LoadSettings) -> int:
+    """Rank the heads of a model, write the pattern, print a report whose last line is one JSON object."""
+    console, progress, method, out = new_console(), progress_console(), options.method, options.out
+    published = None if options.format is None else options.format == "published"
+    others = [(Path(path).name or path, load_pattern(path)) for path in options.compare]
     folder = _check_place(out, published)
     source = open_model(fetch(settings.model, progress))
     _check_shapes(others, source)
@@ -80,11 +64,11 @@ def identify_heads(
             source,
             settings,
             method=method,
-            seed=seed,
-            num_tokens=num_tokens,
-            steps=steps,
-            text_share=text_share,
-            pressure=pressure,
+            seed=options.seed,
+            num_tokens=options.tokens,
+            steps=options.steps,
+            text_share=options.text_share,
+            pressure=options.pressure,
             state_file=state_file,
             events=shown,
         ):
@@ -96,7 +80,7 @@ def identify_heads(
                 event,
                 source="this run",
                 model=settings.model,
-                default_ratio=UNMEASURED_RATIO if default_ratio is None else default_ratio,
+                default_ratio=UNMEASURED_RATIO if options.default_ratio is None else options.default_ratio,
             )
             if out is None:
                 place = remember_pattern(pattern, source.fingerprint)
@@ -114,7 +98,7 @@ def identify_heads(
         others.append((f"kept before ({before.method})", before))
     compared = _compare(pattern, others)
     _print_agreement(compared, console)
-    picture = _picture_path(png, out, place, folder)
+    picture = _picture_path(options.png, out, place, folder)
     if picture is not None:
         draw_map(pattern, plan, picture, title=title)
         console.print(f"picture: {clean_line(str(picture))}", style="dim", soft_wrap=True)
@@ -126,7 +110,7 @@ def identify_heads(
     report = {
         "identification": method,
         "model": settings.model,
-        "seed": seed,
+        "seed": options.seed,
         "seconds": round(elapsed_s, 1),
         "pattern": str(place),
         "picture": None if picture is None else str(picture),

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from duolocal.commands.heads import Show
 from duolocal.errors import ModelNotFoundError, SettingsError
 from duolocal.heads import (
     KNOWN_PATTERNS,
@@ -20,7 +21,9 @@ from duolocal.heads import (
 from duolocal.heads.known import LICENCE, SOURCE, pattern_called, published_pattern
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.registry import MODELS, cached_path, resolve
+from duolocal.settings import LoadSettings
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console
 from duolocal.terminal.pictures import heat_map
 from duolocal.terminal.tables import new_table
 
@@ -31,18 +34,17 @@ _LAYERS_PER_BLOCK = 16  # more of them stand side by side
 _METHOD_SHOWN = 200  # characters
 
 
-def show_heads(
-    model: str, *, console: Console, pattern: str | None = None, heads: str = "auto", png: str | None = None
-) -> int:
-    """Print the map of a pattern (a path or published:NAME), or of the model's own where it is None.
+def show_heads(options: Show, settings: LoadSettings) -> int:
+    """Print the map of a pattern (a path or published:NAME), or of the model's own. Fetches no model.
 
-    heads: what --heads says, or a ratio for `pattern`. Raises DuoLocalError; fetches no model.
+    The heads of `settings` are a ratio for a pattern. Raises DuoLocalError.
     """
+    console, pattern, model, heads = new_console(), options.pattern, settings.model, settings.heads
     title = short_name(model if pattern is None else pattern)
     found, plan = _from_model(model, heads) if pattern is None else _from_pattern(pattern, heads)
     print_map(found, plan, console, title=title)
-    if png is not None:
-        path = draw_map(found, plan, png, title=title)
+    if options.png is not None:
+        path = draw_map(found, plan, options.png, title=title)
         console.print(f"picture: {clean_line(str(path))}", style="dim", soft_wrap=True)
     return 0
 
@@ -53,8 +55,9 @@ def short_name(name: str) -> str:
     return path.name if path.name and path.exists() else name
 
 
-def list_published(console: Console) -> int:
-    """Print the models for which a pattern is published."""
+def list_published() -> int:
+    """Print the models for which a pattern is published; return the exit code."""
+    console = new_console()
     table = new_table("~model", ">layers × KV heads", ">ratio")
     for known in KNOWN_PATTERNS:
         shape = f"{known.shape.num_layers} × {known.shape.num_kv_heads}"

@@ -5,13 +5,21 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from duolocal.models.registry import ModelStatus
+from duolocal.models.registry import ModelStatus, list_models
 from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console
 from duolocal.terminal.tables import new_table
 
 _WIDE = 150  # columns; below, source and place go under the table instead of being folded into slivers
+
+
+def models() -> int:
+    """Print the named models; return the exit code."""
+    console = new_console()
+    console.print(models_view(list_models(), console.width), soft_wrap=False)
+    return 0
 
 
 def models_view(statuses: Sequence[ModelStatus], columns: int) -> RenderableType:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from duolocal.commands.eval import Needle
 from duolocal.engine.engine import Engine
 from duolocal.engine.session import ChatSession, Prefilled
 from duolocal.errors import SettingsError
@@ -32,7 +33,7 @@ from duolocal.settings import LoadSettings
 from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.eval_parts import open_source
+from duolocal.terminal.eval_parts import eval_consoles, open_source
 from duolocal.terminal.eval_view import draw_maps, print_maps
 from duolocal.terminal.progress import bar
 from duolocal.tokenizer import Tokenizer, load_tokenizer
@@ -42,25 +43,11 @@ _CHARACTERS = (4.5, 7.0)  # of documentation for a token: more where a vocabular
 _KEEP_S = 60.0  # between two states on disk
 
 
-def eval_needle(
-    settings: LoadSettings,
-    text: tuple[str, str] | None,
-    *,
-    lengths: Sequence[int],
-    depths: int,
-    kinds: Sequence[str],
-    absent: int,
-    passages: int | None,
-    seed: int,
-    out: Path | None,
-    png: Path | None,
-    console: Console,
-    progress: Console,
-) -> int:
-    """Print which needles the reader finds by length and depth; return the exit code.
-
-    text: the haystack and its name, None for the documentation that is installed; out: the folder of the points.
-    """
+def eval_needle(options: Needle, settings: LoadSettings) -> int:
+    """Print which needles the reader finds by length and depth; return the exit code."""
+    console, progress = eval_consoles()
+    lengths, kinds, out, png, seed = options.tokens, options.kinds, options.out, options.png, options.seed
+    depths, absent = options.depths, options.absent
     at = places(depths)
     if depths + absent > MOST:
         raise SettingsError(
@@ -73,11 +60,13 @@ def eval_needle(
     with bar(progress, f"loading {clean_line(settings.model)}", "layers") as shown:
         engine = Engine.load(source, settings, context=min(source.config.max_positions, CONTEXT), events=shown)
     session = ChatSession(engine, tokenizer)
-    retriever = Retriever(engine, tokenizer, passage_tokens=PASSAGE_TOKENS if passages is None else passages)
+    retriever = Retriever(engine, tokenizer, passage_tokens=options.passages or PASSAGE_TOKENS)
     points = []
     for length in lengths:
         with bar(progress, f"finding {format_tokens(length)} tokens of text", ""):
-            haystack, task = _task(tokenizer, text, num_tokens=length, depths=at, kinds=kinds, absent=absent, seed=seed)
+            haystack, task = _task(
+                tokenizer, options.text, num_tokens=length, depths=at, kinds=kinds, absent=absent, seed=seed
+            )
         identity = {
             "model": source.fingerprint,
             "task": task.digest,

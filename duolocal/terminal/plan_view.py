@@ -9,8 +9,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from duolocal.commands.plan import Plan
 from duolocal.engine.kernels import arrangement, make_kernels
-from duolocal.engine.planning import Planned
+from duolocal.engine.planning import Planned, plan_settings
 from duolocal.plan.cards import card_rates
 from duolocal.plan.duration import Rates, duration_of
 from duolocal.plan.fitting import Setting, nearest
@@ -21,6 +22,7 @@ from duolocal.plan.session_size import session_bytes
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.progress import bar
 from duolocal.terminal.tables import bare_table, fact_table
 
@@ -28,6 +30,19 @@ _MOST_COLUMNS = 72
 _LOOK_S = 0.3  # at what else the machine does, before it is measured
 _BUSY_PERCENT = 25  # of all processors: figures would say more about the other work
 _STYLES = ("blue", "cyan", "green", "yellow", "magenta", "bright_black")
+
+
+def plan(options: Plan, settings: LoadSettings) -> int:
+    """Print the plan; return the exit code: 0 where it fits, else 1."""
+    planned = plan_settings(
+        settings, card=options.card, memory=options.memory, host_memory=options.host_memory, disk=options.disk
+    )
+    rates = rates_for(planned, settings, progress_console(), measure=None if options.no_measure else options.measure)
+    if options.json:
+        plan_json(planned, rates)
+    else:
+        print_plan(planned, rates, new_console())
+    return 0 if planned.fits else 1
 
 
 def rates_for(planned: Planned, settings: LoadSettings, progress: Console, *, measure: bool | None) -> Rates | None:

@@ -3,18 +3,20 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from duolocal.commands.quantize import SAMPLES, TOKENS_PER_SAMPLE, Quantize
 from duolocal.models.loader import open_model
 from duolocal.quantize import QuantizeProgress, QuantizeResult, QuantizeSettings, quantize
 from duolocal.quantize.work_area import NAME as WORK_AREA
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import Bar, bar
 from duolocal.terminal.tables import new_table
@@ -22,16 +24,18 @@ from duolocal.terminal.tables import new_table
 _READS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
 
 
-def quantize_model(
-    settings: LoadSettings,
-    out: Path,
-    wanted: QuantizeSettings,
-    *,
-    text: str | None,
-    console: Console,
-    progress: Console,
-) -> int:
-    """Quantize the model of `settings` into `out`, and print what it came to."""
+def quantize_model(options: Quantize, machine: LoadSettings) -> int:
+    """Quantize a model, and print what it came to; return the exit code."""
+    wanted = QuantizeSettings(
+        method=options.method,
+        group_size=options.group_size,
+        num_samples=options.samples or SAMPLES,
+        num_tokens=options.tokens or TOKENS_PER_SAMPLE,
+        seed=options.seed,
+    )
+    console, progress, out = new_console(), progress_console(), options.out
+    text = None if options.text is None else options.text[0]
+    settings = replace(machine, model=options.model)
     source = open_model(fetch(settings.model, progress))
     if (out / WORK_AREA).is_dir():
         console.print(f"going on in {clean_line(str(out))}", style="dim", soft_wrap=True)

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from duolocal.commands.sessions import Listing, One, Removed
 from duolocal.errors import SessionError
+from duolocal.paths import sessions_folder
 from duolocal.sessions.file import ContextFile, remove
 from duolocal.sessions.names import DOCUMENTS, files_in, session_file
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.consoles import print_prose
+from duolocal.terminal.consoles import new_console, print_prose
 from duolocal.terminal.tables import fact_table, new_table
 
 
@@ -52,12 +53,13 @@ def _report(path: Path) -> dict[str, Any]:
     return report
 
 
-def show_list(folder: Path, console: Console, *, as_json: bool) -> int:
+def show_list(options: Listing) -> int:
     """List sessions and kept documents; return the exit code."""
+    console, folder = new_console(), sessions_folder(options.sessions_folder)
     sessions = [_report(path) for path in files_in(folder)] if folder.is_dir() else []
     place = folder / DOCUMENTS
     documents = [_report(path) for path in files_in(place)] if place.is_dir() else []
-    if as_json:
+    if options.json:
         print(json.dumps({"folder": str(folder), "sessions": sessions, "documents": documents}, ensure_ascii=False))
         return 0
     if not sessions and not documents:
@@ -89,16 +91,16 @@ def _row(report: dict[str, Any], name: str) -> list[Text]:
     return [Text(clean_line(text)) for text in (name, f"{report['tokens']:,}", turns, size, saved, about)]
 
 
-def show_info(folder: Path, name: str, console: Console, *, as_json: bool) -> int:
+def show_info(one: One, options: Listing) -> int:
     """Show one session; return the exit code. Raises SessionError where there is none or it is damaged."""
-    report = _report(_existing(folder, name))
-    if as_json:
+    report = _report(_existing(sessions_folder(options.sessions_folder), one.name))
+    if options.json:
         print(json.dumps(report, ensure_ascii=False))
         return 1 if "error" in report else 0
     if "error" in report:
         raise SessionError(report["error"])
     table = fact_table()
-    table.add_row("session", Text(clean_line(name)))
+    table.add_row("session", Text(clean_line(one.name)))
     table.add_row("file", Text(clean_line(f"{report['path']} ({figures.size(report['bytes'])})")))
     table.add_row("saved", Text(clean_line(report["saved"])))
     table.add_row("model", Text(clean_line(report["model"])))
@@ -109,7 +111,7 @@ def show_info(folder: Path, name: str, console: Console, *, as_json: bool) -> in
         table.add_row("document", Text(clean_line(f"{document['name']}: {figures.tokens(document['tokens'])}")))
     if report["read_ahead"]:
         table.add_row("stopped", f"a reading was stopped after {figures.tokens(report['read_ahead'])}")
-    console.print(table)
+    new_console().print(table)
     return 0
 
 
@@ -120,21 +122,22 @@ def _existing(folder: Path, name: str) -> Path:
     return path
 
 
-def remove_sessions(folder: Path, names: Sequence[str], console: Console, *, documents: bool, as_json: bool) -> int:
+def remove_sessions(removed: Removed, options: Listing) -> int:
     """Remove sessions, all or none, and kept documents; return the exit code."""
-    paths = [_existing(folder, name) for name in dict.fromkeys(names)]
+    folder = sessions_folder(options.sessions_folder)
+    paths = [_existing(folder, name) for name in dict.fromkeys(removed.names)]
     place = folder / DOCUMENTS
-    paths += files_in(place) if documents and place.is_dir() else []
+    paths += files_in(place) if removed.documents and place.is_dir() else []
     freed = 0
     for path in paths:
         size = path.stat().st_size
         remove(path)
         freed += size
-    if as_json:
+    if options.json:
         print(json.dumps({"removed": [str(path) for path in paths], "bytes": freed}, ensure_ascii=False))
     else:
         files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
-        console.print(Text(f"removed {files}, {figures.size(freed)}"))
+        new_console().print(Text(f"removed {files}, {figures.size(freed)}"))
     return 0
 
 

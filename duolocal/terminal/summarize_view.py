@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from duolocal.commands.summarize import STDOUT, Summarize
 from duolocal.documents import Found, gather
 from duolocal.processes import INTERRUPTED, cancel_on_interrupt
-from duolocal.settings import LoadSettings
+from duolocal.settings import LoadSettings, Sampling
 from duolocal.summarize import (
     Began,
     Ended,
@@ -30,14 +31,37 @@ from duolocal.summarize import (
     estimate,
 )
 from duolocal.summarize.output import OutputFormat
+from duolocal.summarize.prompts import make_prompt
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean, clean_line
+from duolocal.terminal.consoles import new_console, progress_console
 from duolocal.terminal.progress import Bar, bar, bars
 from duolocal.terminal.start import start
 from duolocal.terminal.tables import new_table
 
 SOME_FAILED = 3
 _NAMED = 3  # of what was left out
+
+
+def summarize(options: Summarize, settings: LoadSettings, sampling: Sampling) -> int:
+    """Summarise documents, or print what it would take; return the exit code. Raises DuoLocalError."""
+    common: dict[str, Any] = {
+        "prompt": make_prompt(options.prompt, length=options.length, system=options.system),
+        "sampling": sampling,
+        "part_tokens": options.part_tokens,
+        "stop_repeats": not options.allow_repeats,
+    }
+    if options.dry_run:
+        return estimate_files(settings, options.inputs, common, console=new_console(), progress=progress_console())
+    return summarize_files(
+        settings,
+        options.inputs,
+        common,
+        out=None if options.out == STDOUT else options.out,
+        format=options.written,
+        resume=options.resume,
+        progress=progress_console(),
+    )
 
 
 def summarize_files(

@@ -1,0 +1,181 @@
+"""From the options of `duolocal chat` to a chat or to one answer. Light: torch is imported when all else is right."""
+
+import os
+import stat
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from duolocal.commands.chat import Chat
+from duolocal.commands.parsing import program_of
+from duolocal.commands.sessions import keep_bytes
+from duolocal.errors import SettingsError
+from duolocal.options import values_in, words_of
+from duolocal.paths import sessions_folder
+from duolocal.settings import LoadSettings, Sampling
+from duolocal.startup import without_collection
+from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import new_console, progress_console, starting_notice
+
+if TYPE_CHECKING:
+    from duolocal.documents import Document
+    from duolocal.engine.session import ChatSession
+    from duolocal.reader.session import ReadingSession
+    from duolocal.sessions.keeper import ContextKeeper
+
+# What a chat takes from its session where nothing was asked.
+_TAKEN = frozenset(("context", "kv", "heads", "sink_size", "recent_size", "dtype", "rope", "weights", "outer_weights"))
+
+
+def chat(options: Chat, settings: LoadSettings, sampling: Sampling) -> int:
+    """Chat, or answer once; return the exit code. All that can be refused is refused before the model is loaded."""
+    from duolocal.documents.loading import summary
+    from duolocal.terminal.docs_load import load_paths
+
+    progress = progress_console(no_color=options.no_color)
+    loaded = load_paths(options.doc, progress)
+    documents, left_out = list(loaded.documents), summary(loaded.skipped)
+    question, piped = _question(options)
+    if piped is not None:
+        documents.append(piped)
+    if left_out and question is not None:
+        print(f"duolocal: {clean_line(left_out)}", file=sys.stderr)
+    settings, taken = settings_of_session(options, settings)
+    with starting_notice(progress), without_collection():
+        keeper = _make_keeper(options, settings, private=piped is not None)
+        keeper.notes += [taken] if taken else []
+        from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
+        from duolocal.terminal.start import start
+
+        if question is None:
+            from duolocal.terminal.chat import Chat as Conversation
+            from duolocal.terminal.chat_state import ChatState
+        else:
+            from duolocal.terminal.once import answer_once
+    started = start(settings, system=options.system, progress=progress)
+    started.session.keeper = keeper
+    reader = _make_reader(options, started.session)
+    files: dict[str, Document] = {}
+    keeper.extra = lambda: extra_of(files)
+    if options.session is not None:
+        files |= begin_or_open(keeper, started.session, options.session, system=options.system)
+        documents, known = not_yet_read(started.session, documents)
+        keeper.notes += [f"{name} is in the context already" for name in known]
+    if question is not None:
+        files |= {document.name: document for document in documents}
+        return answer_once(
+            started.session,
+            started.facts,
+            question,
+            sampling,
+            documents=documents,
+            as_json=options.json,
+            progress=progress,
+            keeper=keeper,
+            reader=reader,
+        )
+    state = ChatState(
+        started.session,
+        started.facts,
+        settings,
+        sampling,
+        program=program_of("chat"),
+        keeper=keeper,
+        files=files,
+        reader=reader,
+    )
+    if options.session is not None:
+        state.follow()
+    keeper.extra = lambda: extra_of(state.files)
+    console = new_console(no_color=options.no_color)
+    return Conversation(console, state, history_file=history_file()).run(documents, left_out=left_out)
+
+
+def _piped_stdin() -> bytes | None:
+    """Read what is piped or redirected into us; None for a terminal, a device or nothing."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    if stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode):  # /dev/null, as under cron
+        return None
+    return sys.stdin.buffer.read() or None
+
+
+def _question(options: Chat) -> tuple[str | None, "Document | None"]:
+    """Find the one question to answer (None: a chat) and the document that came through stdin."""
+    from duolocal.documents import decode_document
+
+    piped = _piped_stdin()
+    document = decode_document(piped, Path("stdin")) if piped and piped.strip() else None
+    if options.prompt is not None:
+        return options.prompt, document
+    if document is not None:
+        return document.text.strip(), None
+    if not sys.stdin or not sys.stdin.isatty():
+        raise SettingsError("there is no question: give --prompt TEXT, pipe one in, or run in a terminal")
+    if options.json:
+        raise SettingsError("--json is for one answer: give --prompt TEXT or pipe the question in")
+    if not sys.stdout.isatty():
+        raise SettingsError("the chat needs a terminal to write to: give --prompt TEXT for one answer")
+    return None, None
+
+
+def _make_reader(options: Chat, session: "ChatSession") -> "ReadingSession | None":
+    """Return what reads documents for each question, None where they go into the context. Raises SettingsError."""
+    if options.reader == "full":
+        return None
+    from duolocal.reader import PASSAGE_TOKENS, Retriever
+    from duolocal.reader.session import ReadingSession
+
+    passages = PASSAGE_TOKENS if options.passages is None else options.passages
+    return ReadingSession(session, Retriever(session.engine, session.tokenizer, passage_tokens=passages))
+
+
+def history_file() -> Path:
+    """Return where the chat keeps what was typed: below DUOLOCAL_CACHE, or the user's state folder."""
+    chosen = os.environ.get("DUOLOCAL_CACHE")
+    if chosen:
+        return Path(chosen).expanduser() / "history"
+    import platformdirs
+
+    return platformdirs.user_state_path("duolocal", appauthor=False) / "history"
+
+
+def settings_of_session(options: Chat, settings: LoadSettings) -> tuple[LoadSettings, str | None]:
+    """Return the settings with what `--session` was saved with where nothing was asked, and a line that says so."""
+    if options.session is None:
+        return settings, None
+    from duolocal.sessions.file import ContextFile
+    from duolocal.sessions.names import session_file
+
+    path = session_file(sessions_folder(options.sessions_folder), options.session)
+    if not path.is_file():
+        return settings, None
+    file = ContextFile.open(path)
+    assert file.opened is not None
+    saved = values_in(LoadSettings, file.opened.fields().texts("options"))
+    file.close()
+    taken = {
+        item.name: saved[item.name]
+        for item in fields(LoadSettings)
+        if item.name in _TAKEN & saved.keys() and getattr(settings, item.name) == item.default
+    }
+    if not taken:
+        return settings, None
+    asked = words_of(replace(LoadSettings(), **taken))
+    return replace(settings, **taken), f"as session {options.session} was saved: {' '.join(asked)}"
+
+
+def _make_keeper(options: Chat, settings: LoadSettings, *, private: bool) -> "ContextKeeper":
+    """Return what keeps the contexts of a chat. private: a document came through a pipe; it is stored nowhere unasked.
+
+    Raises SettingsError.
+    """
+    from duolocal.sessions.context import Origin
+    from duolocal.sessions.keeper import ContextKeeper
+    from duolocal.sessions.store import DocumentStore
+
+    at = sessions_folder(options.sessions_folder)
+    limit = keep_bytes(options.keep)
+    store = DocumentStore(at, limit) if limit and not private else None
+    return ContextKeeper(at, Origin(settings.model, tuple(settings.options())), store=store)
