@@ -3,6 +3,7 @@
 import json
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -15,6 +16,8 @@ from duolocal.evaluate.documentation import documentation
 from duolocal.evaluate.needle import KINDS, MOST, NeedleResult, make_task, run_task
 from duolocal.reader import Retriever
 from duolocal.reader.retrieve import MIN_CHUNK
+from duolocal.settings import LoadSettings
+from duolocal.terminal import needle_view
 from duolocal.terminal.needle_view import _print_counts, _read_state, _write_state
 from tests.session_models import tiny_session, tiny_tokenizer
 from tests.test_reader import read, text_of
@@ -156,3 +159,19 @@ def test_a_real_model_finds_needles_in_documentation(
     assert not (gone["held"] or gone["begun"]["found"] or gone["said"])
     assert main(words) == 0  # from the folder: nothing is read again
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["points"] == [point]
+
+
+def test_every_setting_of_the_command_line_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[LoadSettings] = []
+
+    def load(source: object, settings: LoadSettings, **more: object) -> None:
+        loaded.append(settings)
+        raise SettingsError("enough is known")
+
+    source = SimpleNamespace(config=SimpleNamespace(max_positions=4096))
+    monkeypatch.setattr(needle_view, "open_source", lambda settings, progress: source)
+    monkeypatch.setattr(needle_view, "load_tokenizer", lambda source: None)
+    monkeypatch.setattr(needle_view.Engine, "load", load)
+    words = ["--kv", "int8", "--heads", "0.5", "--sink-size", "4", "--recent-size", "64", "--select", "512"]
+    assert main(["eval", "needle", *words]) == 2
+    assert loaded == [LoadSettings(kv="int8", heads="0.5", sink_size=4, recent_size=64, select="512")]

@@ -1,4 +1,4 @@
-"""The commands of `duolocal`: each is a function that takes its options as frozen dataclasses.
+"""What each command of `duolocal` takes, as frozen dataclasses, and which function of `duolocal.terminal` it runs.
 
-Importing one is light, so that `--help` is quick: what a command needs is imported when it runs.
+Importing one is light, so that `--help` is quick.
 """
