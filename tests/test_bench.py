@@ -5,9 +5,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from duolocal import cli
 from duolocal.bench import decode as decode_module
@@ -40,13 +40,13 @@ def engine(*, retrieval: tuple[bool, bool] = (True, False), tie: bool = False, k
 def record_steps(ours: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Return a list that will hold (position, tokens) of every forward pass."""
     steps: list[tuple[int, int]] = []
-    forward = ours.step
+    append = ours.append
 
-    def recorded(token_ids: Sequence[int]) -> torch.Tensor:
+    def recorded(token_ids: Sequence[int], *rest: Any, **decode: Any) -> object:
         steps.append((ours.position, len(token_ids)))
-        return forward(token_ids)
+        return append(token_ids, *rest, **decode)
 
-    monkeypatch.setattr(ours, "step", recorded)
+    monkeypatch.setattr(ours, "append", recorded)
     return steps
 
 
@@ -85,14 +85,14 @@ def test_decode_leaves_the_cache_as_filled(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_first_token_of_a_run_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = engine()
     clock = [0.0]
-    forward = ours.step
+    append = ours.append
 
-    def slow(ids: list[int]) -> object:
+    def slow(*given: Any, **decode: Any) -> object:
         # A step after the step of the text's token costs 1 s, that step itself 1000 s.
         clock[0] += 1000.0 if ours.position == 30 else 1.0
-        return forward(ids)
+        return append(*given, **decode)
 
-    monkeypatch.setattr(ours, "step", slow)
+    monkeypatch.setattr(ours, "append", slow)
     monkeypatch.setattr(decode_module.time, "perf_counter", lambda: clock[0])
     (result,) = measure_decode(ours, TOKENS, [30], num_tokens=4, repeats=2)
     assert result.token_s == Spread(1.0, 1.0, 1.0, 2)
