@@ -7,7 +7,6 @@ import psutil
 import torch
 
 import duolocal
-from duolocal.cache import DuoCache
 from duolocal.engine.engine import Engine
 from duolocal.settings import LoadSettings
 
@@ -56,14 +55,7 @@ def _resident_growth(engine: Engine) -> int | None:
     process = psutil.Process()
     gc.collect()
     before = process.memory_info().rss
-    cache = DuoCache(
-        old.plan,
-        old.layout,
-        num_heads=engine.config.num_heads,
-        context=old.context,
-        device=old.device,
-        dtype=old.dtype,
-    )
+    cache = Engine.build(engine.transformer, old.plan, kv=engine.kv, chunk_size=engine.chunk_size).cache
     cache.pool.records.fill_(1)
     cache.ring.data.fill_(1)
     return process.memory_info().rss - before

@@ -15,14 +15,13 @@ import torch
 from duolocal.cache import SelectionPolicy
 from duolocal.engine.engine import Engine
 from duolocal.engine.events import QUIET, LoadEvents
-from duolocal.engine.head_choice import published_for
 from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.loading import decide, load_notes, load_weights, selection_policy
 from duolocal.engine.memory import GIB, available_bytes
 from duolocal.engine.resolve import resolve, settings_with
 from duolocal.errors import MemoryLimitError
 from duolocal.files import free_name
-from duolocal.heads import HeadPlan, plan_heads, uniform_plan
+from duolocal.heads import HeadPlan, KnownPattern, plan_heads, uniform_plan
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
@@ -89,12 +88,14 @@ class Lineup:
         *,
         chunk_size: int,
         source: ModelSource | None = None,
+        published: KnownPattern | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.transformer = transformer
         self.choices = _unique(choices)
         self.chunk_size = chunk_size
         self.source = source
+        self.published = published
         self.notes = list(notes)
         self.dense = Choice(DENSE_NAME, _dense_plan(transformer.config), DENSE_KV)
 
@@ -135,8 +136,15 @@ class Lineup:
             )
             for choice, one in zip(choices, resolved, strict=True)
         ]
-        notes = dict.fromkeys(note for one in resolved for note in load_notes(one, transformer))
-        return cls(transformer, made, chunk_size=resolved[0].chunk_size, source=source, notes=list(notes))
+        first, notes = resolved[0], [note for one in resolved for note in load_notes(one, transformer)]
+        return cls(
+            transformer,
+            made,
+            chunk_size=first.chunk_size,
+            source=first.model.source,
+            published=first.model.published,
+            notes=list(dict.fromkeys(notes)),
+        )
 
     @property
     def everyone(self) -> list[Choice]:
@@ -170,7 +178,7 @@ class Lineup:
             fingerprint=None if self.source is None else self.source.fingerprint,
             sink_size=like.sink_size,
             recent_size=like.recent_size,
-            published=None if self.source is None else published_for(self.source),
+            published=self.published,
         )
         return plan
 
