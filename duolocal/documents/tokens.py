@@ -1,6 +1,5 @@
 """How many tokens documents are for a model, before anything is prefilled: needs its tokenizer only."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from duolocal.documents.model import Document
@@ -41,14 +40,3 @@ def count_document(document: Document, tokenizer: Tokenizer) -> Counted:
         notes=document.notes,
         digest=document.digest,
     )
-
-
-def count_all(
-    documents: Iterable[Document], tokenizer: Tokenizer, *, on_counted: Callable[[Counted], None] = lambda counted: None
-) -> list[Counted]:
-    """Count documents one by one; a generator keeps only one text in memory."""
-    counts = []
-    for document in documents:
-        counts.append(count_document(document, tokenizer))
-        on_counted(counts[-1])
-    return counts

@@ -9,7 +9,7 @@ what is "found" for them was guessed.
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from duolocal.engine.session import ChatSession, Prefilled, Text
 from duolocal.errors import SettingsError
@@ -230,8 +230,3 @@ def _answer(
         said=all(word.lower() in said.lower() for word in needle.wanted),
         answer=said,
     )
-
-
-def report(results: Sequence[NeedleResult]) -> list[dict[str, object]]:
-    """Return results as JSON holds them."""
-    return [asdict(result) for result in results]

@@ -6,7 +6,6 @@ Owns the arithmetic; `duolocal plan` shows it and `Engine.load` refuses by it. T
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal
 
 from duolocal.cache.cache import exact_recent_size
 from duolocal.cache.home import Placement
@@ -18,8 +17,6 @@ from duolocal.plan.request import Request
 from duolocal.plan.transient import HEAP_HOLES, Working, working_bytes
 
 GIB = 2**30
-Tier = Literal["device", "host", "disk"]
-TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 TOKEN_ID_BYTES = 40  # of a Python int in a list
 
 # Of a process with torch loaded before it has a model, in host memory: measured by benchmarks of this project

@@ -10,8 +10,6 @@ from typing import Any
 from duolocal.bench.gpu.sizes import K, M
 from duolocal.models.config import ModelConfig
 
-INT4_RECORD_BYTES_PER_TOKEN = 136  # head_dim 128: 2 · (64 of codes + 4 of scale and minimum)
-
 
 @dataclass(frozen=True)
 class Datasheet:

@@ -58,7 +58,6 @@ SECTIONS = (
     Section("f", "capped long", f"{_PACKAGE}.capped:run_long", 12, 40),
     Section("g", "sweep", f"{_PACKAGE}.sweep:run", 20, 150),
 )
-LETTERS = "".join(dict.fromkeys(section.letter for section in SECTIONS))
 
 
 @dataclass(frozen=True)
