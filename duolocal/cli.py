@@ -18,8 +18,7 @@ from duolocal.commands.parsing import Command, Parser, parser_of
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.processes import INTERRUPTED
 from duolocal.startup import without_collection
-from duolocal.terminal.clean import clean_line
-from duolocal.terminal.consoles import progress_console, starting_notice
+from duolocal.terminal.consoles import progress_console, say, starting_notice
 
 _MODULES = (chat, models, bench, heads, sessions, eval, docs, plan, quantize, summarize)  # in the order of --help
 COMMANDS = {command.name: command for module in _MODULES for command in module.COMMANDS}
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except DuoLocalError as error:
-        print(f"duolocal: {clean_line(str(error))}", file=sys.stderr)
+        say(str(error))
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         return INTERRUPTED

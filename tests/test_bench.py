@@ -12,7 +12,7 @@ import pytest
 from duolocal import cli
 from duolocal.bench import decode as decode_module
 from duolocal.bench.decode import bytes_per_token, measure_decode
-from duolocal.bench.load import measure_load
+from duolocal.bench.load import measure_loads
 from duolocal.bench.machine import machine_facts
 from duolocal.bench.prefill import distinct, measure_prefill
 from duolocal.bench.text import text_ids
@@ -151,7 +151,7 @@ def test_load_is_timed_in_fresh_processes(tmp_path: Path) -> None:
     save_checkpoint(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level(LLAMA3_SPLIT, ["<|end_of_text|>"])))
     settings = LoadSettings("tiny", context=48, kv="32", heads="all", threads=1)
-    speed = measure_load(tmp_path, [5, 6, 7], settings, repeats=2)
+    speed = measure_loads({"": tmp_path}, [5, 6, 7], settings, repeats=2)[""]
     assert list(speed.steps_s) == ["start", "import", "open", "load", "first token", "total"]
     assert {steps_s.runs for steps_s in speed.steps_s.values()} == {2}
     assert all(steps_s.least > 0 for steps_s in speed.steps_s.values())

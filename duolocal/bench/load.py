@@ -40,21 +40,6 @@ class LoadSpeed:
         }
 
 
-def measure_load(
-    path: Path,
-    token_ids: Sequence[int],
-    settings: LoadSettings,
-    *,
-    repeats: int,
-    cold: bool = False,
-    prompt: Sequence[str] | None = None,
-    on_step: Callable[[str], None] = lambda _: None,
-) -> LoadSpeed:
-    """Measure one model; see `measure_loads`."""
-    paths = {"": path}
-    return measure_loads(paths, token_ids, settings, repeats=repeats, cold=cold, prompt=prompt, on_step=on_step)[""]
-
-
 def measure_loads(
     paths: Mapping[str, Path],
     token_ids: Sequence[int],

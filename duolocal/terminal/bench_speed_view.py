@@ -7,7 +7,7 @@ from rich.console import Console
 
 from duolocal.bench.decode import measure_decode
 from duolocal.bench.first_prompt import can_measure
-from duolocal.bench.load import measure_load
+from duolocal.bench.load import measure_loads
 from duolocal.bench.machine import machine_facts
 from duolocal.bench.prefill import measure_prefill
 from duolocal.bench.text import text_ids
@@ -105,15 +105,9 @@ def bench_load(options: Load, settings: LoadSettings) -> int:
     del source  # its mapped pages could not be dropped
     prompt = words_of(settings, without=("model",)) if can_measure() else None
     with StillLine(progress) as line:
-        speed = measure_load(
-            path,
-            token_ids,
-            settings,
-            repeats=repeats,
-            cold=options.cold,
-            prompt=prompt,
-            on_step=line.show,
-        )
+        speed = measure_loads(
+            {"": path}, token_ids, settings, repeats=repeats, cold=options.cold, prompt=prompt, on_step=line.show
+        )[""]
     table = new_table("~step", ">seconds", ">min", ">max")
     for name, steps_s in speed.steps_s.items():
         table.add_row(name, *_seconds(steps_s))

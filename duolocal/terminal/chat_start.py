@@ -15,8 +15,7 @@ from duolocal.options import values_in, words_of
 from duolocal.paths import sessions_folder
 from duolocal.settings import LoadSettings, Sampling
 from duolocal.startup import without_collection
-from duolocal.terminal.clean import clean_line
-from duolocal.terminal.consoles import new_console, progress_console, starting_notice
+from duolocal.terminal.consoles import new_console, progress_console, say, starting_notice
 
 if TYPE_CHECKING:
     from duolocal.documents import Document
@@ -40,7 +39,7 @@ def chat(options: Chat, settings: LoadSettings, sampling: Sampling) -> int:
     if piped is not None:
         documents.append(piped)
     if left_out and question is not None:
-        print(f"duolocal: {clean_line(left_out)}", file=sys.stderr)
+        say(left_out)
     settings, taken = settings_of_session(options, settings)
     with starting_notice(progress), without_collection():
         keeper = _make_keeper(options, settings, private=piped is not None)

@@ -1,8 +1,14 @@
 """Where commands write: answers to standard output, progress to a terminal on standard error."""
 
 import os
+import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from duolocal.terminal.clean import clean_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +27,24 @@ def progress_console(*, no_color: bool = False) -> "Console":
     console = new_console(stderr=True, no_color=no_color)
     console.quiet = not console.is_terminal
     return console
+
+
+def say(text: str) -> None:
+    """Write one line of ours to standard error, whatever is in the text."""
+    print(f"duolocal: {clean_line(text)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def resumable(console: "Console", state: Path | None, where: str) -> Iterator[None]:
+    """Say that work goes on `where` it stopped, if there is a `state` of it; on Ctrl-C, that the same command would."""
+    if state is not None and state.exists():
+        console.print(f"going on {clean_line(where)}", style="dim", soft_wrap=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state is not None and state.exists():
+            console.print(f"interrupted; the same command goes on {clean_line(where)}", soft_wrap=True)
+        raise
 
 
 def print_prose(console: "Console", text: str, style: str = "") -> None:

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from duolocal.models.loader import ModelSource, open_model
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.consoles import new_console, progress_console
+from duolocal.terminal.consoles import new_console, progress_console, resumable
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.heads_view import draw_map, print_map, short_name
 from duolocal.terminal.progress import Bar, bar
@@ -50,14 +49,10 @@ def identify_heads(options: Identify, settings: LoadSettings) -> int:
     if out is None and shipped is not None:
         raise SettingsError(f"a pattern ships for {settings.model}, which --heads auto takes: give --out FILE")
     before = remembered_pattern(source.fingerprint)
-    state_file = None
-    if method == "distill":
-        state_file = _state_file(out, folder, source)
-        if state_file.exists():
-            console.print(f"going on from {clean_line(str(state_file))}", style="dim", soft_wrap=True)
+    state_file = _state_file(out, source) if method == "distill" else None
     pattern, place = None, None
     with (
-        _saying_how_to_go_on(state_file, console),
+        resumable(console, state_file, f"from {state_file}"),
         bar(progress, f"{method}: loading {clean_line(settings.model)}", "layers") as shown,
     ):
         for event in identify(
@@ -123,16 +118,6 @@ def identify_heads(options: Identify, settings: LoadSettings) -> int:
     return 0
 
 
-@contextmanager
-def _saying_how_to_go_on(state_file: Path | None, console: Console) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        if state_file is not None and state_file.exists():
-            console.print(f"interrupted; the same command goes on from {clean_line(str(state_file))}", soft_wrap=True)
-        raise
-
-
 def _check_place(out: str | None, published: bool | None) -> bool:
     """Say whether `out` is a folder; refuse, before hours of work, a place that cannot or should not be written."""
     if out is None:
@@ -165,7 +150,7 @@ def _check_shapes(others: Sequence[tuple[str, HeadPattern]], source: ModelSource
             )
 
 
-def _state_file(out: str | None, folder: bool, source: ModelSource) -> Path:
+def _state_file(out: str | None, source: ModelSource) -> Path:
     """Return where distill keeps what it has learned so far: beside the pattern."""
     if out is None:
         path = remembered_file(source.fingerprint)

@@ -18,7 +18,8 @@ from duolocal.processes import INTERRUPTED
 from duolocal.reader.session import Picked
 from duolocal.settings import Sampling
 from duolocal.terminal import reader_view
-from duolocal.terminal.clean import clean, clean_line
+from duolocal.terminal.clean import clean
+from duolocal.terminal.consoles import say
 from duolocal.terminal.docs_load import by_name
 from duolocal.terminal.progress import Bar, bar
 from duolocal.terminal.stream import cancel_on_interrupt
@@ -65,7 +66,7 @@ def answer_once(
     """
     for note in (document.note for document in documents):
         if note:
-            print(f"duolocal: {clean_line(note)}", file=sys.stderr)
+            say(note)
     _print_notes(keeper)
     num_read, read_s = 0, 0.0
     events: Iterable[Event | Picked]
@@ -104,22 +105,21 @@ def answer_once(
         _print_picked(tally.picked, files)
     _print_notes(keeper)
     if finished.reason in _WHY_CUT:
-        print(f"duolocal: {_WHY_CUT[finished.reason]}", file=sys.stderr)
+        say(_WHY_CUT[finished.reason])
     return EXIT_CODES[finished.reason]
 
 
 def _print_notes(keeper: "ContextKeeper | None") -> None:
     for note in keeper.notes if keeper is not None else ():
-        print(f"duolocal: {clean_line(note)}", file=sys.stderr)
+        say(note)
     if keeper is not None:
         keeper.notes.clear()
 
 
 def _print_picked(picked: Picked, files: Mapping[str, Document]) -> None:
-    print(f"duolocal: {reader_view.headline(picked)}", file=sys.stderr)
+    say(reader_view.headline(picked))
     for source in picked.passages:
-        where = clean_line(reader_view.place(source, files))
-        print(f"duolocal: passage in {where}, score {source.score:.2f}", file=sys.stderr)
+        say(f"passage in {reader_view.place(source, files)}, score {source.score:.2f}")
 
 
 class _Writer:

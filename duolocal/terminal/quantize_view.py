@@ -1,12 +1,8 @@
 """`duolocal quantize`: progress while layers are quantized, and a report whose last line is one JSON object."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from duolocal.commands.quantize import SAMPLES, TOKENS_PER_SAMPLE, Quantize
@@ -16,7 +12,7 @@ from duolocal.quantize.work_area import NAME as WORK_AREA
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.consoles import new_console, progress_console
+from duolocal.terminal.consoles import new_console, progress_console, resumable
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import Bar, bar
 from duolocal.terminal.tables import new_table
@@ -37,11 +33,9 @@ def quantize_model(options: Quantize, machine: LoadSettings) -> int:
     text = None if options.text is None else options.text[0]
     settings = replace(machine, model=options.model)
     source = open_model(fetch(settings.model, progress))
-    if (out / WORK_AREA).is_dir():
-        console.print(f"going on in {clean_line(str(out))}", style="dim", soft_wrap=True)
     result = None
     with (
-        _saying_how_to_go_on(out, console),
+        resumable(console, out / WORK_AREA, f"in {out}"),
         bar(progress, f"{wanted.method}: opening {clean_line(settings.model)}", "layers") as shown,
     ):
         for event in quantize(source, out, wanted, text=text, device=settings.device, threads=settings.threads):
@@ -80,16 +74,6 @@ def quantize_model(options: Quantize, machine: LoadSettings) -> int:
     }
     print(json.dumps(report))
     return 0
-
-
-@contextmanager
-def _saying_how_to_go_on(out: Path, console: Console) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        if (out / WORK_AREA).is_dir():
-            console.print(f"interrupted; the same command goes on in {clean_line(str(out))}", soft_wrap=True)
-        raise
 
 
 def _show(event: QuantizeProgress, shown: Bar, method: str) -> None:

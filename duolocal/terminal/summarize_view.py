@@ -34,7 +34,7 @@ from duolocal.summarize.output import OutputFormat
 from duolocal.summarize.prompts import make_prompt
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean, clean_line
-from duolocal.terminal.consoles import new_console, progress_console
+from duolocal.terminal.consoles import new_console, progress_console, say
 from duolocal.terminal.progress import Bar, bar, bars
 from duolocal.terminal.start import start
 from duolocal.terminal.tables import new_table
@@ -83,7 +83,7 @@ def summarize_files(
         return _run(settings, found, options, None, progress)
     with Output(out, format=format, resume=resume) as output:
         if output.cut_bytes:
-            _say(f"the last line of {out} was torn and is cut off ({output.cut_bytes:,} bytes)")
+            say(f"the last line of {out} was torn and is cut off ({output.cut_bytes:,} bytes)")
         return _run(settings, found, options, output, progress)
 
 
@@ -134,12 +134,12 @@ def _run(
                     ended = event
     except KeyboardInterrupt:
         records.close()  # brings the file up to date
-        _say(_go_on(output))
+        say(_go_on(output))
         raise
     assert ended is not None
-    _say(_result(ended, output))
+    say(_result(ended, output))
     if ended.cancelled:
-        _say(_go_on(output))
+        say(_go_on(output))
         return INTERRUPTED
     return _exit_code(ended.summarized, ended.failed)
 
@@ -166,7 +166,7 @@ def _gathered(paths: Sequence[str]) -> Sequence[Found]:
     if skipped:
         named = "; ".join(f"{item.name} ({item.reason})" for item in skipped[:_NAMED])
         more = f"; and {len(skipped) - _NAMED:,} more" if len(skipped) > _NAMED else ""
-        _say(f"left out: {named}{more}")
+        say(f"left out: {named}{more}")
     return gathered.found
 
 
@@ -175,7 +175,7 @@ def _summarizer(settings: LoadSettings, options: Mapping[str, Any], progress: Co
     session = started.session
     summarizer = Summarizer(session.engine, session.tokenizer, model=settings.model, **options)
     if summarizer.frame.note:
-        _say(summarizer.frame.note)
+        say(summarizer.frame.note)
     return summarizer
 
 
@@ -230,7 +230,7 @@ class _Shown:
         ]
         words = [f"{count:,} {what}" for count, what in found if count]
         if words:
-            _say(f"going on: {', '.join(words)}; {event.total - event.done:,} of {event.total:,} to do")
+            say(f"going on: {', '.join(words)}; {event.total - event.done:,} of {event.total:,} to do")
 
     def _step(self, event: Progress) -> None:
         stage = (event.index, event.level, event.part, event.doing)
@@ -251,12 +251,12 @@ class _Shown:
         self._files.update(self._done, self._total, elapsed_s)
         name = clean_line(record.name)
         if record.error is not None:
-            _say(f"{self._done:,} of {self._total:,} {name}: failed: {record.error}")
+            say(f"{self._done:,} of {self._total:,} {name}: failed: {record.error}")
         elif not self._progress.is_terminal:
             parts = f" in {record.parts} parts" if record.parts > 1 else ""
             took = figures.duration(record.timings.total_s)
             tokens = figures.tokens(record.tokens or 0)
-            _say(f"{self._done:,} of {self._total:,} {name}: {tokens}{parts}, {took}{_ending(record)}")
+            say(f"{self._done:,} of {self._total:,} {name}: {tokens}{parts}, {took}{_ending(record)}")
 
 
 def _ending(record: Record) -> str:
@@ -283,10 +283,6 @@ def _go_on(output: Output | None) -> str:
     if not output.records:
         return "interrupted before the first summary was done; nothing was written"
     return f"interrupted; {output.path} is whole: the same command with --resume goes on"
-
-
-def _say(text: str) -> None:
-    print(f"duolocal: {clean_line(text)}", file=sys.stderr, flush=True)
 
 
 def _estimate_table(result: Estimate) -> Table:
