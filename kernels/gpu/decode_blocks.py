@@ -127,12 +127,7 @@ def attend_block_range(
     for step in tl.range(begin, end, num_stages=TILE_STAGES):
         at_a = step * (TILES * TILE)
         words_a = load_codes(
-            record_a,
-            ((at_a & (BLOCK_SIZE - 1)) + rows)[:, :, None],
-            key_unit[None, None, :],
-            key_mask,
-            KEY,
-            True,
+            record_a, ((at_a & (BLOCK_SIZE - 1)) + rows)[:, :, None], key_unit[None, None, :], key_mask, KEY, True
         )
         scores_a = _scores(
             words_a, key_scales_a, key_minima_a, q_0, q_1, q_2, q_3, q_sum, scale, KEY.kind, KEY_DOT, INTERPRETED
@@ -143,12 +138,7 @@ def attend_block_range(
         if TILES == 2:
             at_b = at_a + TILE
             words_b = load_codes(
-                record_b,
-                ((at_b & (BLOCK_SIZE - 1)) + rows)[:, :, None],
-                key_unit[None, None, :],
-                key_mask,
-                KEY,
-                True,
+                record_b, ((at_b & (BLOCK_SIZE - 1)) + rows)[:, :, None], key_unit[None, None, :], key_mask, KEY, True
             )
             scores_b = _scores(
                 words_b, key_scales_b, key_minima_b, q_0, q_1, q_2, q_3, q_sum, scale, KEY.kind, KEY_DOT, INTERPRETED
@@ -167,12 +157,7 @@ def attend_block_range(
         acc_2 *= shrink
         acc_3 *= shrink
         words_a = load_codes(
-            record_a,
-            ((at_a & (BLOCK_SIZE - 1)) + rows)[:, None, :],
-            value_unit[None, :, None],
-            value_mask,
-            VALUE,
-            True,
+            record_a, ((at_a & (BLOCK_SIZE - 1)) + rows)[:, None, :], value_unit[None, :, None], value_mask, VALUE, True
         )
         total, bias, acc_0, acc_1, acc_2, acc_3 = _add_values(
             words_a,
