@@ -23,6 +23,7 @@ from duolocal.kernels.blocks import BlockLayout, decode_blocks, hadamard
 RUN = 8  # tokens
 CANDIDATES = 3  # times the blocks that are read
 MAX_CHANNELS = 32
+RANKED_ON_GPU = 1 << 14  # candidates times query heads: what a program ranks in its registers, 16 for each thread
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ def digest_bytes(block_size: int, num_channels: int) -> int:
 def digest_channels(head_dim: int) -> int:
     """Return how many channels of a head digests hold."""
     return min(MAX_CHANNELS, head_dim)
+
+
+def largest_gpu_budget(query_group: int) -> int:
+    """Return the most blocks that the GPU kernels choose for a KV head with so many query heads."""
+    return RANKED_ON_GPU // (1 << (query_group - 1).bit_length()) // CANDIDATES
 
 
 def make_digests(records: Tensor, layout: BlockLayout, channels: Tensor, centre: Tensor) -> Tensor:

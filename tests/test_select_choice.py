@@ -1,6 +1,7 @@
 """`--select` and `--kv-device-memory` on a real model: budgets, channels, answers that do not depend on the place."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from duolocal.models.loader import open_model
 from duolocal.sample_text import sample_text
 from duolocal.settings import Sampling
 from duolocal.tokenizer import load_tokenizer
+from tests.tiny import tiny_config
 
 GREEDY = Sampling(temperature=0, max_tokens=24)
 
@@ -44,13 +46,32 @@ def engine_of(path: Path, **options: object) -> Engine:
     ],
 )
 def test_budgets(select: str, context: int, budget: int | None) -> None:
-    assert selection_budget(select, context) == budget
+    for kernels in ("compiled", "triton"):
+        assert selection_budget(select, context, config=tiny_config(), kernels=kernels) == budget
 
 
 @pytest.mark.parametrize("wrong", ["63", "0", "on", "-1", "2.5"])
 def test_wrong_budgets_are_refused(wrong: str) -> None:
     with pytest.raises(SettingsError, match="^--select is '?" + wrong):
-        selection_budget(wrong, 2**20)
+        selection_budget(wrong, 2**20, config=tiny_config(), kernels="compiled")
+
+
+@pytest.mark.parametrize(("heads", "largest"), [(1, 5461 * 64), (4, 1365 * 64), (5, 682 * 64), (8, 682 * 64)])
+def test_a_gpu_has_a_largest_budget(heads: int, largest: int) -> None:
+    """What a program ranks is held in registers: more than 16 for each of 1,024 threads do not fit."""
+    config = replace(tiny_config(), num_heads=2 * heads, num_kv_heads=2)
+    assert selection_budget(str(largest), 2**20, config=config, kernels="triton") == largest
+    with pytest.raises(SettingsError, match=f"^--select is 1M: on a GPU this model reads up to {largest:,} tokens; "):
+        selection_budget("1M", 2**20, config=config, kernels="triton")
+    assert selection_budget("1M", 2**20, config=config, kernels="compiled") == 2**20
+
+
+def test_a_plan_for_a_card_refuses_what_its_kernels_cannot_choose(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--no-measure", "--model", "llama3-8b-awq", "--context", "1M", "--card", "rtx4090"]
+    assert main([*words, "--select", "80K"]) in (0, 1)
+    assert "--select" not in capsys.readouterr().err
+    assert main([*words, "--select", "100K"]) == 2
+    assert "--select is 100K: on a GPU this model reads up to 87,360 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.full

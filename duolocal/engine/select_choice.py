@@ -16,8 +16,9 @@ from torch import Tensor
 from duolocal.errors import SettingsError
 from duolocal.files import read_json, write_json
 from duolocal.heads import HeadPlan
-from duolocal.kernels.digest import DigestChannels, digest_channels
+from duolocal.kernels.digest import DigestChannels, digest_channels, largest_gpu_budget
 from duolocal.kernels.interface import Rotation, StepTraits
+from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.observe import ObservedCache, layer_by_layer, shown_attention
 from duolocal.models.transformer import Transformer
@@ -34,8 +35,11 @@ _CHUNK = 256  # tokens
 _CHARACTERS_PER_TOKEN = 8  # of English no tokenizer makes fewer tokens
 
 
-def selection_budget(select: str, context: int) -> int | None:
-    """Return the token budget that "off", "auto" or a number stands for, None for reading all; raises SettingsError."""
+def selection_budget(select: str, context: int, *, config: ModelConfig, kernels: str) -> int | None:
+    """Return the token budget that "off", "auto" or a number stands for, None for reading all.
+
+    kernels: the name of those that will choose; on a GPU they have a limit. Raises SettingsError.
+    """
     if select == "off":
         return None
     if select == "auto":
@@ -43,6 +47,11 @@ def selection_budget(select: str, context: int) -> int | None:
     budget = parse_tokens(select, "--select")
     if budget < DEFAULT_BLOCK_SIZE:
         raise SettingsError(f"--select is {select}: give off, auto, or {DEFAULT_BLOCK_SIZE} tokens or more")
+    largest = largest_gpu_budget(config.num_heads // config.num_kv_heads) * DEFAULT_BLOCK_SIZE
+    if kernels == "triton" and budget > largest:
+        raise SettingsError(
+            f"--select is {select}: on a GPU this model reads up to {largest:,} tokens; give fewer, or off"
+        )
     return budget
 
 

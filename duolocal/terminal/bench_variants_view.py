@@ -32,7 +32,8 @@ def _bench_variants(options: Decode, settings: LoadSettings) -> int:
     source = fetch_and_open(settings, progress)
     room = num_tokens + 2
     base = load_engine(source, replace(settings, select="off"), progress, context=contexts[-1] + room)
-    budget = selection_budget(settings.select, contexts[-1])
+    kernels = base.transformer.kernels.name
+    budget = selection_budget(settings.select, contexts[-1], config=base.config, kernels=kernels)
     policy = None
     if budget is not None:
         with bar(progress, "finding what tells blocks apart", "tokens") as shown:

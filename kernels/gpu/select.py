@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duolocal.kernels.digest import CANDIDATES, RUN, digest_bytes, num_runs
+from duolocal.kernels.digest import CANDIDATES, RUN, digest_bytes, largest_gpu_budget, num_runs
 from duolocal.kernels.gpu.digest import digest_newest, now_and_blocks
 from duolocal.kernels.gpu.layer_cache import LayerCache
 from duolocal.kernels.gpu.weigh import weigh_candidates
@@ -313,7 +313,8 @@ def select_blocks(cache: LayerCache, q_rotated: Tensor, q_blocks: Tensor) -> Non
         return
     budget, num_candidates, num_channels = selection.budget, selection.num_candidates, selection.num_channels
     assert q_rotated.shape == (1, cache.num_heads, cache.head_dim) and q_rotated.is_contiguous(), q_rotated.shape
-    assert selection.lists.is_contiguous() and selection.lists.dtype == torch.int32 and budget > 0
+    assert selection.lists.is_contiguous() and selection.lists.dtype == torch.int32
+    assert 0 < budget <= largest_gpu_budget(cache.query_group), (budget, cache.query_group)
     assert selection.scores.is_contiguous() and selection.scores.shape[0] >= rows
     assert selection.scores.shape[1] == cache.max_blocks and cache.query_group <= 16
     assert selection.candidates.is_contiguous() and selection.candidates.dtype == torch.int32
