@@ -2,6 +2,13 @@
 
 Owns one model, one cache and the tokens in it: chunked prefill, the decode loop, cancelling, snapshots. It knows
 nothing of text, templates or terminals; it yields, and its caller consumes.
+
+A token of an answer passes through eight files: `engine.py` opens a step of the cache (`generate`, `append`), and
+`decoder.py` runs it; `cache/cache.py` says what is special about the step (`begin`, `traits`); `models/transformer.py`
+has the order of operations, `kernels/cpu/operations.py` the operations, which record the step and repeat it;
+`cache/compiled_backend.py` stores and attends, with `kernels/cpu/attention.py`; `sampling.py` draws the next one. On a
+GPU they are `kernels/gpu/operations.py`, `cache/gpu_backend.py`, `kernels/gpu/decode.py` and `device_sampling.py`.
+Beside them stand parts with an interface of one line: the angles of RoPE, ring and pool, packed weights, threads.
 """
 
 import itertools
