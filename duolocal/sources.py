@@ -172,7 +172,7 @@ class _Listening:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """Attend as the cache does, and note the weights of the answer's queries."""
         cache, plan = self._cache, self._cache.plan
-        heads = [head for head, retrieval in enumerate(plan.retrieval[layer]) if retrieval]
+        heads = list(plan.retrieval_heads[layer])
         window = {"q_positions": positions, "sink_size": plan.sink_size, "scale": cache.layout.head_dim**-0.5}
         recent = [cache.exact_recent if retrieval else plan.recent_size for retrieval in plan.retrieval[layer]]
         own = torch.arange(self._start, self._start + k.shape[1], device=q.device)
@@ -187,8 +187,7 @@ class _Listening:
         )
         if not heads:
             return out
-        row = sum(map(sum, plan.retrieval[:layer]))
-        table = cache.pool.table[row : row + len(heads), : cache.pool.num_blocks]
+        table = cache.pool.table[plan.rows[layer], : cache.pool.num_blocks]
         block_out, block_lse = block_attention(
             q[heads], cache.pool.take, table, cache.layout, recent_size=cache.exact_recent, **window
         )

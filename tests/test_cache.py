@@ -18,6 +18,7 @@ from duolocal.heads import HeadPlan
 from duolocal.kernels.blocks import decode_blocks, encode_blocks, hadamard
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from tests.oracle import naive_visibility
+from tests.pool_checks import poisoned_cache
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-9  # float64, a few hundred terms; scores reach about 10
@@ -36,10 +37,7 @@ def make_plan(name: str = "mixed", *, sink_size: int = 4, recent_size: int = 20)
 
 def make_cache(plan: HeadPlan, *, kv: str = "int4", block_size: int = 64, context: int = 1024) -> DuoCache:
     layout = kv_layout(kv, head_dim=HEAD_DIM, dtype=torch.float64, block_size=block_size)
-    cache = DuoCache(plan, layout, num_heads=NUM_HEADS, context=context, device=CPU, dtype=torch.float64)
-    cache.pool.records.fill_(0xFF)  # NaN in every float format
-    cache.ring.data.fill_(float("nan"))
-    return cache
+    return poisoned_cache(plan, layout, group=NUM_HEADS // NUM_KV_HEADS, context=context, dtype=torch.float64)
 
 
 def tokens(count: int, *, seed: int = 0, num_layers: int = 3) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from duolocal.kernels.blocks import BlockLayout, Plane, decode_blocks, encode_bl
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from tests.compiled import THREADS, compiled, compiled_kernels, normal, poisoned, surrounded
 from tests.oracle import oracle_attention, visibility_mask
+from tests.pool_checks import poisoned_cache
 
 pytestmark = compiled_kernels
 
@@ -36,18 +37,8 @@ def make_cache(
     plan: HeadPlan, layout: BlockLayout, *, group: int = 2, context: int = 512, num_threads: int | None = 2
 ) -> DuoCache:
     """Return a poisoned cache; num_threads: None for the torch path."""
-    cache = DuoCache(
-        plan,
-        layout,
-        num_heads=plan.num_kv_heads * group,
-        context=context,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        kernels=None if num_threads is None else compiled(num_threads),
-    )
-    cache.pool.records.fill_(0xFF)  # NaN in every float format
-    cache.ring.data.fill_(float("nan"))
-    return cache
+    kernels = None if num_threads is None else compiled(num_threads)
+    return poisoned_cache(plan, layout, group=group, context=context, kernels=kernels)
 
 
 def tokens(

@@ -16,6 +16,7 @@ from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.digest import CANDIDATES, DigestChannels, digest_bytes, make_digests, num_runs, score_digests
 from duolocal.kernels.interface import Kernels
 from duolocal.quant.kv import kv_layout
+from tests.pool_checks import poisoned_cache
 
 CPU = torch.device("cpu")
 PLAN = HeadPlan(((True, False, True), (False, True, False)), 4, 20, "test")
@@ -32,22 +33,15 @@ def channels(seed: int = 0) -> DigestChannels:
 def make_cache(
     budget: int | None, kernels: str = "compiled", *, kv: str = "int4", reuse: int = 1, where: Placement = ON_DEVICE
 ) -> DuoCache:
-    cache = DuoCache(
+    return poisoned_cache(
         PLAN,
         kv_layout(kv, head_dim=HEAD_DIM, dtype=torch.float32),
-        num_heads=3 * GROUP,
+        group=GROUP,
         context=CONTEXT,
-        device=CPU,
-        dtype=torch.float32,
         kernels=KERNELS[kernels],
         placement=where,
         select=None if budget is None else SelectionPolicy(budget, channels(), reuse),
     )
-    cache.pool.poison(0xFF)
-    if cache.selection is not None:
-        cache.selection.digests.fill_(0xFF)
-        cache.selection.lists.fill_(2**31 - 1)
-    return cache
 
 
 def inputs(start: int, count: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from duolocal.kernels.sparse import Chosen, SparsePrefill, block_lse, blocks_see
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from tests.compiled import THREADS, compiled, compiled_kernels, normal, poisoned
 from tests.oracle import visibility_mask
+from tests.pool_checks import poisoned_cache
 
 pytestmark = compiled_kernels
 
@@ -31,19 +32,8 @@ def make_cache(
     num_threads: int | None = 2,
 ) -> DuoCache:
     """Return a poisoned cache; num_threads: None for the torch path."""
-    cache = DuoCache(
-        plan,
-        layout,
-        num_heads=plan.num_kv_heads * group,
-        context=context,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        kernels=None if num_threads is None else compiled(num_threads),
-        prefill=policy,
-    )
-    cache.pool.records.fill_(0xFF)
-    cache.ring.data.fill_(float("nan"))
-    return cache
+    kernels = None if num_threads is None else compiled(num_threads)
+    return poisoned_cache(plan, layout, group=group, context=context, kernels=kernels, prefill=policy)
 
 
 def tokens(count: int, *, head_dim: int = 64, group: int = 3, plan: HeadPlan = PLAN) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from duolocal.kernels.blocks import decode_blocks, hadamard
 from duolocal.models.synthetic import fill_with_random_tokens
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from tests.oracle import oracle_attention
+from tests.pool_checks import poisoned_cache
 
 SINK, RECENT, BLOCK, DIM = 6, 40, 16, 32
 RETRIEVAL = ((True, False), (False, False), (True, True))
@@ -18,12 +19,7 @@ CONTEXT = 600
 def cache_of(kv: str, retrieval: tuple[tuple[bool, bool], ...] = RETRIEVAL) -> DuoCache:
     layout = kv_layout(kv, head_dim=DIM, dtype=torch.float32, block_size=BLOCK)
     plan = HeadPlan(retrieval, SINK, RECENT, "test")
-    cache = DuoCache(
-        plan, layout, num_heads=4, context=CONTEXT, device=torch.device("cpu"), dtype=torch.float32, kernels=None
-    )
-    cache.ring.data.fill_(float("nan"))
-    cache.pool.records.fill_(0xFF)
-    return cache
+    return poisoned_cache(plan, layout, group=2, context=CONTEXT)
 
 
 def dense(cache: DuoCache, layer: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from duolocal.heads import HeadPlan
 from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.interface import Kernels
 from duolocal.quant.kv import kv_layout
+from tests.pool_checks import poisoned_cache
 
 CPU = torch.device("cpu")
 PLAN = HeadPlan(((True, False, True), (False, True, False)), 4, 20, "test")
@@ -35,19 +36,7 @@ def placement(slots: int, outer: str, folder: Path | None = None) -> Placement:
 
 
 def make_cache(where: Placement = ON_DEVICE, kernels: str = "torch") -> DuoCache:
-    cache = DuoCache(
-        PLAN,
-        LAYOUT,
-        num_heads=3 * GROUP,
-        context=CONTEXT,
-        device=CPU,
-        dtype=torch.float32,
-        kernels=KERNELS[kernels],
-        placement=where,
-    )
-    cache.pool.poison(0xFF)  # NaN in every scale
-    cache.ring.data.fill_(float("nan"))
-    return cache
+    return poisoned_cache(PLAN, LAYOUT, group=GROUP, context=CONTEXT, kernels=KERNELS[kernels], placement=where)
 
 
 def feed(cache: DuoCache, seed: int, cuts: list[int]) -> Tensor:

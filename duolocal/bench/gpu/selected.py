@@ -65,7 +65,7 @@ def engine_for(bench: Bench, weights: ModelWeights, way: Way) -> Engine:
     context = engines.reserved_for(sizes.selected_contexts[-1], _num_tokens(bench) + REUSE + _warm_tokens())
     select = None
     if way.selects:
-        rows = sum(map(sum, engines.plan_of(bench, "50%").retrieval))
+        rows = engines.plan_of(bench, "50%").num_retrieval
         count = digest_channels(sizes.config.head_dim)
         channels = torch.arange(count, dtype=torch.int32).expand(rows, count)
         select = SelectionPolicy(sizes.selected_budget, DigestChannels(channels, torch.zeros(rows, count)))
