@@ -160,9 +160,9 @@ class _Listening:
         self._cache = cache
         self._start = start
         self._first = queries.start
+        self._ring = ring.to(cache.device)
         held, order = cache.ring.positions(start).sort()
-        self._held = held[held >= 0]  # ascending
-        self._ring = ring.to(cache.device).index_select(3, order[held >= 0])
+        self._held, self._slots = held[held >= 0], order[held >= 0]  # positions, ascending
         self.best = torch.zeros(len(queries), len(cut), device=cache.device)
         # Passage of each position; len(cut) for positions in none.
         self._passage = torch.full((cache.num_tokens,), len(cut), dtype=torch.int64, device=cache.device)
@@ -176,11 +176,12 @@ class _Listening:
         window = {"q_positions": positions, "sink_size": plan.sink_size, "scale": cache.layout.head_dim**-0.5}
         recent = [cache.exact_recent if retrieval else plan.recent_size for retrieval in plan.retrieval[layer]]
         own = torch.arange(self._start, self._start + k.shape[1], device=q.device)
-        keys, key_positions = torch.cat((self._ring[0, layer], k), dim=1), torch.cat((self._held, own))
+        held_k, held_v = self._ring[:, layer].index_select(2, self._slots)
+        keys, key_positions = torch.cat((held_k, k), dim=1), torch.cat((self._held, own))
         out, lse = window_attention(
             q,
             keys,
-            torch.cat((self._ring[1, layer], v), dim=1),
+            torch.cat((held_v, v), dim=1),
             k_positions=key_positions,
             recent_sizes=torch.tensor(recent, device=q.device),
             **window,

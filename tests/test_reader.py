@@ -1,6 +1,5 @@
 """Reading past the window: every character is read once, scores are those of a dense model, memory does not grow."""
 
-import gc
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from duolocal.tokenizer import Tokenizer
 from tests.compiled import compiled
 from tests.oracle import OracleCache
 from tests.session_models import quiet_model, tiny_tokenizer
+from tests.tiny import tensor_bytes
 
 TEXTS = st.text(st.sampled_from("ab cd.!?\n\t\"') 。！、字é🙂\u3000\r"), max_size=1500) | st.text(max_size=300)
 LAYERS = 4
@@ -290,15 +290,6 @@ def test_all_of_the_texts_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     for each in found:
         assert sum(len(tokenizer.encode(texts[one.document][one.start : one.stop])) for one in each.passages) <= 1024
         assert each.passages
-
-
-def tensor_bytes() -> int:
-    gc.collect()
-    storages = {}
-    for each in gc.get_objects():
-        if issubclass(type(each), Tensor):
-            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:

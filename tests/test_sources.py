@@ -1,13 +1,16 @@
 """Sources: the attention that is listened to is that of a dense float64 model, and listening changes nothing."""
 
+import itertools
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+from duolocal import sources
 from duolocal.documents import Document, Part
 from duolocal.engine.engine import Engine
 from duolocal.engine.session import ChatSession, Event, Text
@@ -23,7 +26,7 @@ from duolocal.tokenizer import load_tokenizer
 from tests.compiled import compiled
 from tests.oracle import OracleCache
 from tests.session_models import DOCUMENT, GREEDY, finish, tiny_session
-from tests.tiny import random_model, tiny_config, transformer_of
+from tests.tiny import random_model, tensor_bytes, tiny_config, transformer_of
 
 PLANS = {
     "mixed": HeadPlan(((True, False), (False, True)), sink_size=4, recent_size=24, source="test"),
@@ -92,6 +95,33 @@ def test_listening_leaves_the_engine_as_it_was() -> None:
     attended(engine, snapshot.ring, range(300, 327), [range(300)], num_queries=8)
     assert torch.equal(cache.ring.data, ring) and torch.equal(cache.pool.table, table)
     assert torch.equal(cache.pool.records, records) and engine.token_ids == ids
+
+
+def grown_bytes(num_layers: int) -> int:
+    """Return by how much tensors have grown when the last chunk of the last layer is read again."""
+    plan = HeadPlan(((True, False),) * num_layers, sink_size=4, recent_size=24, source="test")
+    model = transformer_of(random_model(tiny_config(num_layers=num_layers, max_positions=CONTEXT)))
+    engine = Engine.build(model, plan, kv="32", chunk_size=50)
+    list(engine.prefill(tokens(500, 1)))
+    held: list[int] = []
+    calls, last, whole = itertools.count(1), num_layers * -(-500 // QUERY_CHUNK), sources.window_attention
+
+    def measured(*args: Any, **sizes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if next(calls) == last:
+            held.append(tensor_bytes())
+        return whole(*args, **sizes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "window_attention", measured)
+        before = tensor_bytes()
+        attended(engine, engine.cache.ring.data, range(500), [range(500)], num_queries=8)
+    return held[0] - before
+
+
+def test_keys_and_values_are_held_of_one_layer_at_a_time() -> None:
+    """As where no ring was kept and a whole context is read again: what that takes must not grow with the layers."""
+    few, many = grown_bytes(2), grown_bytes(10)
+    assert 0 < many < 1.2 * few, (few, many)
 
 
 def test_passages_cover_every_span_once() -> None:

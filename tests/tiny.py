@@ -5,6 +5,7 @@ and returns transformers' own model, the oracle of the parity tests. Every bias 
 usual initial values (0 and 1) a test would not notice that they are dropped.
 """
 
+import gc
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,6 +134,16 @@ def transformer_of(
         dtype=weights.norm.dtype,
         kernels=kernels,
     )
+
+
+def tensor_bytes() -> int:
+    """Return the bytes of all tensors that live."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), Tensor):
+            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 def huggingface_model(
