@@ -48,9 +48,9 @@ def main() -> None:
     options = asked["options"]
     use(asked["small"], options | {"heads": "random@0.5", "select": "off"}, context=1024)
     if not asked.get("check", True):
-        from duolocal.engine import memory
+        from duolocal.plan import free
 
-        memory.available_bytes = lambda device: 1 << 60
+        free.available_bytes = lambda device: 1 << 60
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on

@@ -296,7 +296,7 @@ def test_a_context_is_refused_by_the_size_after_quantizing(library, folder: Path
     sizes: dict[str, int] = {kind: quantize_on_load(plain, kind).size_bytes for kind in KINDS}
     assert sizes["nf4"] < sizes["int8"] < plain.size_bytes
     seen = {}
-    monkeypatch.setattr("duolocal.engine.memory.available_bytes", lambda _device: 1000)
+    monkeypatch.setattr("duolocal.plan.free.available_bytes", lambda _device: 1000)
     monkeypatch.setattr("duolocal.engine.memory.GIB", 1)  # the message then counts bytes
     monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("loaded before it was refused"))
     for name in ("auto", *KINDS):

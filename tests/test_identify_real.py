@@ -1,25 +1,33 @@
 """Identification on the real model: texts say what they should, and the methods find the same heads."""
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from duolocal.engine.events import QUIET
+from duolocal.engine.loading import loader_for_ranking
 from duolocal.errors import SettingsError
 from duolocal.heads import shipped_pattern
-from duolocal.identify import IdentifyResult, agreement, identify
+from duolocal.identify import IdentifyProgress, IdentifyResult, agreement, identify
 from duolocal.identify.text import PasskeyShape, PasskeyTexts
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.sample_text import sample_text
+from duolocal.settings import LoadSettings
 from duolocal.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.real
 SMALL = {"sink_size": 16, "recent_size": 64}
 
 
+def ranking(source: ModelSource, **settings: object) -> Iterator[IdentifyProgress | IdentifyResult]:
+    load = loader_for_ranking(source, LoadSettings(), QUIET)
+    return identify(source, load, device=torch.device("cpu"), **settings)  # type: ignore[arg-type]
+
+
 def result(source: ModelSource, **settings: object) -> IdentifyResult:
-    *_, last = identify(source, **settings)  # type: ignore[arg-type]
+    *_, last = ranking(source, **settings)
     assert isinstance(last, IdentifyResult)
     return last
 
@@ -78,23 +86,17 @@ def test_drift_and_attribution_agree_with_the_pattern_that_ships(
 def test_distill_goes_on_from_its_file(smollm2_path: Path, tmp_path: Path) -> None:
     source, file = open_model(smollm2_path), tmp_path / "heads.state.json"
     settings = {"method": "distill", "num_tokens": 520, "steps": 2, "state_file": file, **SMALL}
-    events = identify(source, **settings)  # type: ignore[arg-type]
+    events = ranking(source, **settings)
     assert [next(events).done for _ in range(2)] == [0, 1]  # type: ignore[union-attr]
     assert isinstance(events, Generator)
     events.close()
     assert file.exists()
     with pytest.raises(SettingsError, match="other settings"):
-        next(identify(source, **settings | {"seed": 1}))  # type: ignore[arg-type]
-    rest = list(identify(source, **settings))  # type: ignore[arg-type]
+        next(ranking(source, **settings | {"seed": 1}))
+    rest = list(ranking(source, **settings))
     assert len(rest) == 3 and isinstance(rest[-1], IdentifyResult)
     assert not file.exists()
     assert rest[-1].details["loss"] > 0 and rest[-1].details["steps"] == 2
-
-
-@dataclass
-class Unsourced:
-    source: None = None
-    transformer: None = None
 
 
 def test_wrong_settings_are_refused_before_anything_is_loaded(smollm2_path: Path) -> None:
@@ -111,9 +113,7 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(smollm2_path: Path
         ({"method": "copy", "num_tokens": 100}, "leave no room"),
         ({"method": "distill", "num_tokens": 100}, "leave no room"),
         ({"method": "drift", "num_tokens": 700}, "drift needs 726 tokens or more with this window, not 700: use more"),
-        ({"method": "echo", "recent_size": 0}, "--recent-size is 0: give 1 or more"),
+        ({"method": "echo", "recent_size": 0}, "recent_size is 0; it must be 1 or more"),
     ):
         with pytest.raises(SettingsError, match=message):
-            next(identify(source, **settings))
-    with pytest.raises(SettingsError, match="not loaded from a file"):
-        next(identify(Unsourced(), method="echo"))  # type: ignore[arg-type]
+            next(ranking(source, **settings))

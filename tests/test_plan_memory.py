@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from duolocal.cache import Placement
 from duolocal.engine import engine as engine_module
-from duolocal.engine import memory as memory_module
 from duolocal.engine.engine import Engine
 from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.memory import choose_placement
@@ -26,6 +25,7 @@ from duolocal.engine.planning import plan_settings
 from duolocal.engine.resolve import resolve
 from duolocal.errors import MemoryLimitError
 from duolocal.models.loader import open_model
+from duolocal.plan import free as free_module
 from duolocal.plan.fitting import Free, Freedom
 from duolocal.settings import LoadSettings
 
@@ -176,10 +176,10 @@ def test_a_limit_at_the_plan_is_enough_and_below_it_is_not(
 def test_the_engine_refuses_by_the_same_arithmetic(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_of("torch", "int4", 64)
     planned = total(folders["small"], options)
-    monkeypatch.setattr(memory_module, "available_bytes", lambda device: planned)
+    monkeypatch.setattr(free_module, "available_bytes", lambda device: planned)
     engine = Engine.load(str(folders["small"]), context=CONTEXT, **options)
     assert engine.context == CONTEXT
-    monkeypatch.setattr(memory_module, "available_bytes", lambda device: int(0.9 * planned))
+    monkeypatch.setattr(free_module, "available_bytes", lambda device: int(0.9 * planned))
     with pytest.raises(MemoryLimitError, match=r"^context 4,096 needs 0\.0 GiB on cpu .* this fits: --"):
         Engine.load(str(folders["small"]), context=CONTEXT, **options)
 

@@ -25,7 +25,7 @@ from duolocal.engine.decoder import Decoder, GpuDecoder, HostDecoder
 from duolocal.engine.events import QUIET, LoadEvents
 from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.loading import decide, load_notes, load_weights, selection_policy
-from duolocal.engine.memory import choose_placement, free_places
+from duolocal.engine.memory import choose_placement
 from duolocal.engine.place import tier_note
 from duolocal.engine.resolve import Resolved, resolve, settings_with
 from duolocal.errors import ContextOverflowError, TokenizerError
@@ -37,6 +37,7 @@ from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.transformer import Transformer
 from duolocal.paths import cache_folder
 from duolocal.plan.fitting import Free, Freedom
+from duolocal.plan.free import free_places
 from duolocal.plan.memory import dense_16bit_bytes
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, kv_layout
 from duolocal.settings import LoadSettings, Sampling

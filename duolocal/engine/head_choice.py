@@ -6,8 +6,7 @@ passes only.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from duolocal.errors import SettingsError
 from duolocal.heads import (
@@ -21,12 +20,10 @@ from duolocal.heads import (
     known_pattern,
     remember_pattern,
 )
+from duolocal.identify import IdentifyResult, identify
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
-
-if TYPE_CHECKING:
-    from duolocal.identify import IdentifyResult
 
 WINDOW = DEFAULT_SINK_SIZE + DEFAULT_RECENT_SIZE  # tokens
 # Echo looks from one copy of random tokens back into the other, past a whole window: two copies have to fit.
@@ -64,7 +61,7 @@ def published_for(source: ModelSource, name: str = "") -> KnownPattern | None:
 
 
 def as_pattern(
-    result: "IdentifyResult", *, source: str, model: str = "", default_ratio: float = UNMEASURED_RATIO
+    result: IdentifyResult, *, source: str, model: str = "", default_ratio: float = UNMEASURED_RATIO
 ) -> HeadPattern:
     """Return what an identification found as a pattern; `source` and `model` are for people."""
     return HeadPattern(
@@ -82,14 +79,6 @@ def as_pattern(
     )
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A loaded model, as `identify` takes it."""
-
-    source: ModelSource
-    transformer: Transformer
-
-
 def rank_on_first_use(
     choice: HeadChoice,
     source: ModelSource,
@@ -104,20 +93,14 @@ def rank_on_first_use(
 
     transformer: of the model, for any context; `on_progress` gets (done, total).
     """
-    from duolocal.identify import IdentifyResult, identify  # its methods are needed here only
-
     config = source.config
     context = ranking_context(config)
     result, method = None, "drift" if context == DRIFT_POSITIONS else "echo"
-    short = Transformer(
-        config,
-        transformer.weights,
-        context=context,
-        device=transformer.device,
-        dtype=transformer.dtype,
-        kernels=transformer.kernels,
-    )
-    for event in identify(_Loaded(source, short), method=method):
+
+    device, dtype, kernels = transformer.device, transformer.dtype, transformer.kernels
+    short = Transformer(config, transformer.weights, context=context, device=device, dtype=dtype, kernels=kernels)
+    # Both methods take forward passes only, which any kernels compute.
+    for event in identify(source, lambda context, *, reference: short, method=method, device=device):
         if isinstance(event, IdentifyResult):
             result = event
         elif on_progress is not None:

@@ -6,10 +6,15 @@ from duolocal.cache import SelectionPolicy
 from duolocal.engine.events import LoadEvents
 from duolocal.engine.head_choice import rank_on_first_use
 from duolocal.engine.kernels import arrangement, make_kernels, undecoded_note
+from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.kv_choice import choose_kv
-from duolocal.engine.resolve import MEASURE, Resolved
+from duolocal.engine.resolve import MEASURE, Resolved, resolve
 from duolocal.engine.select_choice import choose_channels
+from duolocal.identify import LoadTransformer
+from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
+from duolocal.quant.kv import KV_FORMATS
+from duolocal.settings import LoadSettings
 
 
 def load_weights(resolved: Resolved, events: LoadEvents) -> Transformer:
@@ -27,6 +32,17 @@ def load_weights(resolved: Resolved, events: LoadEvents) -> Transformer:
         device=device, dtype=dtype, arrange=arrangement(kernels, dtype), on_layer=events.loading
     )
     return Transformer(resolved.config, weights, context=resolved.context, device=device, dtype=dtype, kernels=kernels)
+
+
+def loader_for_ranking(source: ModelSource, settings: LoadSettings, events: LoadEvents) -> LoadTransformer:
+    """Return what `identify` loads a model with: the settings' device and kernels, nothing cached yet."""
+
+    def load(context: int, *, reference: bool) -> Transformer:
+        kernels = "torch" if reference else settings.kernels
+        asked = replace(settings, context=context, kernels=kernels, heads="all", kv=KV_FORMATS[0])
+        return load_weights(resolve(asked, OpenedModel(source)), events)
+
+    return load
 
 
 def decide(resolved: Resolved, transformer: Transformer, events: LoadEvents) -> Resolved:

@@ -1,14 +1,8 @@
-"""What a context needs in memory, what there is, and the refusal when the first exceeds the second.
+"""What a context needs in memory beside what there is, and the refusal when the first exceeds the second.
 
-Owns what this machine has free and the words of a refusal. The arithmetic is `duolocal.plan`'s, the same that
+Owns the words of a refusal. What is free is `duolocal.plan.free`'s. The arithmetic is `duolocal.plan`'s, the same that
 `duolocal plan` shows; what is really allocated is counted by `DuoCache.memory` and the weights.
 """
-
-import shutil
-from pathlib import Path
-
-import psutil
-import torch
 
 from duolocal.errors import MemoryLimitError
 from duolocal.plan.fitting import Free, Freedom, nearest, place
@@ -16,28 +10,6 @@ from duolocal.plan.memory import plan_memory
 from duolocal.plan.request import Request
 
 GIB = 2**30
-
-
-def available_bytes(device: torch.device) -> int:
-    """Return the bytes that can be allocated on `device` now."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free
-    available = psutil.virtual_memory().available
-    limit = _cgroup_available()
-    return available if limit is None else min(available, limit)
-
-
-def free_places(device: torch.device, folder: Path) -> Free:
-    """Return what may be taken now: on `device`, beside a GPU, and on the disk of `folder`, which may not exist yet."""
-    host = available_bytes(torch.device("cpu")) if device.type == "cuda" else 0
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        disk = shutil.disk_usage(folder).free
-    except OSError:
-        disk = 0
-    return Free(available_bytes(device), host, disk)
 
 
 def choose_placement(request: Request, free: Free, freedom: Freedom) -> Request:
@@ -76,17 +48,3 @@ def refusal(request: Request, free: Free, freedom: Freedom) -> MemoryLimitError:
         f"windows {device.windows / GIB:.1f}, working {device.transient / GIB:.1f}){beyond}, "
         f"and {free.device / GIB:.1f} GiB are free; {advice}"
     )
-
-
-def _cgroup_available() -> int | None:
-    """Return what a container's memory limit leaves, or None where there is none (Linux, cgroup 2)."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    if limit == "max":
-        return None
-    return int(limit) - used + int(statistics.get("inactive_file", 0))  # cached files are given back when needed

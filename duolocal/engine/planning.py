@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from duolocal.engine.known_model import known_model
-from duolocal.engine.memory import free_places
 from duolocal.engine.resolve import MEASURE, Resolved, resolve
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.heads import HeadsSpec
@@ -18,6 +17,7 @@ from duolocal.models.loader import ModelSource
 from duolocal.paths import cache_folder
 from duolocal.plan.cards import Card, card_named
 from duolocal.plan.fitting import Free, Freedom, place
+from duolocal.plan.free import free_places
 from duolocal.plan.memory import MemoryPlan, plan_memory
 from duolocal.plan.request import Request
 from duolocal.plan.weights import Weights

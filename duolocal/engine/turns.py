@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from duolocal.engine.engine import Engine
-from duolocal.engine.memory import available_bytes
 from duolocal.errors import SettingsError
+from duolocal.plan.free import available_bytes
 from duolocal.tokenizer import Message
 
 # Rings and blocks that are kept in host memory: a ring takes 15 MB for SmolLM2-135M and 42 MB for a Llama-3-8B.

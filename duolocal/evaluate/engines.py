@@ -17,7 +17,7 @@ from duolocal.engine.engine import Engine
 from duolocal.engine.events import QUIET, LoadEvents
 from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.loading import decide, load_notes, load_weights, selection_policy
-from duolocal.engine.memory import GIB, available_bytes
+from duolocal.engine.memory import GIB
 from duolocal.engine.resolve import resolve, settings_with
 from duolocal.errors import MemoryLimitError
 from duolocal.files import free_name
@@ -26,6 +26,7 @@ from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
+from duolocal.plan.free import available_bytes
 from duolocal.plan.memory import bytes_per_token, dense_16bit_bytes, plan_memory
 from duolocal.plan.request import Request
 from duolocal.plan.weights import weights_of_size

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from duolocal.engine.memory import available_bytes
 from duolocal.models.observe import Attention, ObservedCache, full_attention, streaming_attention
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import LayerWeights
+from duolocal.plan.free import available_bytes
 from duolocal.quant.weight import DenseWeight, Linear
 
 DECODED_SHARE = 0.25  # of the free memory

@@ -4,7 +4,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from duolocal.engine.events import QUIET, LoadEvents
-from duolocal.engine.known_model import OpenedModel
-from duolocal.engine.loading import load_weights
-from duolocal.engine.place import device_named
-from duolocal.engine.resolve import resolve, settings_with
 from duolocal.errors import SettingsError
 from duolocal.heads import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE
 from duolocal.identify.attribution import TEXTS as ATTRIBUTION_TEXTS
@@ -33,9 +28,7 @@ from duolocal.identify.state_file import load_state, save_state
 from duolocal.identify.text import PasskeyShape, PasskeyText, PasskeyTexts
 from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
-from duolocal.quant.kv import KV_FORMATS
 from duolocal.sample_text import sample_text
-from duolocal.settings import LoadSettings
 from duolocal.tokenizer import load_tokenizer
 
 COPY_TOKENS = 2048  # of the longest text
@@ -45,14 +38,12 @@ LONG_SHAPE = PasskeyShape(num_passkeys=4, num_words=8)  # of drift and attributi
 SHORTEST = 0.5  # of distill's texts, as a share of the longest
 
 
-class LoadedModel(Protocol):
-    """What is used of an engine, whose module imports this one."""
+class LoadTransformer(Protocol):
+    """Loads the model; how and where is its caller's business."""
 
-    @property
-    def source(self) -> ModelSource | None: ...
-
-    @property
-    def transformer(self) -> Transformer: ...
+    def __call__(self, context: int, *, reference: bool) -> Transformer:
+        """Return the model for `context` tokens; reference: with the torch kernels, which gradients pass through."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,10 +64,13 @@ DISTILL_DEFAULTS = {
 
 
 def identify(
-    model: ModelSource | LoadedModel,
-    settings: LoadSettings | None = None,
+    source: ModelSource,
+    load: LoadTransformer,
     *,
     method: str,
+    device: torch.device,
+    sink_size: int | None = None,
+    recent_size: int | None = None,
     seed: int = 0,
     num_tokens: int | None = None,
     steps: int | None = None,
@@ -84,19 +78,16 @@ def identify(
     pressure: float | None = None,
     text: str | None = None,
     state_file: Path | None = None,
-    events: LoadEvents = QUIET,
-    **changes: Any,
 ) -> Iterator[IdentifyProgress | IdentifyResult]:
     """Yield progress and at last one IdentifyResult: a score for every KV head, higher for a retrieval head.
 
-    model: an opened model or a loaded one, such as an engine, whose context stays as it is; method: a name of METHODS;
-    seed: results are the same for the same seed on the same machine; num_tokens: of the longest sequence, None for what
-    suits the method; steps, text_share, pressure: of distill, see DistillSettings; text: what passkeys are hidden in,
-    None for Python's help texts; state_file: where distill keeps its state after every step, to go on from when it is
-    called with the same settings again (None: kept nowhere; it is deleted when the caller asks for more after the
-    result). settings, events, and changes, which are fields of LoadSettings: as for `Engine.load`, the window of a
-    streaming head among them; where and how to compute is not used with a loaded model, and distill and attribution
-    always compute with the torch kernels. Raises DuoLocalError, for settings before any work.
+    load: called once, when the settings have been checked, for the model of `source` on `device`; method: a name of
+    METHODS; sink_size, recent_size: tokens, the window of a streaming head, None for the usual one; seed: results are
+    the same for the same seed on the same machine; num_tokens: of the longest sequence, None for what suits the method;
+    steps, text_share, pressure: of distill, see DistillSettings; text: what passkeys are hidden in, None for Python's
+    help texts; state_file: where distill keeps its state after every step, to go on from when it is called with the
+    same settings again (None: kept nowhere; it is deleted when the caller asks for more after the result). Raises
+    DuoLocalError, for settings before any work.
     """
     began = time.monotonic()
     run = _METHODS.get(method)
@@ -108,17 +99,12 @@ def identify(
         raise SettingsError(f"text_share is {text_share}: give a number from 0 to 1")
     if pressure is not None and not 0 <= pressure < math.inf:
         raise SettingsError(f"pressure is {pressure}: give 0 or more")
-    source = model if isinstance(model, ModelSource) else model.source
-    if source is None:
-        raise SettingsError("the model was not loaded from a file: its heads cannot be identified")
-    settings = settings_with(source, settings, changes)
-    where = device_named(settings.device) if isinstance(model, ModelSource) else model.transformer.device
     job = _Job(
         source,
-        device=where,
+        device=device,
         seed=seed,
-        sink_size=DEFAULT_SINK_SIZE if settings.sink_size is None else settings.sink_size,
-        recent_size=DEFAULT_RECENT_SIZE if settings.recent_size is None else settings.recent_size,
+        sink_size=DEFAULT_SINK_SIZE if sink_size is None else sink_size,
+        recent_size=DEFAULT_RECENT_SIZE if recent_size is None else recent_size,
         num_tokens=num_tokens,
         steps=steps,
         text_share=TEXT_SHARE if text_share is None else text_share,
@@ -126,15 +112,7 @@ def identify(
         text=text,
         state_file=state_file,
     )
-
-    def load() -> Transformer:
-        if not isinstance(model, ModelSource):
-            return model.transformer
-        kernels = "torch" if method in ("distill", "attribution") else settings.kernels
-        asked = replace(settings, context=job.reach, kernels=kernels, heads="all", kv=KV_FORMATS[0])
-        return load_weights(resolve(asked, OpenedModel(model)), events)
-
-    for event in run(job, load):
+    for event in run(job, partial(load, job.reach, reference=method in ("distill", "attribution"))):
         if isinstance(event, IdentifyProgress):
             yield event
         else:
@@ -170,9 +148,14 @@ class _Job:
     state_file: Path | None
 
     def __post_init__(self) -> None:
-        for name, value in (("num_tokens", self.num_tokens), ("steps", self.steps)):
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} is {value}; it must be 1 or more")
+        for name, value, least in (
+            ("num_tokens", self.num_tokens, 1),
+            ("steps", self.steps, 1),
+            ("sink_size", self.sink_size, 0),
+            ("recent_size", self.recent_size, 1),
+        ):
+            if value is not None and value < least:
+                raise SettingsError(f"{name} is {value}; it must be {least} or more")
         if self.num_tokens is not None and self.num_tokens > self.reach:
             raise SettingsError(f"num_tokens is {self.num_tokens:,}; this model reaches {self.reach:,}: use fewer")
 

@@ -24,9 +24,9 @@ from duolocal.bench.peer_list import (
 from duolocal.bench.peers import METHOD, PeersRun, measure_peers
 from duolocal.bench.text import text_ids
 from duolocal.commands.bench import Peers
-from duolocal.engine.memory import available_bytes
 from duolocal.errors import SettingsError
 from duolocal.kernels.cpu.threads import default_threads
+from duolocal.plan.free import available_bytes
 from duolocal.settings import LoadSettings
 from duolocal.sizes import format_tokens
 from duolocal.terminal import figures

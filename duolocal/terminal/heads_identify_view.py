@@ -11,6 +11,8 @@ from rich.text import Text
 
 from duolocal.commands.heads import Identify
 from duolocal.engine.head_choice import as_pattern
+from duolocal.engine.loading import loader_for_ranking
+from duolocal.engine.place import device_named
 from duolocal.errors import SettingsError
 from duolocal.heads import (
     UNMEASURED_RATIO,
@@ -57,15 +59,17 @@ def identify_heads(options: Identify, settings: LoadSettings) -> int:
     ):
         for event in identify(
             source,
-            settings,
+            loader_for_ranking(source, settings, shown),
             method=method,
+            device=device_named(settings.device),
+            sink_size=settings.sink_size,
+            recent_size=settings.recent_size,
             seed=options.seed,
             num_tokens=options.tokens,
             steps=options.steps,
             text_share=options.text_share,
             pressure=options.pressure,
             state_file=state_file,
-            events=shown,
         ):
             if isinstance(event, IdentifyProgress):
                 _show(event, shown, method)
