@@ -22,13 +22,13 @@ class Fed:
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.chunks: list[list[int]] = []
-        step = engine.step
+        append = engine.append
 
-        def counted(token_ids: Sequence[int]) -> Any:
+        def counted(token_ids: Sequence[int], *rest: Any, **decode: Any) -> Any:
             self.chunks.append(list(token_ids))
-            return step(token_ids)
+            return append(token_ids, *rest, **decode)
 
-        monkeypatch.setattr(engine, "step", counted)
+        monkeypatch.setattr(engine, "append", counted)
 
     @property
     def total(self) -> int:
