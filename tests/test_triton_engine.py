@@ -212,7 +212,7 @@ def test_the_graph_stays_valid_while_the_context_grows() -> None:
     engine, _ = engines()
     sampling = Sampling(temperature=0, max_tokens=300)
     drawn = list(engine.generate(ids(60), sampling, eos_ids=frozenset()))
-    assert engine._gpu_decoder is not None and list(engine._gpu_decoder._graphs) == [True]
+    assert engine._gpu_decoder is not None and list(engine._gpu_decoder._graphs) == [(True, "decodes")]
     history = list(engine.token_ids)
     engine.reset()
     list(engine.prefill(history[:60]))
