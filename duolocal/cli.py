@@ -17,8 +17,10 @@ from duolocal.commands import bench, chat, docs, eval, heads, models, plan, quan
 from duolocal.commands.parsing import Command, Parser, parser_of
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.processes import INTERRUPTED
+from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
 from duolocal.terminal.consoles import progress_console, say, starting_notice
+from duolocal.terminal.fetching import settle_model
 
 _MODULES = (chat, models, bench, heads, sessions, eval, docs, plan, quantize, summarize)  # in the order of --help
 COMMANDS = {command.name: command for module in _MODULES for command in module.COMMANDS}
@@ -57,6 +59,13 @@ def run(command: Command, values: Sequence[Any]) -> int:
     module, _, name = command.run.partition(":")
     with starting_notice(progress_console()), without_collection():  # importing torch takes seconds on a cold disk
         function = getattr(importlib.import_module(f"duolocal.terminal.{module}"), name)
+    if not command.opens_session:
+        values = [
+            settle_model(value)
+            if part.owner is LoadSettings and "model" in (item.name for item in part.items)
+            else value
+            for part, value in zip(command.parts, values, strict=True)
+        ]
     code: int = function(*values)
     return code
 

@@ -25,7 +25,7 @@ from duolocal.options import (
 )
 from duolocal.sizes import parse_tokens
 
-DEFAULT_MODEL = "smollm2-135m"  # as in the registry, which is not imported for --help
+AUTO_MODEL = "auto"  # what `duolocal.models.default` says; the command line settles it before anything else sees it
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 KERNELS = ("auto", "compiled", "torch")
 WEIGHTS = ("auto", "nf4", "int8")
@@ -52,8 +52,9 @@ class LoadSettings:
     model: str = _model(
         _MODEL,
         "a name from `duolocal models`, a hub id org/name, a .gguf file or a model folder",
-        default=DEFAULT_MODEL,
+        default=AUTO_MODEL,
         metavar="NAME",
+        default_help="$DUOLOCAL_MODEL; else qwen2.5-coder-1.5b, or smollm2-135m where memory or disk is short",
     )
     context: int | None = _model(
         TOKENS,

@@ -1,4 +1,4 @@
-"""Fetch a safetensors model from the hub through huggingface-hub.
+"""Fetch a safetensors model, or a pinned file, from the hub through huggingface-hub.
 
 Owns: which files are wanted, progress in bytes, space, and one-line errors. Not: names of models
 (models/registry.py). Endpoint, cache folder, offline mode and token are huggingface-hub's own settings: HF_ENDPOINT,
@@ -11,13 +11,15 @@ import errno
 import io
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from duolocal.errors import DownloadError, DuoLocalError, ModelNotFoundError
 from duolocal.files import Lock
-from duolocal.models.fetching import Progress, check_space
+from duolocal.models.fetching import PinnedFile, Progress, UnreachableError, check_space
 
 # Weights as safetensors only: pickled weights (.bin, .pth) run code when they are opened.
 _ALLOW = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
@@ -65,34 +67,79 @@ def fetch_repo(
     Raises ModelNotFoundError (no such repository or revision, no safetensors weights) and DownloadError (no network,
     gated, no space), each saying what to do.
     """
+    ready = cached_repo(repo, revision=revision)
+    if ready is not None:
+        return ready
+    folder = _fetch(
+        repo, _wanted, _by_hand(repo), revision=revision, token=token, offline=offline, on_progress=on_progress
+    )
+    missing = missing_files(folder)
+    if missing:
+        raise DownloadError(f"{_called(repo, revision)} lacks {', '.join(missing[:3])} on the hub; use another model")
+    return folder
+
+
+def cached_file(repo: str, file: PinnedFile) -> Path | None:
+    """Return a pinned file from the library's cache, or None; touches no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, file.name)
+    if not isinstance(found, str):
+        return None
+    path = Path(found)  # a link to a blob, which the library names by its SHA-256 where the hub knows that
+    return path if path.resolve().name == file.sha256 or file.difference(path) is None else None
+
+
+def fetch_file(repo: str, file: PinnedFile, *, token: str | None = None, on_progress: Progress | None = None) -> Path:
+    """Return one pinned file of a hub repository. Raises ModelNotFoundError and DownloadError."""
+
+    def wanted(repo: str, sizes: dict[str, int]) -> dict[str, int]:
+        if sizes.get(file.name) != file.nbytes:
+            raise ModelNotFoundError(f"{repo} has no {file.name} of {file.nbytes} bytes on the hub")
+        return {file.name: file.nbytes}
+
+    path = _fetch(repo, wanted, _by_hand(repo), token=token, on_progress=on_progress) / file.name
+    wrong = file.difference(path)
+    if wrong is not None:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise DownloadError(f"{file.name} of {repo} {wrong}; nothing of it is kept")
+    return path
+
+
+def _fetch(
+    repo: str,
+    choose: Callable[[str, dict[str, int]], dict[str, int]],
+    by_hand: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool | None = None,
+    on_progress: Progress | None = None,
+) -> Path:
+    """Return the local folder of a repository with the files that `choose` takes of all (name: size) in it."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import logging
 
-    ready = cached_repo(repo, revision=revision)
-    if ready is not None:
-        return ready
     if offline or constants.HF_HUB_OFFLINE:
-        raise DownloadError(f"{_called(repo, revision)} is not cached and offline mode is on; {_by_hand(repo)}")
+        raise DownloadError(f"{_called(repo, revision)} is not cached and offline mode is on; {by_hand}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its retries are no news for the user; what fails in the end is raised
     try:
         info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True)
-        sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
-        wanted = _wanted(repo, sizes)
+        wanted = choose(repo, {item.rfilename: item.size or 0 for item in info.siblings or []})
         cached = _cached_files(repo, info.sha, wanted)
-        total = sum(wanted.values())
+        total, done = sum(wanted.values()), sum(wanted[name] for name in cached)
         _remove_leftovers(repo)
-        check_space(repo, Path(constants.HF_HUB_CACHE), total - sum(wanted[name] for name in cached), "HF_HOME")
-        bar = _progress_bar(on_progress, sum(wanted[name] for name in cached), total)
+        check_space(repo, Path(constants.HF_HUB_CACHE), total - done, "HF_HOME")
         folder = Path(
             snapshot_download(
                 repo,
                 revision=revision,
                 token=token,
-                allow_patterns=_ALLOW,
-                ignore_patterns=_IGNORE,
-                tqdm_class=bar,
+                allow_patterns=[escape(name) for name in wanted],
+                tqdm_class=_progress_bar(on_progress, done, total),
             )
         )
     # HTTPError is the HTTP library's own (httpx, later httpx2); hf-xet raises RuntimeError.
@@ -100,9 +147,6 @@ def fetch_repo(
         raise _explain(repo, revision, error) from error
     finally:
         logging.set_verbosity(verbosity)
-    missing = missing_files(folder)
-    if missing:
-        raise DownloadError(f"{_called(repo, revision)} lacks {', '.join(missing[:3])} on the hub; use another model")
     if on_progress is not None:
         on_progress(total, total)
     return folder
@@ -219,7 +263,9 @@ def _explain(repo: str, revision: str | None, error: Exception) -> DuoLocalError
     if status is not None:
         return DownloadError(f"the hub answered HTTP {status} for {repo}: try again later, or {_by_hand(repo)}")
     detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-    return DownloadError(f"cannot fetch {_called(repo, revision)} ({detail}): check the network, or {_by_hand(repo)}")
+    return UnreachableError(
+        f"cannot fetch {_called(repo, revision)} ({detail}): check the network, or {_by_hand(repo)}"
+    )
 
 
 def _called(repo: str, revision: str | None) -> str:

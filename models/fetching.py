@@ -14,6 +14,11 @@ from duolocal.files import free_bytes, read_json, write_json
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
+
+class UnreachableError(DownloadError):
+    """A source that cannot be reached or lacks the file: another one may have it."""
+
+
 _HEADROOM_BYTES = 16 << 20  # file system overhead, and small files beside the large ones
 
 

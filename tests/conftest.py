@@ -21,7 +21,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from duolocal.models.registry import DEFAULT_MODEL, cached_path
+from duolocal.models.default import MODEL_VARIABLE
+from duolocal.models.names import SMALL_MODEL
+from duolocal.models.registry import cached_path
 
 pytest_plugins = ["tests.thinning"]
 
@@ -60,15 +62,16 @@ def same_everywhere() -> Iterator[None]:
         patch.setenv("LINES", "24")
         patch.setenv("TERM", "xterm-256color")
         patch.setenv("LANG", "C.UTF-8")
+        patch.setenv(MODEL_VARIABLE, SMALL_MODEL)
         yield
 
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """Return the file of the default model, or skip: a test fetches nothing."""
-    path = cached_path(DEFAULT_MODEL)
+    """Return the file of the model that the tests use, or skip: a test fetches nothing."""
+    path = cached_path(SMALL_MODEL)
     if path is None:
-        pytest.skip(f"{DEFAULT_MODEL} is not cached: run `duolocal models fetch {DEFAULT_MODEL}`")
+        pytest.skip(f"{SMALL_MODEL} is not cached: run `duolocal models fetch {SMALL_MODEL}`")
     return path
 
 

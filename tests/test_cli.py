@@ -13,7 +13,7 @@ from rich.console import Console
 
 from duolocal import __version__, cli, settings
 from duolocal.documents import Document
-from duolocal.models.registry import DEFAULT_MODEL
+from duolocal.models.names import DEFAULT_MODEL, SMALL_MODEL
 from duolocal.settings import CHAT_SAMPLING, LoadSettings, Sampling
 from duolocal.terminal import bench_view, fetching
 from duolocal.terminal.chat_start import history_file
@@ -143,8 +143,29 @@ def test_help_names_every_option_and_the_exit_codes(capsys: pytest.CaptureFixtur
     assert "3 the answer is not complete" in text
 
 
-def test_the_default_model_is_the_registry_s() -> None:
-    assert settings.DEFAULT_MODEL == DEFAULT_MODEL
+def test_without_a_model_the_default_one_is_meant_and_a_lesser_one_is_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def memory_report(settings: LoadSettings) -> dict[str, object]:
+        asked.append(settings.model)
+        return {}
+
+    monkeypatch.setattr(bench_view, "memory_report", memory_report)
+    monkeypatch.setattr(fetching, "resolve", lambda model, **options: Path(model))
+    monkeypatch.delenv("DUOLOCAL_MODEL")
+    for free in (8 * 10**9, 10**9):
+        monkeypatch.setattr("duolocal.plan.free.available_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("duolocal.models.default.free_bytes", lambda folder: 10**10)
+        assert cli.main(["bench", "memory"]) == 0
+    assert asked == [DEFAULT_MODEL, SMALL_MODEL]
+    assert [line for line in capsys.readouterr().err.splitlines() if "model" in line] == [
+        "duolocal: model smollm2-135m: qwen2.5-coder-1.5b, which answers better, needs 4.0 GB of free memory, and "
+        "1.0 GB are free"
+    ]
+    declared = settings.LoadSettings.__dataclass_fields__["model"].metadata
+    assert all(name in str(declared) for name in (DEFAULT_MODEL, SMALL_MODEL))
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +231,7 @@ def test_bench_memory_prints_a_table_and_json_last(
         return {"model": settings.model, "kv_bytes": 3 * 2**20, "share": 0.25, "versions": {"torch": "2.13"}}
 
     monkeypatch.setattr(bench_view, "memory_report", memory_report)
-    monkeypatch.setattr(fetching, "resolve", lambda model, on_progress: Path(model))
+    monkeypatch.setattr(fetching, "resolve", lambda model, **options: Path(model))
     assert cli.main(["bench", "memory", "--model", "tiny", "--context", "32K", "--kv", "int8", "--sink-size", "0"]) == 0
     assert asked == [LoadSettings("tiny", context=32768, kv="int8", sink_size=0)]
     lines = capsys.readouterr().out.splitlines()

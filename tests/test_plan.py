@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from duolocal.cache import DuoCache
 from duolocal.cache.home import Placement
 from duolocal.cache.selection import Selection, SelectionPolicy
+from duolocal.engine.known_model import known_model
 from duolocal.engine.planning import Planned, plan_settings
 from duolocal.errors import ConfigError, ModelNotFoundError, SettingsError
 from duolocal.heads import HeadPlan, choose_heads
 from duolocal.kernels.digest import DigestChannels, digest_channels
 from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.loader import open_model
-from duolocal.models.registry import MODELS
+from duolocal.models.names import MODELS
 from duolocal.plan.cards import CARDS, card_rates
 from duolocal.plan.duration import Rates, duration_of, work_of
 from duolocal.plan.fitting import Free, Freedom, fits, nearest, place
@@ -269,6 +270,15 @@ def test_every_named_model_can_be_planned_without_its_files(tmp_path: Path, monk
         # What is published for the file, headers and vocabulary included.
         weights = planned(name, device="cpu", kernels="torch").request.weights.nbytes
         assert abs(weights / model.size_bytes - 1) < 0.04, (name, weights, model.size_bytes)
+
+
+def test_the_extended_llama_has_the_pattern_published_for_it() -> None:
+    for name, published in (
+        ("llama3-8b-awq", "Llama-3-8B-Instruct-Gradient-1048k"),
+        ("llama3.1-8b-awq", "Meta-Llama-3.1-8B-Instruct"),
+    ):
+        found = known_model(name).published
+        assert found is not None and found.name == published
 
 
 @pytest.mark.real

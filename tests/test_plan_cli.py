@@ -16,7 +16,7 @@ from duolocal import cli
 from duolocal.engine.kernels import arrangement
 from duolocal.engine.planning import plan_settings
 from duolocal.kernels.torch_kernels import TorchKernels
-from duolocal.models.registry import MODELS
+from duolocal.models.names import MODELS
 from duolocal.plan.duration import Rates
 from duolocal.plan.rates import keep_rates, known_rates, measure_rates, rates_key, sample_model
 from duolocal.quant.kv import kv_layout

@@ -147,6 +147,8 @@ def test_what_was_not_asked_is_taken_from_the_session(tmp_path: Path) -> None:
     assert (settings.kv, line) == ("int8", "as session book was saved: --kv int8")
     asked = LoadSettings(model="tiny", kv="int4")
     assert settings_of_session(options, asked) == (asked, None)
+    settings, line = settings_of_session(options, LoadSettings())  # its own model, whatever the default is by now
+    assert (settings.model, line) == ("tiny", "as session book was saved: --model tiny --kv int8")
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("off", 0), ("0", 0), ("2GiB", 2 << 30), (None, 8 << 30)])

@@ -78,5 +78,6 @@ COMMANDS = (
         (Chat, LoadSettings, Taken(Sampling, base=CHAT_SAMPLING)),
         description="Chat with a model about long documents, or answer one question (--prompt, or stdin).",
         epilog=_MORE,
+        opens_session=True,
     ),
 )

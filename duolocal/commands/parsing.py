@@ -62,6 +62,7 @@ class Command:
     refuse: Callable[..., None] = lambda *values: None
     description: str | None = None
     epilog: str = ""
+    opens_session: bool = False  # which may name the model
 
     @property
     def parts(self) -> tuple[Taken, ...]:

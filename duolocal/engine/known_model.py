@@ -16,9 +16,10 @@ from duolocal.heads import KnownPattern, known_pattern
 from duolocal.models.config import ModelConfig
 from duolocal.models.fetch_hub import is_repo_id
 from duolocal.models.loader import ModelSource, open_model
+from duolocal.models.names import MODELS
 from duolocal.models.outer_weights import outer_note, quantize_outer
 from duolocal.models.quantized import kept_dense_note, quantize_on_load
-from duolocal.models.registry import MODELS, cached_path
+from duolocal.models.registry import cached_path
 from duolocal.models.safetensors_folder import read_folder_config, read_json
 from duolocal.plan.weights import AWQ_GROUP, NAMED_FORMATS, Weights, weights_by_arithmetic, weights_of
 

@@ -29,9 +29,12 @@ AWQ_GROUP = 128  # input features that share a scale, of the AWQ models that hav
 
 # How the matrices of models with a name are kept: those of the layers, and embedding and lm_head.
 NAMED_FORMATS: Mapping[str, tuple[str, str]] = {
+    "qwen2.5-coder-1.5b": ("Q4_K", "Q6_K"),
     "smollm2-135m": ("Q4_1", "Q8_0"),
     "llama3-8b-awq": ("AWQ", "F16"),
-    "llama3-8b-1m": ("BF16", "BF16"),
+    "llama3.1-8b-awq": ("AWQ", "F16"),
+    **dict.fromkeys(("llama3-8b-1m", "llama3.2-1b", "llama3.2-3b"), ("BF16", "BF16")),
+    **dict.fromkeys(("qwen3-0.6b", "qwen3-4b", "smollm2-1.7b"), ("BF16", "BF16")),
 }
 
 

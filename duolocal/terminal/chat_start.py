@@ -16,6 +16,7 @@ from duolocal.paths import sessions_folder
 from duolocal.settings import LoadSettings, Sampling
 from duolocal.startup import without_collection
 from duolocal.terminal.consoles import new_console, progress_console, say, starting_notice
+from duolocal.terminal.fetching import settle_model
 
 if TYPE_CHECKING:
     from duolocal.documents import Document
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from duolocal.sessions.keeper import ContextKeeper
 
 # What a chat takes from its session where nothing was asked.
-_TAKEN = frozenset(("context", "kv", "heads", "sink_size", "recent_size", "dtype", "rope", "weights", "outer_weights"))
+_TAKEN = frozenset(
+    ("model", "context", "kv", "heads", "sink_size", "recent_size", "dtype", "rope", "weights", "outer_weights")
+)
 
 
 def chat(options: Chat, settings: LoadSettings, sampling: Sampling) -> int:
@@ -41,6 +44,7 @@ def chat(options: Chat, settings: LoadSettings, sampling: Sampling) -> int:
     if left_out and question is not None:
         say(left_out)
     settings, taken = settings_of_session(options, settings)
+    settings = settle_model(settings)
     with starting_notice(progress), without_collection():
         keeper = _make_keeper(options, settings, private=piped is not None)
         keeper.notes += [taken] if taken else []

@@ -1,12 +1,14 @@
 """Finding or fetching a model, with a bar: what every command that opens one does first."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duolocal.commands.models import Fetch
 from duolocal.models.registry import resolve
+from duolocal.settings import AUTO_MODEL, LoadSettings
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.consoles import progress_console
+from duolocal.terminal.consoles import progress_console, say
 from duolocal.terminal.progress import bar
 
 if TYPE_CHECKING:
@@ -15,8 +17,27 @@ if TYPE_CHECKING:
 
 def fetch(model: str, progress: "Console") -> Path:
     """Find or fetch a model by name or path; return where it is. Raises DuoLocalError."""
+    notes: list[str] = []
     with bar(progress, f"fetching {clean_line(model)}", "bytes") as shown:
-        return resolve(model, on_progress=shown.update)
+        path = resolve(model, on_progress=shown.update, on_note=notes.append)
+    for note in notes:
+        say(note)
+    return path
+
+
+def settle_model(settings: LoadSettings) -> LoadSettings:
+    """Return `settings` with the model that is meant where none was named; where it is not the better one, say why."""
+    if settings.model != AUTO_MODEL:
+        return settings
+    import torch
+
+    from duolocal.models.default import default_model
+    from duolocal.plan.free import available_bytes
+
+    name, reason = default_model(free_memory=available_bytes(torch.device("cpu")))
+    if reason is not None:
+        say(reason)
+    return replace(settings, model=name)
 
 
 def fetch_model(options: Fetch) -> int:

@@ -20,7 +20,8 @@ from duolocal.heads import (
 )
 from duolocal.heads.known import LICENCE, SOURCE, pattern_called, published_pattern
 from duolocal.models.loader import ModelSource, open_model
-from duolocal.models.registry import MODELS, cached_path, resolve
+from duolocal.models.names import MODELS
+from duolocal.models.registry import cached_path, resolve
 from duolocal.settings import LoadSettings
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.consoles import new_console

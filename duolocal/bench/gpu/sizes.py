@@ -6,7 +6,7 @@ Loads no torch.
 from dataclasses import dataclass
 
 from duolocal.models.config import ModelConfig
-from duolocal.models.registry import LLAMA_3_8B
+from duolocal.models.names import LLAMA_3_8B
 
 K = 1024
 M = K * K
