@@ -481,8 +481,8 @@ def test_progress_survives_what_pip_removes_meanwhile(tmp_path: Path, monkeypatc
     real = os.scandir
 
     def scandir(path: Any) -> Any:
-        if Path(path).name == "pip-unpack":
-            shutil.rmtree(path, ignore_errors=True)  # between the listing of its parent and its own
+        if os.path.basename(path) == "pip-unpack" and os.path.exists(path):
+            os.rmdir(path)  # between the listing of its parent and its own
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
