@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from duolocal import __version__
-from duolocal.commands import bench, chat, docs, eval, heads, models, plan, quantize, sessions, summarize
+from duolocal.commands import bench, chat, docs, eval, heads, models, plan, quantize, sessions, summarize, tune
 from duolocal.commands.parsing import Command, Parser, parser_of
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.processes import INTERRUPTED
@@ -22,7 +22,7 @@ from duolocal.startup import without_collection
 from duolocal.terminal.consoles import progress_console, say, starting_notice
 from duolocal.terminal.fetching import settle_model
 
-_MODULES = (chat, models, bench, heads, sessions, eval, docs, plan, quantize, summarize)  # in the order of --help
+_MODULES = (chat, models, bench, heads, sessions, eval, docs, plan, tune, quantize, summarize)  # in the order of --help
 COMMANDS = {command.name: command for module in _MODULES for command in module.COMMANDS}
 GROUPS = {group.name: group for module in (models, bench, heads, sessions, eval, docs) for group in module.GROUPS}
 

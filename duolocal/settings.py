@@ -7,6 +7,7 @@ suit a model or fit into memory is the engine's to say.
 from dataclasses import dataclass
 from functools import partial
 
+from duolocal.errors import SettingsError
 from duolocal.options import (
     ANY,
     BYTES,
@@ -16,6 +17,7 @@ from duolocal.options import (
     check,
     choice,
     counted,
+    flagged,
     nonempty,
     number,
     option,
@@ -74,7 +76,7 @@ class LoadSettings:
         "retrieval heads: auto, all, a ratio such as 0.5, published, or a pattern file or folder",
         default="auto",
         metavar="SPLIT",
-        default_help="auto, the model's measured pattern; else its heads are ranked once, on first use",
+        default_help="auto, the model's measured or published pattern; else all, or ranked if quick or needed",
     )
     sink_size: int | None = _model(counted(0), "first tokens that streaming heads keep", default_help="the pattern's")
     recent_size: int | None = _model(TOKENS, "last tokens that streaming heads keep", default_help="the pattern's")
@@ -135,6 +137,18 @@ class LoadSettings:
     def options(self) -> list[str]:
         """List the command-line options that ask for these settings, without those that are defaults."""
         return words_of(self, always=("model",))
+
+
+@dataclass(frozen=True)
+class FirstUse:
+    """Whether a model that nobody has measured is measured before it is used; neither: where that is quick."""
+
+    quick: bool = flagged("start an unknown model at once, with all heads and int8 KV where they fit", group="model")
+    tune: bool = flagged("measure an unknown model first, however long it takes", group="model")
+
+    def __post_init__(self) -> None:
+        if self.quick and self.tune:
+            raise SettingsError("--quick and --tune were both given: leave one of them out")
 
 
 def _is_text(value: object) -> bool:

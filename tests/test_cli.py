@@ -91,7 +91,7 @@ def test_empty_stdin_is_no_question() -> None:
         (
             ["zzz"],
             "unknown command 'zzz': give one of bench, chat, docs, eval, heads, kv, models, "
-            "plan, quantize, sessions, summarize",
+            "plan, quantize, sessions, summarize, tune",
         ),
         (["models", "fetch"], "the following arguments are required: name"),
         (["models", "fetch", "smollm2-135n"], None),
@@ -202,13 +202,13 @@ def asked(*words: str) -> tuple[Any, ...]:
 
 
 def test_doc_takes_several_and_repeats() -> None:
-    options, _, sampling = asked("chat", "--doc", "a", "b", "--kv", "16", "--doc", "c", "--stop", "x", "--stop", "y")
+    options, _, sampling, _ = asked("chat", "--doc", "a", "b", "--kv", "16", "--doc", "c", "--stop", "x", "--stop", "y")
     assert (options.doc, sampling.stop) == (("a", "b", "c"), ("x", "y"))
 
 
 def test_sampling_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    *_, sampling = asked("chat", "--temperature", "0", "--max-tokens", "2K", "--seed", "7", "--stop", "a b")
+    *_, sampling, _ = asked("chat", "--temperature", "0", "--max-tokens", "2K", "--seed", "7", "--stop", "a b")
     assert sampling == replace(CHAT_SAMPLING, temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
     assert cli.main(["chat", "--prompt", "a", "--top-p", "high"]) == 2
     assert capsys.readouterr().err == "duolocal: --top-p is 'high': give a number between 0 and 1; 1 switches it off\n"

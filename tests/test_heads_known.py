@@ -93,13 +93,12 @@ def test_every_known_pattern_finds_itself() -> None:
         assert pattern_called(known.hub.lower()) is known
 
 
-def test_fetched_once_and_only_when_asked_for(server: Server, tmp_path: Path) -> None:
-    plan, note = plan_heads("auto", **SHAPE, published=LLAMA_31)
+def test_fetched_once_and_not_for_all_heads(server: Server, tmp_path: Path) -> None:
+    plan, _ = plan_heads("all", **SHAPE, published=LLAMA_31)
     assert plan.num_retrieval == 256
-    assert note is not None
     assert server.asked == []
-    for _ in range(2):
-        plan, note = plan_heads("published", **SHAPE, published=LLAMA_31)
+    for heads in ("auto", "published", "auto"):
+        plan, note = plan_heads(heads, **SHAPE, published=LLAMA_31)
         assert plan.retrieval == ((True, False) * 4,) * 32
         assert (plan.sink_size, plan.recent_size) == (128, 256)
         assert note == (
@@ -112,6 +111,16 @@ def test_fetched_once_and_only_when_asked_for(server: Server, tmp_path: Path) ->
     # By name, for a model that is called otherwise, and cut elsewhere.
     plan, _ = plan_heads("published:meta-llama/Llama-3.1-8B-Instruct@0.25", **SHAPE)
     assert [sum(row) for row in plan.retrieval] == [2] * 32  # 128 gates tie at 1: every layer gets the same
+
+
+@pytest.mark.parametrize("damaged", [{"config.json": None, TSV: None}, {TSV: b"<html>"}])
+def test_auto_goes_on_without_what_cannot_be_fetched(server: Server, damaged: dict[str, bytes | None]) -> None:
+    for name, body in damaged.items():
+        del server.files[f"/p/{LLAMA_31.folder}/{name}"]
+        server.files |= {} if body is None else {f"/p/{LLAMA_31.folder}/{name}": body}
+    plan, note = plan_heads("auto", **SHAPE, published=LLAMA_31)
+    assert plan.num_retrieval == 256 and note is not None and note.startswith("no head pattern is known")
+    assert len(server.asked) > 0
 
 
 def test_one_damaged_half_is_fetched_again(server: Server, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_settings_made_in_python_are_checked_too(field: str, value: Any, message
 def test_what_is_typed_passes_through_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = cli.read(["chat", "--prompt", text, "--doc", text, "--stop", text])
     assert found is not None
-    options, _, sampling = found[1]
+    options, _, sampling, _ = found[1]
     assert (options.prompt, options.doc, sampling.stop) == (text, (text,), (text,))
     assert cli.main(["chat", f"--context={text}"]) == 2
     assert capsys.readouterr().err.startswith(f"duolocal: --context is {text!r}: give a number of tokens")

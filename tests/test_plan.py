@@ -357,9 +357,11 @@ def test_what_only_a_loaded_model_can_tell_is_said(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
     found = planned("llama3-8b-awq", card="h100", context=MILLION)
     assert found.kv == "int4" and any("int4 is assumed" in note for note in found.notes)
-    assert any("ranked on first use" in note and "67%" in note for note in found.notes)
+    assert found.request.heads.num_retrieval == 128  # as published
     config_json(tmp_path)
-    assert planned(str(tmp_path), device="cpu").kv == "int8"  # small models bear less
+    small = planned(str(tmp_path), device="cpu", context=1024)
+    assert small.kv == "int8"  # small models bear less
+    assert any("ranked once where memory needs it" in note and "75%" in note for note in small.notes)
     both = planned("llama3-8b-awq", card="h100", kv="k8v4", heads="all")
     assert not any("assumed" in note or "ranked" in note for note in both.notes)
 

@@ -7,7 +7,7 @@ from duolocal.commands.parsing import Command, Taken
 from duolocal.commands.sessions import KEEP, sessions_option
 from duolocal.errors import SettingsError
 from duolocal.options import ANY, TOKENS, choice, flagged, nonempty, option, repeated
-from duolocal.settings import CHAT_SAMPLING, LoadSettings, Sampling
+from duolocal.settings import CHAT_SAMPLING, FirstUse, LoadSettings, Sampling
 
 _MORE = """\
 One answer for a script:
@@ -75,7 +75,7 @@ COMMANDS = (
         "chat",
         "chat in the terminal, or answer one question",
         "chat_start:chat",
-        (Chat, LoadSettings, Taken(Sampling, base=CHAT_SAMPLING)),
+        (Chat, LoadSettings, Taken(Sampling, base=CHAT_SAMPLING), FirstUse),
         description="Chat with a model about long documents, or answer one question (--prompt, or stdin).",
         epilog=_MORE,
         opens_session=True,

@@ -8,7 +8,7 @@ from typing import Any
 from duolocal.commands.parsing import Command, Taken
 from duolocal.errors import SettingsError
 from duolocal.options import ANY, REQUIRED, TOKENS, choice, flagged, option, path, repeated
-from duolocal.settings import SUMMARY_SAMPLING, LoadSettings, Sampling
+from duolocal.settings import SUMMARY_SAMPLING, FirstUse, LoadSettings, Sampling
 
 # As in duolocal.summarize, which is not imported for --help.
 PRESETS = {
@@ -83,7 +83,7 @@ COMMANDS = (
         "summarize",
         "summarise hundreds of documents, resumable",
         "summarize_view:summarize",
-        (Summarize, LoadSettings, Taken(Sampling, base=SUMMARY_SAMPLING)),
+        (Summarize, LoadSettings, Taken(Sampling, base=SUMMARY_SAMPLING), FirstUse),
         description="Summarise documents, one record each: files, folders, patterns and zip archives.",
         epilog=_MORE,
     ),

@@ -23,6 +23,7 @@ from torch import Tensor
 from duolocal.cache import ON_DEVICE, CacheMemory, DuoCache, Placement, SelectionPolicy, Snapshot
 from duolocal.engine.decoder import Decoder, GpuDecoder, HostDecoder
 from duolocal.engine.events import QUIET, LoadEvents
+from duolocal.engine.first_use import settle_first_use
 from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.loading import decide, load_notes, load_weights, selection_policy
 from duolocal.engine.memory import choose_placement
@@ -40,7 +41,7 @@ from duolocal.plan.fitting import Free, Freedom
 from duolocal.plan.free import free_places
 from duolocal.plan.memory import dense_16bit_bytes
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, kv_layout
-from duolocal.settings import LoadSettings, Sampling
+from duolocal.settings import FirstUse, LoadSettings, Sampling
 
 WARM_UP_TOKENS = 32  # of a short chunk, such as a question
 
@@ -95,13 +96,16 @@ class Engine:
         settings: LoadSettings | None = None,
         *,
         events: LoadEvents = QUIET,
+        first_use: FirstUse = FirstUse(),  # noqa: B008  frozen
+        reading: int = 0,
         **changes: Any,
     ) -> "Engine":
         """Load a model by name, hub id or path (or an opened ModelSource) and reserve its whole context.
 
         settings: what to load it with, None for the defaults; changes: fields of LoadSettings in place of theirs, as in
-        `Engine.load("smollm2-135m", context=4096, kv="int8")`. events: told of what takes time. Raises DuoLocalError
-        with one line saying what to do, before any work is done in vain.
+        `Engine.load("smollm2-135m", context=4096, kv="int8")`. events: told of what takes time. first_use, reading
+        (tokens of the documents that follow): how an unknown model is begun with (`duolocal.engine.first_use`).
+        Raises DuoLocalError with one line saying what to do, before any work is done in vain.
         """
         settings = settings_with(model, settings, changes)
         if not isinstance(model, ModelSource):
@@ -111,6 +115,7 @@ class Engine:
         placement = _place(resolved, free)
         transformer = load_weights(resolved, events)
         if resolved.undecided:
+            resolved = settle_first_use(resolved, transformer, free, first_use, reading=reading, events=events)
             resolved = decide(resolved, transformer, events)
             placement = _place(resolved, free)
         engine = cls.build(

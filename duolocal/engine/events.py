@@ -22,6 +22,9 @@ class LoadEvents:
     def measuring(self, done: int, total: int) -> None:
         """KV formats are being measured on an unknown model: tokens."""
 
+    def announce(self, line: str) -> None:
+        """A decision was made that people should know of before they wait: one line."""
+
     def learning(self, done: int, total: int) -> None:
         """The channels for selected decode are being found: tokens."""
 

@@ -1,4 +1,6 @@
-"""`--heads auto` for a model that no head pattern is known for: its heads are ranked once, on first use.
+"""`--heads auto` for a model that no head pattern is known for: its heads are ranked once.
+
+Whether that is on first use or left to `duolocal tune` is `duolocal.engine.first_use`'s to decide.
 
 Owns what makes a model fit for that, the progress, and keeping the result in the cache folder. The ranking itself is
 `duolocal.identify`; the method is drift, or echo for models that reach less far than drift's texts: both need forward
@@ -118,6 +120,6 @@ def rank_on_first_use(
         f"model, and {kept} (`duolocal heads identify` looks more closely; --heads all keeps the whole context)"
     )
     if published is not None:
-        note += f"; a pattern is published for {published.name}: --heads published fetches it"
+        note += f"; the pattern that is published for {published.name} could not be fetched"
     plan = pattern.cut(ratio, sink_size=sink_size, recent_size=recent_size)
     return replace(choice, plan=plan, note=note, unranked=False)

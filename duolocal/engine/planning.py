@@ -106,8 +106,8 @@ def _assume(resolved: Resolved) -> Resolved:
     if heads.unranked:
         share = heads.plan.num_retrieval / (heads.plan.num_retrieval + heads.plan.num_streaming)
         note = (
-            f"no head pattern is known for this model yet: its heads are ranked on first use; planned with {share:.0%} "
-            "of them retrieval heads, which ones changes nothing here"
+            f"no head pattern is known for this model yet: its heads are ranked once where memory needs it or that is "
+            f"quick, else by `duolocal tune`; planned with {share:.0%} of them retrieval heads"
         )
         resolved = replace(resolved, heads=replace(heads, note=note, unranked=False))
     if resolved.kv == MEASURE:

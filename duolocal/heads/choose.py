@@ -1,8 +1,9 @@
 """From what --heads says to a plan: which pattern is meant, and at what ratio it is cut.
 
-Owns the spellings of --heads and the order in which patterns are looked for: the one that ships for the weights, then
-the one remembered from their first use on this machine. Finding a pattern that nobody has yet is not done here; the
-choice says that it is needed, and the engine does it (`duolocal.engine.head_choice`).
+Owns the spellings of --heads and the order in which patterns are looked for: the one that ships for the weights, the
+one remembered from their first use on this machine, the one that is published for the model. Finding a pattern that
+nobody has yet is not done here; the choice says that it is needed, and the engine does it
+(`duolocal.engine.head_choice`).
 """
 
 import json
@@ -14,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from duolocal.errors import SettingsError
+from duolocal.errors import DownloadError, SettingsError
 from duolocal.heads.known import LICENCE, SOURCE, KnownPattern, is_here, pattern_called, published_pattern
 from duolocal.heads.pattern import (
     HeadPattern,
@@ -174,6 +175,11 @@ def choose_heads(
     note = None
     if wish.pattern == "auto":
         pattern, note = _known(fingerprint, num_layers, num_kv_heads)
+        if pattern is None and published is not None:
+            try:
+                pattern, note = _published(PUBLISHED, published, fetch=fetch)
+            except (DownloadError, SettingsError):  # as where none is published; it is tried again next time
+                note = None
         if pattern is None and can_rank:
             pattern = _unranked(num_layers, num_kv_heads)
             return HeadChoice(_cut(pattern, wish.ratio, sink_size, recent_size), None, True, wish.ratio)

@@ -13,7 +13,7 @@ from duolocal.commands.sessions import keep_bytes
 from duolocal.errors import SettingsError
 from duolocal.options import values_in, words_of
 from duolocal.paths import sessions_folder
-from duolocal.settings import LoadSettings, Sampling
+from duolocal.settings import FirstUse, LoadSettings, Sampling
 from duolocal.startup import without_collection
 from duolocal.terminal.consoles import new_console, progress_console, say, starting_notice
 from duolocal.terminal.fetching import settle_model
@@ -30,7 +30,7 @@ _TAKEN = frozenset(
 )
 
 
-def chat(options: Chat, settings: LoadSettings, sampling: Sampling) -> int:
+def chat(options: Chat, settings: LoadSettings, sampling: Sampling, first_use: FirstUse) -> int:
     """Chat, or answer once; return the exit code. All that can be refused is refused before the model is loaded."""
     from duolocal.documents.loading import summary
     from duolocal.terminal.docs_load import load_paths
@@ -49,14 +49,15 @@ def chat(options: Chat, settings: LoadSettings, sampling: Sampling) -> int:
         keeper = _make_keeper(options, settings, private=piped is not None)
         keeper.notes += [taken] if taken else []
         from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
-        from duolocal.terminal.start import start
+        from duolocal.terminal.start import CHARACTERS_PER_TOKEN, start
 
         if question is None:
             from duolocal.terminal.chat import Chat as Conversation
             from duolocal.terminal.chat_state import ChatState
         else:
             from duolocal.terminal.once import answer_once
-    started = start(settings, system=options.system, progress=progress)
+    reading = sum(len(document.text) for document in documents) // CHARACTERS_PER_TOKEN
+    started = start(settings, system=options.system, progress=progress, first_use=first_use, reading=reading)
     started.session.keeper = keeper
     reader = _make_reader(options, started.session)
     files: dict[str, Document] = {}

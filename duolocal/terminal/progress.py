@@ -129,6 +129,9 @@ class Bar(LoadEvents):
     def quantizing(self, done: int, total: int) -> None:
         self._step("making lm_head and embedding smaller", done, total, unit="rows")
 
+    def announce(self, line: str) -> None:
+        self._print(line)
+
     def learning(self, done: int, total: int) -> None:
         self._step("finding what tells blocks apart, once for this model and context", done, total, unit="tokens")
 
@@ -141,9 +144,13 @@ class Bar(LoadEvents):
         began_s = self._began_s.setdefault(description, time.monotonic())
         if time.monotonic() - began_s > _SAY_AFTER_S:
             self._began_s[description] = float("inf")
-            quiet, console.quiet = console.quiet, False  # it is, where bars would be in the way
-            console.print(f"{description}: {100 * done / total:.0f}% after {_SAY_AFTER_S:.0f} s", highlight=False)
-            console.quiet = quiet
+            self._print(f"{description}: {100 * done / total:.0f}% after {_SAY_AFTER_S:.0f} s")
+
+    def _print(self, line: str) -> None:
+        console = self._progress.console
+        quiet, console.quiet = console.quiet, False  # it is, where bars would be in the way
+        console.print(Text(line), highlight=False, soft_wrap=True)
+        console.quiet = quiet
 
 
 @contextmanager

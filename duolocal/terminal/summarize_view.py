@@ -16,7 +16,7 @@ from rich.text import Text
 from duolocal.commands.summarize import STDOUT, Summarize
 from duolocal.documents import Found, gather
 from duolocal.processes import INTERRUPTED, cancel_on_interrupt
-from duolocal.settings import LoadSettings, Sampling
+from duolocal.settings import FirstUse, LoadSettings, Sampling
 from duolocal.summarize import (
     Began,
     Ended,
@@ -36,14 +36,14 @@ from duolocal.terminal import figures
 from duolocal.terminal.clean import clean, clean_line
 from duolocal.terminal.consoles import new_console, progress_console, say
 from duolocal.terminal.progress import Bar, bar, bars
-from duolocal.terminal.start import start
+from duolocal.terminal.start import CHARACTERS_PER_TOKEN, start
 from duolocal.terminal.tables import new_table
 
 SOME_FAILED = 3
 _NAMED = 3  # of what was left out
 
 
-def summarize(options: Summarize, settings: LoadSettings, sampling: Sampling) -> int:
+def summarize(options: Summarize, settings: LoadSettings, sampling: Sampling, first_use: FirstUse) -> int:
     """Summarise documents, or print what it would take; return the exit code. Raises DuoLocalError."""
     common: dict[str, Any] = {
         "prompt": make_prompt(options.prompt, length=options.length, system=options.system),
@@ -52,11 +52,15 @@ def summarize(options: Summarize, settings: LoadSettings, sampling: Sampling) ->
         "stop_repeats": not options.allow_repeats,
     }
     if options.dry_run:
-        return estimate_files(settings, options.inputs, common, console=new_console(), progress=progress_console())
+        console = new_console()
+        return estimate_files(
+            settings, options.inputs, common, first_use=first_use, console=console, progress=progress_console()
+        )
     return summarize_files(
         settings,
         options.inputs,
         common,
+        first_use=first_use,
         out=None if options.out == STDOUT else options.out,
         format=options.written,
         resume=options.resume,
@@ -69,6 +73,7 @@ def summarize_files(
     paths: Sequence[str],
     options: Mapping[str, Any],
     *,
+    first_use: FirstUse,
     out: Path | None,
     format: OutputFormat,
     resume: bool,
@@ -80,19 +85,25 @@ def summarize_files(
     """
     found = _gathered(paths)
     if out is None:
-        return _run(settings, found, options, None, progress)
+        return _run(settings, found, options, None, progress, first_use)
     with Output(out, format=format, resume=resume) as output:
         if output.cut_bytes:
             say(f"the last line of {out} was torn and is cut off ({output.cut_bytes:,} bytes)")
-        return _run(settings, found, options, output, progress)
+        return _run(settings, found, options, output, progress, first_use)
 
 
 def estimate_files(
-    settings: LoadSettings, paths: Sequence[str], options: Mapping[str, Any], *, console: Console, progress: Console
+    settings: LoadSettings,
+    paths: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    first_use: FirstUse,
+    console: Console,
+    progress: Console,
 ) -> int:
     """Print what `paths` come to in tokens, parts and time; return the exit code. Writes nothing."""
     found = _gathered(paths)
-    summarizer = _summarizer(settings, options, progress)
+    summarizer = _summarizer(settings, found, options, progress, first_use)
     result: Estimate | None = None
     with bar(progress, "measuring, then counting", "") as shown:
         for event in estimate(summarizer, found):
@@ -118,9 +129,14 @@ def estimate_files(
 
 
 def _run(
-    settings: LoadSettings, found: Sequence[Found], options: Mapping[str, Any], output: Output | None, progress: Console
+    settings: LoadSettings,
+    found: Sequence[Found],
+    options: Mapping[str, Any],
+    output: Output | None,
+    progress: Console,
+    first_use: FirstUse,
 ) -> int:
-    summarizer = _summarizer(settings, options, progress)
+    summarizer = _summarizer(settings, found, options, progress, first_use)
     ended: Ended | None = None
     records = summarizer.run(found, output=output)
     try:
@@ -170,8 +186,15 @@ def _gathered(paths: Sequence[str]) -> Sequence[Found]:
     return gathered.found
 
 
-def _summarizer(settings: LoadSettings, options: Mapping[str, Any], progress: Console) -> Summarizer:
-    started = start(settings, system=None, progress=progress)
+def _summarizer(
+    settings: LoadSettings,
+    found: Sequence[Found],
+    options: Mapping[str, Any],
+    progress: Console,
+    first_use: FirstUse,
+) -> Summarizer:
+    reading = sum(file.num_bytes for file in found) // CHARACTERS_PER_TOKEN
+    started = start(settings, system=None, progress=progress, first_use=first_use, reading=reading)
     session = started.session
     summarizer = Summarizer(session.engine, session.tokenizer, model=settings.model, **options)
     if summarizer.frame.note:
