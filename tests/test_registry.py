@@ -28,7 +28,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def hub_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str | None, bool | None]]:
     calls: list[tuple[str, str | None, str | None, bool | None]] = []
 
-    def fetch_repo(repo: str, *, revision=None, token=None, offline=None, on_progress=None) -> Path:
+    def fetch_repo(repo: str, *, revision=None, token=None, offline=None, on_progress=None, on_note=None) -> Path:
         calls.append((repo, revision, token, offline))
         return Path("from-hub")
 

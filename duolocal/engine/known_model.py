@@ -14,7 +14,7 @@ from duolocal.engine.head_choice import published_for, shape_of
 from duolocal.errors import ModelNotFoundError
 from duolocal.heads import KnownPattern, known_pattern
 from duolocal.models.config import ModelConfig
-from duolocal.models.fetch_hub import is_repo_id
+from duolocal.models.fetch_hub import parse_hub_id
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.names import MODELS
 from duolocal.models.outer_weights import outer_note, quantize_outer
@@ -129,7 +129,7 @@ def known_model(name: str) -> KnownModel:
         return OpenedModel(open_model(path), name)
     known = MODELS.get(name)
     if known is None:
-        hint = "`duolocal models fetch` fetches it" if is_repo_id(name) else "check the path"
+        hint = "`duolocal models fetch` fetches it" if parse_hub_id(name) is not None else "check the path"
         raise ModelNotFoundError(
             f"{name}: is not on this machine; {hint}, or name a folder with its config.json, or one of "
             f"{', '.join(MODELS)}"
