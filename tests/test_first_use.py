@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from duolocal import cli
 from duolocal.engine import first_use
 from duolocal.engine.engine import Engine
 from duolocal.engine.events import QUIET, LoadEvents
@@ -20,6 +21,7 @@ from duolocal.plan.fitting import Free
 from duolocal.plan.memory import plan_memory
 from duolocal.settings import FirstUse, LoadSettings
 from tests.tiny import save_checkpoint
+from tests.tokenizer_files import chatml, write
 
 PLENTY = Free(2**50)
 
@@ -111,8 +113,6 @@ def test_both_at_once_are_refused() -> None:
 def test_started_quickly_then_tuned_then_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("duolocal.engine.kv_choice.FIRST_USE_TOKENS", 300)
-    from tests.tokenizer_files import chatml, write
-
     folder = tmp_path / "model"
     save_checkpoint(folder, "llama", vocab_size=1024, max_position_embeddings=2048, num_hidden_layers=3)
     write(folder, chatml())
@@ -124,6 +124,22 @@ def test_started_quickly_then_tuned_then_known(tmp_path: Path, monkeypatch: pyte
     heard = Heard()
     again = Engine.load(str(folder), asked, first_use=FirstUse(quick=True), events=heard)
     assert (again.kv, again.plan.retrieval, heard.lines) == (tuned.kv, tuned.plan.retrieval, [])
+
+
+def test_tune_says_what_it_found_and_finds_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("duolocal.engine.kv_choice.FIRST_USE_TOKENS", 300)
+    folder = tmp_path / "model"
+    save_checkpoint(folder, "llama", vocab_size=1024, max_position_embeddings=2048, num_hidden_layers=3)
+    write(folder, chatml())
+    words = ["tune", "--model", str(folder), "--kernels", "torch"]
+    assert cli.main(words) == 0
+    first = capsys.readouterr().out
+    assert "4 of 6 KV heads retrieval" in first and "found by echo in" in first
+    assert cli.main(words) == 0
+    assert "as found on this machine by echo" in capsys.readouterr().out
 
 
 @pytest.mark.real

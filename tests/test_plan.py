@@ -412,3 +412,24 @@ def test_a_saved_session_has_the_size_that_was_planned(tmp_path: Path, kv: str) 
     written = (tmp_path / "a.duo").stat().st_size
     file.close()
     assert abs(session_bytes(request, plan) / written - 1) < 0.01
+
+
+def test_the_headline_fits_a_card_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million tokens on 24 GiB, nothing set by hand, on any machine: published heads at 50%, every block there."""
+    monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("DUOLOCAL_HEAD_PATTERNS", raising=False)
+    monkeypatch.setattr("duolocal.heads.known._download", lambda url: pytest.fail(f"asked for {url}"))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: pytest.fail("looked at this machine's memory"))
+    found = planned("llama3-8b-awq", context=MILLION, memory=24 * GIB, card="rtx4090")
+    assert found.fits and not found.plan.offloaded and found.plan.with_process <= 24 * GIB
+    assert found.request.heads.num_retrieval == 128
+    assert any("pattern of Llama-3-8B-Instruct-Gradient-1048k" in note for note in found.notes)
+    assert not any("quality past" in note for note in found.notes)  # it was trained for that
+
+
+def test_blocks_beside_a_named_card_are_asked_for() -> None:
+    asked: dict[str, Any] = {"context": MILLION, "heads": "all", "kv": "int4", "card": "rtx4090"}
+    assert not planned("llama3-8b-awq", **asked).fits
+    there = planned("llama3-8b-awq", **asked, host_memory=64 * GIB)
+    assert there.fits and there.plan.offloaded

@@ -184,10 +184,10 @@ def test_planning_with_a_published_pattern_fetches_nothing(monkeypatch: pytest.M
         return found.request.heads.num_retrieval, " ".join(found.notes)
 
     count, notes = planned("published")
-    assert count == 128 and "the head pattern of Meta-Llama-3.1-8B-Instruct is not on this machine" in notes
+    assert count == 128 and "the head pattern of Llama-3-8B-Instruct-Gradient-1048k is not on this machine" in notes
     assert planned("published@0.25")[0] == 64
     # What is here is used: its own gates, its own window.
-    name = "Meta-Llama-3.1-8B-Instruct"
+    name = "Llama-3-8B-Instruct-Gradient-1048k"
     folder = tmp_path / "head-patterns" / "published" / name
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"sink_size": 128, "recent_size": 256}')

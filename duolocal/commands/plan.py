@@ -17,6 +17,7 @@ the file is here; speeds are measured on this machine (some seconds, once per mo
 its maker publishes (docs/plan.md).
 Exit codes: 0 it fits; 1 it does not, and the settings nearest to it that do are listed; 2 wrong usage.
 """
+_HERE = "what is free here; with --card none"
 _there_is = partial(option, group="what there is", metavar="SIZE")
 _said = partial(flagged, group="what is said")
 
@@ -30,8 +31,8 @@ class Plan:
         "memory that may be used where it computes: 24GiB",
         default_help="what is free",
     )
-    host_memory: int | None = _there_is(BYTES, "beside a GPU, for blocks", default_help="what is free here")
-    disk: int | None = _there_is(BYTES, "for a file of blocks", default_help="what is free here")
+    host_memory: int | None = _there_is(BYTES, "beside a GPU, for blocks", default_help=_HERE)
+    disk: int | None = _there_is(BYTES, "for a file of blocks", default_help=_HERE)
     card: str | None = _there_is(ANY, f"plan for this GPU instead of this machine: {CARDS}", metavar="NAME")
     measure: bool = _said("measure this machine's speed anew")
     no_measure: bool = _said("measure nothing; speeds only where they are known")

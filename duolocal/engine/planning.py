@@ -57,8 +57,8 @@ def plan_settings(
     """Return what a chat with `settings` would take, loading nothing and fetching nothing.
 
     memory, host_memory, disk: bytes that may be used on the device, beside a GPU and for a file of blocks; None for
-    what is free now (of a `card`: all it has). card: a GPU of `CARDS` to plan for instead of this machine. Raises
-    DuoLocalError as loading would, MemoryLimitError aside.
+    what is free now (of a `card`: all that it has, and nothing beside it). card: a GPU of `CARDS` to plan for instead
+    of this machine. Raises DuoLocalError as loading would, MemoryLimitError aside.
     """
     model = known_model(settings.model)
     chosen = None if card is None else card_named(card)
@@ -133,8 +133,8 @@ def _can_cut(resolved: Resolved) -> bool:
 
 
 def _free(device: torch.device, card: Card | None, *, process: int) -> Free:
-    """Return what may be taken beyond the process itself, which `duolocal plan` is one of already."""
-    if card is None:
-        return free_places(device, cache_folder())
-    here = free_places(torch.device("cpu"), cache_folder())
-    return Free(card.memory_bytes - process, here.device, here.disk)
+    """Return what may be taken beyond the process itself, which `duolocal plan` is one of already.
+
+    A card may be anyone's: what is free here says nothing of the host memory beside it.
+    """
+    return free_places(device, cache_folder()) if card is None else Free(card.memory_bytes - process)
