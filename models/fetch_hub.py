@@ -21,6 +21,7 @@ from typing import Any
 from duolocal.errors import DownloadError, DuoLocalError, ModelNotFoundError
 from duolocal.files import Lock
 from duolocal.models.fetching import PinnedFile, Progress, UnreachableError, check_space
+from duolocal.models.gguf_names import parts_of, without_parts
 
 # Weights as safetensors only: pickled weights (.bin, .pth) run code when they are opened.
 _ALLOW = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
@@ -30,7 +31,6 @@ _HUB_ID = re.compile(
     r"(?:(?:https?://)?(?:hf\.co|huggingface\.co)/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?::(\w+))?/?"
 )
 _USUAL_QUANT = "Q4_K_M"
-_SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
 class HoldsGGUF(Exception):
@@ -191,8 +191,9 @@ def cached_gguf(repo: str, quant: str | None, *, revision: str | None = None) ->
         commit = name
     snapshot = folder / "snapshots" / commit
     names = {path.relative_to(snapshot).as_posix(): 0 for path in snapshot.rglob("*.gguf") if path.is_file()}
-    found = _matching(names, quant or _USUAL_QUANT) or ({} if quant or len(names) != 1 else names)
-    return snapshot / next(iter(found)) if len(found) == 1 else None
+    found = _matching(names, quant or _USUAL_QUANT) or ({} if quant else names)
+    first = without_parts(found)
+    return snapshot / first[0] if len(first) == 1 and set(parts_of(first[0])) <= set(found) else None
 
 
 def fetch_gguf(
@@ -220,18 +221,19 @@ def fetch_gguf(
         listed = ", ".join(f"{name} ({size / 1e9:.2f} GB)" for name, size in sorted(files.items()))
         if not files:
             raise ModelNotFoundError(f"{repo} has no .gguf files: leave out :{quant}")
-        found = files if quant is None and len(files) == 1 else _matching(files, quant or _USUAL_QUANT)
-        if any(_SPLIT.search(name) for name in found):
-            raise ModelNotFoundError(
-                f"{quant or _USUAL_QUANT} of {repo} is split in several files, which are not read yet: join them with "
-                f"llama.cpp's `llama-gguf-split --merge` and give the result, or take another of: {listed}"
-            )
-        if len(found) != 1:
+        several = len(without_parts(files)) > 1
+        found = _matching(files, quant or _USUAL_QUANT) if quant or several else files
+        first = without_parts(found)
+        if len(first) != 1:
             what = f"no single file for {quant!r}" if quant else f"several .gguf files and no single {_USUAL_QUANT}"
             raise ModelNotFoundError(f"{repo} has {what}: give {repo}:QUANT for one of {listed}")
-        if quant is None and len(files) > 1:
+        if missing := sorted(set(parts_of(first[0])) - set(found)):
+            raise ModelNotFoundError(
+                f"{repo} lacks {', '.join(missing)}, of the parts of {first[0]}: take another of {listed}"
+            )
+        if quant is None and several:
             on_note(f"{repo}: {_USUAL_QUANT} is taken; {repo}:QUANT takes another of {listed}")
-        taken.extend(found)
+        taken.extend(first)
         return found
 
     by_hand = f"place one of its .gguf files on this machine and give its path (`hf download {repo} FILE.gguf`)"

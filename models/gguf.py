@@ -8,7 +8,6 @@ The map is copy-on-write: torch accepts it as writable memory, nothing is ever w
 """
 
 import mmap
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from duolocal.errors import ModelFileError
 from duolocal.models.config import label, shown
+from duolocal.models.gguf_names import part_of, parts_of
 from duolocal.quant.gguf import GGUF_TYPES, GGUFType
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 # Limits far above real files (a 405B model: 2,300 tensors, 60 keys, 128,256 tokens, 280,147 merges).
 _MAX_TENSORS = 1 << 17
@@ -86,36 +85,62 @@ class GGUFTensor:
     type: GGUFType
     offset: int  # bytes from the start of the file
     nbytes: int
+    part: int = 0  # of a split file: in which of `GGUFFile.parts` it is
+
+
+@dataclass(frozen=True)
+class GGUFPart:
+    """A mapped file."""
+
+    path: Path
+    header_bytes: int  # header, key/values and tensor table
+    data: mmap.mmap
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """An opened GGUF file; tensors stay valid as long as anything refers to them."""
+    """An opened GGUF file, of one part or split; tensors stay valid as long as anything refers to them."""
 
-    path: Path
-    metadata: dict[str, Any]
+    path: Path  # of the first part
+    metadata: dict[str, Any]  # of the first part
     tensors: dict[str, GGUFTensor]
-    header_bytes: int  # header, key/values and tensor table
-    data: mmap.mmap
+    parts: tuple[GGUFPart, ...]
 
     def raw(self, tensor: GGUFTensor) -> Tensor:
         """Return the bytes of `tensor` as [rows, row_bytes] uint8, a view of the file."""
-        flat = torch.frombuffer(self.data, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.offset)
+        data = self.parts[tensor.part].data
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.offset)
         return flat.view(-1, tensor.type.row_bytes(tensor.shape[-1]))
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Map a GGUF file and read its key/values and tensor table.
+    """Map a GGUF file, or all parts of a split one by the first, and read key/values and tensor tables.
 
     Raises ModelFileError, one line with the file and the reason, for whatever does not follow the format, is
-    truncated, or has a tensor of a type that duolocal does not decode.
+    truncated, or has a tensor of a type that duolocal does not decode; for a part that is not the first, and where one
+    is missing.
     """
-    split = _SPLIT_NAME.search(path.name)
-    if split and int(split[1]) > 1:
-        raise ModelFileError(
-            f"{path}: one of {int(split[1])} parts of a split GGUF, which duolocal does not read; "
-            "join them with llama.cpp's `llama-gguf-split --merge` and give the result"
-        )
+    number, count = part_of(path.name)
+    names = parts_of(path.name)
+    if number != 1:
+        raise ModelFileError(f"{path}: part {number} of {count} of a split GGUF; give the first, {names[0]}")
+    missing = [name for name in names[1:] if not path.with_name(name).is_file()]
+    if missing:
+        raise ModelFileError(f"{path}: the first of {count} parts, and {', '.join(missing)} is not beside it: fetch it")
+    files = [_open_part(path.with_name(name), index, count) for index, name in enumerate(names)]
+    tensors: dict[str, GGUFTensor] = {}
+    for file in files:
+        twice = tensors.keys() & file.tensors.keys()
+        if twice:
+            raise ModelFileError(f"{file.path}: the tensor {label(min(twice))} is in another part too: damaged")
+        tensors |= file.tensors
+    wanted = files[0].metadata.get("split.tensors.count", len(tensors))
+    if wanted != len(tensors):
+        raise ModelFileError(f"{path}: its parts hold {len(tensors)} tensors, wanted {shown(wanted)}: fetch them again")
+    return GGUFFile(path, files[0].metadata, tensors, tuple(file.parts[0] for file in files))
+
+
+def _open_part(path: Path, index: int, count: int) -> GGUFFile:
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -124,14 +149,15 @@ def open_gguf(path: Path) -> GGUFFile:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror or error})") from error
     if data is None:
         raise ModelFileError(f"{path}: is empty; download it again")
-    return _Parser(path, data).parse()
+    return _Parser(path, data, index, count).parse()
 
 
 class _Parser:
     """Reads the file from front to back; `self._at` never passes the end."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: mmap.mmap, index: int, count: int) -> None:
         self._path = path
+        self._index, self._count = index, count  # which part of how many, by the name
         self._data = data
         self._size = len(data)
         self._at = 0
@@ -145,14 +171,15 @@ class _Parser:
             if key in metadata:
                 raise self._error(f"the key {label(key)} appears twice")
             metadata[key] = self._value(self._unpack("<I", key), key)
-        if metadata.get("split.count", 0) not in (0, 1):
+        index, count = metadata.get("split.no", 0), metadata.get("split.count", 0) or 1
+        if (index, count) != (self._index, self._count):
             raise self._error(
-                f"one of {shown(metadata['split.count'])} parts of a split GGUF, which duolocal does not read; "
-                "join them with llama.cpp's `llama-gguf-split --merge` and give the result"
+                f"says it is part {shown(index)} (from 0) of {shown(count)} of a split GGUF, wanted {self._index} of "
+                f"{self._count} by its name: give the parts the names they came with, NAME-00001-of-0000N.gguf"
             )
         table = self._table(num_tensors)
         tensors = self._place(table, self._alignment(metadata))
-        return GGUFFile(self._path, metadata, tensors, self._at, self._data)
+        return GGUFFile(self._path, metadata, tensors, (GGUFPart(self._path, self._at, self._data),))
 
     def _error(self, reason: str) -> ModelFileError:
         return ModelFileError(f"{self._path}: {reason}")
@@ -287,5 +314,5 @@ class _Parser:
                     f"truncated: tensor {label(name)} ends at byte {data_start + offset + nbytes}, "
                     f"the file has {self._size}; download it again"
                 )
-            tensors[name] = GGUFTensor(name, shape, kind, data_start + offset, nbytes)
+            tensors[name] = GGUFTensor(name, shape, kind, data_start + offset, nbytes, self._index)
         return tensors

@@ -138,7 +138,8 @@ class GGUFWeights:
     def release(self, role: Role) -> None:
         """Give back the pages of the file that are in memory; they are read again where something still uses them."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            self.file.data.madvise(mmap.MADV_DONTNEED)  # nothing has been written: no page of ours is lost
+            for part in self.file.parts:
+                part.data.madvise(mmap.MADV_DONTNEED)  # nothing has been written: no page of ours is lost
 
     def _row_order(self, role: Role) -> Tensor | None:
         if self.config.architecture != "llama":

@@ -19,6 +19,7 @@ from duolocal.models.assemble import TensorSource, assemble
 from duolocal.models.config import ModelConfig
 from duolocal.models.fingerprint import fingerprint
 from duolocal.models.gguf import open_gguf
+from duolocal.models.gguf_names import without_parts
 from duolocal.models.gguf_weights import GGUFWeights, main_format, read_config
 from duolocal.models.native import is_native, open_native
 from duolocal.models.safetensors_folder import FolderWeights, header_bytes, open_shards, read_folder_config
@@ -85,7 +86,7 @@ def _begins_with_gguf(path: Path) -> bool:
 
 def _open_folder(folder: Path) -> ModelSource:
     if not (folder / "config.json").is_file():
-        found = sorted(path for path in folder.glob("*.gguf") if path.is_file())
+        found = [folder / name for name in without_parts(path.name for path in folder.glob("*.gguf") if path.is_file())]
         if len(found) == 1:
             return _open_gguf(found[0])
         if found:
@@ -139,6 +140,6 @@ def _open_gguf(path: Path) -> ModelSource:
         metadata=file.metadata,
         size_bytes=sum(tensor.nbytes for tensor in file.tensors.values()),
         weight_format=main_format(file),
-        fingerprint=fingerprint([(path, file.header_bytes)]),
+        fingerprint=fingerprint([(part.path, part.header_bytes) for part in file.parts]),
         tensors=GGUFWeights(file, config),
     )

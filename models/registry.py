@@ -12,6 +12,7 @@ from pathlib import Path
 from duolocal.errors import DuoLocalError, ModelNotFoundError, SettingsError
 from duolocal.models import fetch_hub, fetch_pypi
 from duolocal.models.fetching import Progress, UnreachableError
+from duolocal.models.gguf_names import without_parts
 from duolocal.models.names import MODELS, ModelName
 from duolocal.paths import cache_folder
 
@@ -142,7 +143,7 @@ def _local(model: str) -> Path | None:
         return path
     if not path.is_dir() or (path / "config.json").is_file():
         return path if path.is_dir() else None
-    files = sorted(path.glob("*.gguf"))
+    files = [path / name for name in without_parts(file.name for file in path.glob("*.gguf"))]
     if len(files) == 1:
         return files[0]
     if files:

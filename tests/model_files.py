@@ -52,10 +52,12 @@ def write_gguf(
     keys: dict[str, Any] | None = None,
     extra: dict[str, np.ndarray] | None = None,
     drop: tuple[str, ...] = (),
+    part: tuple[int, int, int] | None = None,
 ) -> None:
     """Write a transformers model as GGUF, matrices in `kind`; `keys` replaces or adds (None removes) own keys.
 
-    `keys` are named without the architecture; `extra` adds float32 tensors, `drop` leaves tensors out.
+    `keys` are named without the architecture; `extra` adds float32 tensors, `drop` leaves tensors out. part: which of
+    how many parts this is, from 0, and the tensors of all.
     """
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -89,6 +91,10 @@ def write_gguf(
     writer.add_array("tokenizer.ggml.token_type", [1] * config.vocab_size)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if part is not None:
+        writer.add_uint16("split.no", part[0])
+        writer.add_uint16("split.count", part[1])
+        writer.add_int32("split.tensors.count", part[2])
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         if name in drop or (name == "lm_head.weight" and config.tie_word_embeddings):

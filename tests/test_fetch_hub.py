@@ -435,15 +435,17 @@ def test_another_cached_quant_is_no_answer_to_one_that_is_named(hub: Hub) -> Non
     assert resolve("org/tiny:Q4_K_M").name == "tiny-q4_k_m.gguf"
 
 
-def test_quants_that_are_not_there_split_or_of_another_kind_are_refused_with_the_list(hub: Hub) -> None:
+def test_quants_that_are_not_there_or_not_whole_are_refused_with_the_list(hub: Hub) -> None:
     hub.files = GGUFS
     with pytest.raises(
         ModelNotFoundError, match=r"^org/tiny has no single file for 'Q5_K_M': give org/tiny:QUANT .*Q8_0\.g"
     ):
         resolve("org/tiny:Q5_K_M")
-    hub.files = {"big-Q4_K_M-00001-of-00002.gguf": b"1", "big-Q4_K_M-00002-of-00002.gguf": b"2", "big-Q8_0.gguf": b"8"}
+    hub.files = {"big-Q4_K_M-00001-of-00002.gguf": b"1", "big-Q8_0.gguf": b"8"}
     for spelled in ("org/tiny", "org/tiny:q4_k_m"):
-        with pytest.raises(ModelNotFoundError, match=r"^Q4_K_M of org/tiny is split|^q4_k_m of org/tiny is split"):
+        with pytest.raises(
+            ModelNotFoundError, match=r"^org/tiny lacks big-Q4_K_M-00002-of-00002\.gguf, of the parts of big-"
+        ):
             resolve(spelled)
     hub.files = WANTED
     with pytest.raises(ModelNotFoundError, match=r"^org/tiny has no \.gguf files: leave out :Q4_K_M"):
@@ -465,3 +467,17 @@ def test_a_pinned_file_comes_from_the_hub_or_not_at_all(hub: Hub) -> None:
     assert path.read_bytes() == data and cached_file("org/tiny", file) == path
     with pytest.raises(ModelNotFoundError, match=r"^org/tiny has no tiny-Q8_0\.gguf of 5 bytes on the hub"):
         fetch_file("org/tiny", PinnedFile(name, 5, file.sha256))
+
+
+def test_all_parts_of_a_split_file_are_fetched_and_the_first_is_given(hub: Hub) -> None:
+    parts = {f"Q4_K_M/big-Q4_K_M-0000{number}-of-00002.gguf": bytes(number) * 900 for number in (1, 2)}
+    hub.files = parts | {"big-Q8_0.gguf": b"8"}
+    path = resolve("org/tiny:Q4_K_M")
+    assert path.name == "big-Q4_K_M-00001-of-00002.gguf"
+    assert sorted(hub.downloaded) == sorted(parts)
+    hub.requests.clear()
+    assert resolve("org/tiny:Q4_K_M") == path and hub.requests == []
+    second = path.with_name("big-Q4_K_M-00002-of-00002.gguf")
+    second.unlink()
+    assert cached_path("org/tiny:Q4_K_M") is None  # a part is missing
+    assert resolve("org/tiny:Q4_K_M") == path and second.is_file()

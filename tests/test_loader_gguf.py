@@ -14,6 +14,7 @@ from duolocal.errors import ConfigError, DuoLocalError, ModelFileError, ModelNot
 from duolocal.models.gguf import open_gguf
 from duolocal.models.gguf_weights import half_split_order
 from duolocal.models.loader import open_model
+from duolocal.models.registry import resolve
 from duolocal.quant.gguf import GGUFWeight
 from tests.loading import assert_same_state, loaded_state
 from tests.model_files import gguf_tensor_name, interleave_rows, write_gguf
@@ -115,23 +116,67 @@ def tiny_file(tmp_path: Path) -> Path:
     return path
 
 
-def refusal(path: Path) -> str:
+def refusal(path: Path, *, named: Path | None = None) -> str:
     with pytest.raises(DuoLocalError) as caught:
         open_model(path)
     message = str(caught.value)
-    assert path.name in message
+    assert (named or path).name in message
     assert "\n" not in message
     assert len(message) < 500
     return message
 
 
-def test_split_files_are_refused_with_the_reason(tiny_file: Path):
-    part = tiny_file.with_name("big-00001-of-00003.gguf")
-    tiny_file.rename(part)
-    assert "one of 3 parts" in refusal(part)
-    only = part.with_name("big-00001-of-00001.gguf")
-    part.rename(only)
+def write_split(folder: Path, model: Any, architecture: Architecture) -> list[Path]:
+    """Write a model in three parts, tensors dealt out in turn."""
+    names = list(model.state_dict())
+    paths = [folder / f"big-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
+    for index, path in enumerate(paths):
+        drop = tuple(name for place, name in enumerate(names) if place % 3 != index)
+        write_gguf(path, model, architecture, drop=drop, part=(index, 3, len(names)))
+    return paths
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_split_files_are_read_as_one(tmp_path: Path, architecture: Architecture):
+    model = huggingface_model(architecture)
+    first, *others = write_split(tmp_path, model, architecture)
+    source = open_model(first)
+    assert_same_state(loaded_state(source.load()), model)
+    assert source.path == first == open_model(tmp_path).path == resolve(str(tmp_path))
+    assert source.size_bytes == sum(tensor.nbytes for path in (first, *others) for tensor in read_tensors(path))
+    before = source.fingerprint
+    data = bytearray(others[1].read_bytes())
+    data[-40] ^= 255
+    others[1].write_bytes(data)
+    assert open_model(first).fingerprint != before  # all parts count
+
+
+def read_tensors(path: Path) -> list[Any]:
+    return [tensor.data for tensor in gguf.GGUFReader(path).tensors]
+
+
+def test_a_part_alone_missing_or_renamed_is_refused_by_name(tmp_path: Path, tiny_file: Path):
+    first, second, third = write_split(tmp_path, huggingface_model("llama"), "llama")
+    assert "part 2 of 3 of a split GGUF; give the first, big-00001-of-00003.gguf" in refusal(second)
+    kept = third.read_bytes()
+    third.unlink()
+    assert "big-00003-of-00003.gguf is not beside it" in refusal(first)
+    third.write_bytes(second.read_bytes())
+    assert third.name in (said := refusal(first, named=third)) and "says it is part 1 (from 0) of 3" in said
+    third.write_bytes(kept)
+    renamed = tmp_path / "renamed.gguf"
+    second.rename(renamed)
+    assert "says it is part 1 (from 0) of 3 of a split GGUF, wanted 0 of 1 by its name" in refusal(renamed)
+    only = tmp_path / "one-00001-of-00001.gguf"
+    tiny_file.rename(only)
     assert open_model(only).kind == "gguf"
+
+
+def test_parts_that_lack_tensors_are_refused(tmp_path: Path):
+    model = huggingface_model("llama")
+    first, *_ = write_split(tmp_path, model, "llama")
+    write_gguf(first, model, "llama", drop=tuple(model.state_dict())[1:], part=(0, 3, len(model.state_dict())))
+    assert "its parts hold" in refusal(first)
 
 
 @pytest.mark.parametrize(
