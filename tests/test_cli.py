@@ -154,6 +154,7 @@ def test_without_a_model_the_default_one_is_meant_and_a_lesser_one_is_explained(
 
     monkeypatch.setattr(bench_view, "memory_report", memory_report)
     monkeypatch.setattr(fetching, "resolve", lambda model, **options: Path(model))
+    monkeypatch.setattr(fetching, "cached_path", Path)
     monkeypatch.delenv("DUOLOCAL_MODEL")
     for free in (8 * 10**9, 10**9):
         monkeypatch.setattr("duolocal.plan.free.available_bytes", lambda device, free=free: free)
@@ -232,6 +233,7 @@ def test_bench_memory_prints_a_table_and_json_last(
 
     monkeypatch.setattr(bench_view, "memory_report", memory_report)
     monkeypatch.setattr(fetching, "resolve", lambda model, **options: Path(model))
+    monkeypatch.setattr(fetching, "cached_path", Path)
     assert cli.main(["bench", "memory", "--model", "tiny", "--context", "32K", "--kv", "int8", "--sink-size", "0"]) == 0
     assert asked == [LoadSettings("tiny", context=32768, kv="int8", sink_size=0)]
     lines = capsys.readouterr().out.splitlines()

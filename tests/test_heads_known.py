@@ -13,7 +13,9 @@ import pytest
 
 from duolocal.errors import DownloadError, SettingsError
 from duolocal.heads import KNOWN_PATTERNS, ModelShape, known_pattern, plan_heads
-from duolocal.heads.known import pattern_called, published_pattern
+from duolocal.heads.known import is_here, pattern_called, published_pattern
+from duolocal.terminal import fetching
+from duolocal.terminal.consoles import progress_console
 
 LLAMA = ModelShape(num_layers=32, num_heads=32, num_kv_heads=8, hidden_size=4096)
 LLAMA_31 = pattern_called("Meta-Llama-3.1-8B-Instruct")
@@ -97,7 +99,10 @@ def test_fetched_once_and_not_for_all_heads(server: Server, tmp_path: Path) -> N
     plan, _ = plan_heads("all", **SHAPE, published=LLAMA_31)
     assert plan.num_retrieval == 256
     assert server.asked == []
-    for heads in ("auto", "published", "auto"):
+    plan, note = plan_heads("auto", **SHAPE | {"fingerprint": "here"}, published=LLAMA_31)
+    assert plan.num_retrieval == 256 and note is not None and note.startswith("no head pattern is known")
+    assert server.asked == []  # it comes with the model; a later start asks nobody
+    for heads in ("published", "auto"):
         plan, note = plan_heads(heads, **SHAPE, published=LLAMA_31)
         assert plan.retrieval == ((True, False) * 4,) * 32
         assert (plan.sink_size, plan.recent_size) == (128, 256)
@@ -113,14 +118,24 @@ def test_fetched_once_and_not_for_all_heads(server: Server, tmp_path: Path) -> N
     assert [sum(row) for row in plan.retrieval] == [2] * 32  # 128 gates tie at 1: every layer gets the same
 
 
-@pytest.mark.parametrize("damaged", [{"config.json": None, TSV: None}, {TSV: b"<html>"}])
-def test_auto_goes_on_without_what_cannot_be_fetched(server: Server, damaged: dict[str, bytes | None]) -> None:
-    for name, body in damaged.items():
-        del server.files[f"/p/{LLAMA_31.folder}/{name}"]
-        server.files |= {} if body is None else {f"/p/{LLAMA_31.folder}/{name}": body}
-    plan, note = plan_heads("auto", **SHAPE, published=LLAMA_31)
-    assert plan.num_retrieval == 256 and note is not None and note.startswith("no head pattern is known")
-    assert len(server.asked) > 0
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_fetched_model_brings_its_pattern(
+    damaged: bool, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if damaged:
+        server.files[f"/p/{LLAMA_31.folder}/{TSV}"] = b"<html>"
+    path = tmp_path / "model.gguf"
+    monkeypatch.setattr(fetching, "resolve", lambda model, **_: path)
+    monkeypatch.setattr("duolocal.models.loader.open_model", lambda at: {path: None}[at])
+    monkeypatch.setattr("duolocal.engine.head_choice.published_for", lambda source, name: LLAMA_31)
+    monkeypatch.setattr(fetching, "cached_path", lambda model: path)
+    assert fetching.fetch("org/name", progress_console()) == path
+    assert server.asked == []  # the model was here
+    monkeypatch.setattr(fetching, "cached_path", lambda model: None)
+    assert fetching.fetch("org/name", progress_console()) == path
+    assert is_here(LLAMA_31) is not damaged
+    said = capsys.readouterr().err
+    assert ("no head pattern came with org/name" in said) is damaged
 
 
 def test_one_damaged_half_is_fetched_again(server: Server, tmp_path: Path) -> None:

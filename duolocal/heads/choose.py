@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from duolocal.errors import DownloadError, SettingsError
+from duolocal.errors import SettingsError
 from duolocal.heads.known import LICENCE, SOURCE, KnownPattern, is_here, pattern_called, published_pattern
 from duolocal.heads.pattern import (
     HeadPattern,
@@ -175,11 +175,9 @@ def choose_heads(
     note = None
     if wish.pattern == "auto":
         pattern, note = _known(fingerprint, num_layers, num_kv_heads)
-        if pattern is None and published is not None:
-            try:
-                pattern, note = _published(PUBLISHED, published, fetch=fetch)
-            except (DownloadError, SettingsError):  # as where none is published; it is tried again next time
-                note = None
+        # It comes with the model: of one that is not here, it is counted on; nothing is fetched at a later start.
+        if pattern is None and published is not None and (is_here(published) or fingerprint is None):
+            pattern, note = _published(PUBLISHED, published, fetch=False)
         if pattern is None and can_rank:
             pattern = _unranked(num_layers, num_kv_heads)
             return HeadChoice(_cut(pattern, wish.ratio, sink_size, recent_size), None, True, wish.ratio)

@@ -1,8 +1,8 @@
-"""Models for which a head pattern is published, and fetching one for a model that has no other.
+"""Models for which a head pattern is published, and fetching one with its model, or where it is asked for.
 
 The patterns are those of the authors of DuoAttention (arXiv 2410.10819): github.com/mit-han-lab/duo-attention, folder
-attn_patterns, MIT licence, some 7 KB each. None of them comes with duolocal. They were
-made with the original 16-bit weights; for quantized ones of the same model they are a good guess, not a measurement.
+attn_patterns, MIT licence, some 7 KB each. None of them comes with duolocal. They were made with the original 16-bit
+weights; for quantized ones of the same model they are a good guess, not a measurement.
 
 $DUOLOCAL_HEAD_PATTERNS replaces the address by that of a mirror, or by a local folder that holds attn_patterns'
 folders.
