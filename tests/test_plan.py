@@ -355,13 +355,18 @@ def test_what_cannot_be_planned_is_said(
 
 def test_what_only_a_loaded_model_can_tell_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
-    found = planned("llama3-8b-awq", card="h100", context=MILLION)
+    found = planned("llama3-8b-awq", card="rtx4090", context=MILLION)
     assert found.kv == "int4" and any("int4 is assumed" in note for note in found.notes)
     assert found.request.heads.num_retrieval == 128  # as published
+    # As first use starts where memory allows it: nothing waits for a measurement.
+    roomy = planned("llama3-8b-awq", card="h100", context=MILLION)
+    assert roomy.kv == "int8" and any("planned as it starts" in note for note in roomy.notes)
     config_json(tmp_path)
     small = planned(str(tmp_path), device="cpu", context=1024)
-    assert small.kv == "int8"  # small models bear less
-    assert any("ranked once where memory needs it" in note and "75%" in note for note in small.notes)
+    assert (small.kv, small.request.heads.num_streaming) == ("int8", 0)
+    tight = planned(str(tmp_path), device="cpu", context=1024, memory=small.plan.total + small.plan.process - 1)
+    assert tight.kv == "int8"  # small models bear less
+    assert any("ranked on first use" in note and "75%" in note for note in tight.notes)
     both = planned("llama3-8b-awq", card="h100", kv="k8v4", heads="all")
     assert not any("assumed" in note or "ranked" in note for note in both.notes)
 

@@ -60,7 +60,7 @@ def settle_first_use(
     """
     if wish.tune or not resolved.undecided:
         return resolved
-    quick = _safe(resolved)
+    quick = unmeasured(resolved)
     expected = estimate(resolved, transformer)
     if not wish.quick and expected.total_s <= max(LONGEST_S, READING_SHARE * reading * expected.token_s):
         return resolved
@@ -89,8 +89,8 @@ def settle_first_use(
     return replace(quick, heads=replace(quick.heads, note=line), kv_note=None)
 
 
-def _safe(resolved: Resolved) -> Resolved:
-    """Return `resolved` with what was left to us at what costs no quality."""
+def unmeasured(resolved: Resolved) -> Resolved:
+    """Return `resolved` with what was left to us at what needs no measurement: it costs memory, and no quality."""
     heads = resolved.heads
     if heads.unranked and heads.ratio is None:
         config, settings = resolved.config, resolved.settings

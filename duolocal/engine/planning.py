@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from duolocal.engine.first_use import unmeasured
 from duolocal.engine.known_model import known_model
 from duolocal.engine.resolve import MEASURE, Resolved, resolve
 from duolocal.errors import DuoLocalError, SettingsError
@@ -64,12 +65,13 @@ def plan_settings(
     chosen = None if card is None else card_named(card)
     if chosen is not None and settings.device == "cpu":
         raise SettingsError(f"--card {card} is a GPU and --device is cpu: leave one of them out")
-    resolved = _assume(resolve(settings, model, on_card=chosen is not None, fetch=False))
-    request = resolved.request()
-    plan = plan_memory(request)
-    free = _free(resolved.device, chosen, process=plan.process)
-    given = {"device": None if memory is None else memory - plan.process, "host": host_memory, "disk": disk}
+    resolved = resolve(settings, model, on_card=chosen is not None, fetch=False)
+    process = plan_memory(resolved.request()).process
+    free = _free(resolved.device, chosen, process=process)
+    given = {"device": None if memory is None else memory - process, "host": host_memory, "disk": disk}
     free = replace(free, **{place: size for place, size in given.items() if size is not None})
+    resolved = _assume(resolved, free)
+    request = resolved.request()
 
     def sizes(weights: str, outer_weights: str) -> Weights:
         changed = model.quantized(weights, outer_weights)
@@ -91,7 +93,7 @@ def plan_settings(
         fits=placed is not None,
         free=free,
         freedom=freedom,
-        memory=free.device + plan.process,
+        memory=free.device + process,
         card=chosen,
         source=model.source,
         kv=resolved.kv,
@@ -100,14 +102,21 @@ def plan_settings(
     )
 
 
-def _assume(resolved: Resolved) -> Resolved:
-    """Return `resolved` with nothing undecided: what stands for the heads' ranking and the KV format, and notes."""
+def _assume(resolved: Resolved, free: Free) -> Resolved:
+    """Return `resolved` with nothing undecided, and notes: as an unmeasured model starts, where that fits the device.
+
+    Where it does not, the model is measured first, and its usual results stand for the heads' ranking and KV format.
+    """
+    quick = unmeasured(resolved)
+    if resolved.undecided and plan_memory(quick.request()).total <= free.device:
+        note = "this model is not measured yet: planned as it starts; `duolocal tune` may save memory"
+        resolved = replace(quick, kv_note=note)
     heads = resolved.heads
     if heads.unranked:
         share = heads.plan.num_retrieval / (heads.plan.num_retrieval + heads.plan.num_streaming)
         note = (
-            f"no head pattern is known for this model yet: its heads are ranked once where memory needs it or that is "
-            f"quick, else by `duolocal tune`; planned with {share:.0%} of them retrieval heads"
+            f"no head pattern is known for this model yet: its heads are ranked on first use, once; planned with "
+            f"{share:.0%} of them retrieval heads"
         )
         resolved = replace(resolved, heads=replace(heads, note=note, unranked=False))
     if resolved.kv == MEASURE:
