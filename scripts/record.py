@@ -35,10 +35,10 @@ class Scene:
 
 SCENES = {
     "chat": Scene(
-        "python chat.py --doc README.md",
+        "python chat.py --doc docs/summarize.md",
         (
-            "python chat.py --doc README.md --temperature 0 --max-tokens 60",
-            "What is this project for?",
+            "python chat.py --doc docs/summarize.md --temperature 0",
+            "What happens when a run is killed half-way?",
             "/context",
             "/sources",
             "/quit",
@@ -47,7 +47,7 @@ SCENES = {
     "reopen": Scene(
         "python chat.py --session guide",
         (
-            "python chat.py --doc LICENSE README.md docs/sessions.md --session guide",
+            "python chat.py --model smollm2-135m --doc LICENSE README.md docs/sessions.md --session guide",
             "/quit",
             "clear",
             "python chat.py --session guide --temperature 0 --max-tokens 60",
@@ -59,7 +59,7 @@ SCENES = {
     "summarize": Scene(
         "duolocal summarize docs LICENSE --out summaries.jsonl",
         (
-            "duolocal summarize docs LICENSE --out summaries.jsonl",
+            "duolocal summarize docs LICENSE --out summaries.jsonl --model smollm2-135m",
             "head -c 700 summaries.jsonl; echo",
         ),
     ),

@@ -79,14 +79,11 @@ def settle_first_use(
     if not what:  # a ratio was asked for, which needs a ranking
         events.announce(f"--heads {resolved.settings.heads} needs a ranking of the heads: {duration}, once")
         return resolved
-    line = (
+    events.announce(
         f"this model is not measured: it starts with {' and '.join(what)}; `duolocal tune --model "
         f"{resolved.settings.model}` ({duration}, once) may save up to {saved:.1f} of {needed / GIB:.1f} GiB"
     )
-    events.announce(line)
-    if quick.heads is resolved.heads:
-        return replace(quick, kv_note=line)
-    return replace(quick, heads=replace(quick.heads, note=line), kv_note=None)
+    return quick
 
 
 def unmeasured(resolved: Resolved) -> Resolved:
