@@ -20,7 +20,6 @@ from duolocal.processes import INTERRUPTED
 from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
 from duolocal.terminal.consoles import progress_console, say, starting_notice
-from duolocal.terminal.fetching import settle_model
 
 _MODULES = (chat, models, bench, heads, sessions, eval, docs, plan, tune, quantize, summarize)  # in the order of --help
 COMMANDS = {command.name: command for module in _MODULES for command in module.COMMANDS}
@@ -58,6 +57,8 @@ def run(command: Command, values: Sequence[Any]) -> int:
     command.refuse(*values)
     module, _, name = command.run.partition(":")
     with starting_notice(progress_console()), without_collection():  # importing torch takes seconds on a cold disk
+        from duolocal.terminal.fetching import settle_model
+
         function = getattr(importlib.import_module(f"duolocal.terminal.{module}"), name)
     if not command.opens_session:
         values = [

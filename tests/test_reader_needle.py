@@ -172,6 +172,19 @@ def test_every_setting_of_the_command_line_reaches_the_engine(monkeypatch: pytes
     monkeypatch.setattr(needle_view, "open_source", lambda settings, progress: source)
     monkeypatch.setattr(needle_view, "load_tokenizer", lambda source: None)
     monkeypatch.setattr(needle_view.Engine, "load", load)
-    words = ["--kv", "int8", "--heads", "0.5", "--sink-size", "4", "--recent-size", "64", "--select", "512"]
+    words = [
+        "--model",
+        "m",
+        "--kv",
+        "int8",
+        "--heads",
+        "0.5",
+        "--sink-size",
+        "4",
+        "--recent-size",
+        "64",
+        "--select",
+        "512",
+    ]
     assert main(["eval", "needle", *words]) == 2
-    assert loaded == [LoadSettings(kv="int8", heads="0.5", sink_size=4, recent_size=64, select="512")]
+    assert loaded == [LoadSettings("m", kv="int8", heads="0.5", sink_size=4, recent_size=64, select="512")]
