@@ -37,7 +37,7 @@ SCENES = {
     "chat": Scene(
         "python chat.py --doc docs/summarize.md",
         (
-            "python chat.py --doc docs/summarize.md --temperature 0",
+            "python chat.py --doc docs/summarize.md --temperature 0 --keep off",
             "What happens when a run is killed half-way?",
             "/context",
             "/sources",
