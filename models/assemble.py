@@ -88,7 +88,8 @@ def assemble(
     """Load layer by layer; `on_layer` is called with (layers done, layers in all) after each.
 
     Nothing is dequantized: matrices stay in the bits of the file, unless `arrange` makes of each what the kernels
-    prefer; norm weights and biases are `dtype`.
+    prefer; norm weights and biases are `dtype`. Beside a GPU an embedding that is not lm_head stays in host memory, as
+    in the file: of it one row per token is read.
     """
 
     def weight(role: Role) -> Weight:
@@ -101,7 +102,9 @@ def assemble(
         if on_layer is not None:
             on_layer(index + 1, config.num_layers)
     outer = {role.name: role for role in outer_roles(config)}
-    embedding = weight(outer["embedding.weight"])
+    role = outer["embedding.weight"]
+    on_host = device.type != "cpu" and not config.tie_embeddings
+    embedding = source.weight(role, torch.device("cpu")) if on_host else weight(role)
     return ModelWeights(
         embedding=embedding,
         layers=tuple(layers),

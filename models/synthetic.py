@@ -37,17 +37,21 @@ class RandomTensors:
     def __init__(self, layer_format: str, outer_format: str, *, group_size: int, device: torch.device, seed: int = 0):
         self._layer_format, self._outer_format, self._group_size = layer_format, outer_format, group_size
         self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._seed = seed
 
     def weight(self, role: Role, device: torch.device) -> Weight:
         """Return a random matrix."""
         rows, columns = role.shape
+        generator = self._generator
+        if generator.device.type != device.type:  # an embedding in host memory
+            generator = torch.Generator(device=device).manual_seed(self._seed)
         return random_weight(
             self._outer_format if role.layer is None else self._layer_format,
             rows,
             columns,
             group_size=self._group_size if columns % self._group_size == 0 else columns,
             std=1.0 if role.name == "embedding.weight" else columns**-0.5,
-            generator=self._generator,
+            generator=generator,
         )
 
     def vector(self, role: Role, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -91,17 +91,30 @@ class Transformer:
             before_layer(0)
 
         def compute(token_ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            x = self.embed(token_ids)  # [q_len, hidden_size]
-            for layer in range(self.config.num_layers):
-                if layer and before_layer is not None:
-                    before_layer(layer)
-                x = self.run_layer(layer, x, positions, Rotation(cos, sin), cache)
-            return self.final_norm(x)
+            return self._layers(self.embed(token_ids), positions, Rotation(cos, sin), cache, before_layer)
 
         rotation, repeat = self.rotation(positions), cache.traits.repeat  # one rotation serves all layers
         if repeat is None:
             return compute(token_ids, *rotation)
         return repeat(compute, token_ids, *rotation, model=self)
+
+    def hidden_of(self, x: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Do as `hidden` with x [q_len, hidden_size], what `embed` returned, in place of token ids; records nothing."""
+        return self._layers(x, positions, self.rotation(positions), cache, None)
+
+    def _layers(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rotation: Rotation,
+        cache: Cache,
+        before_layer: Callable[[int], None] | None,
+    ) -> Tensor:
+        for layer in range(self.config.num_layers):
+            if layer and before_layer is not None:
+                before_layer(layer)
+            x = self.run_layer(layer, x, positions, rotation, cache)
+        return self.final_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Multiply `hidden` [n, hidden_size] with the output matrix; return [n, vocab_size] float32."""
@@ -115,7 +128,17 @@ class Transformer:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return what the first layer reads for token_ids [q_len] int64: [q_len, hidden_size]."""
-        return self.kernels.embed(self.weights.embedding, token_ids)
+        return self.embedding_rows(token_ids).to(self.device)
+
+    def embedding_rows(self, token_ids: Tensor) -> Tensor:
+        """Return the rows of the embedding for token_ids [q_len] int64, where it is: [q_len, hidden_size]."""
+        ids = token_ids.cpu() if self.embeds_on_host else token_ids.to(self.device)
+        return self.kernels.embed(self.weights.embedding, ids)
+
+    @property
+    def embeds_on_host(self) -> bool:
+        """Whether the embedding is in host memory, so that no graph of the device can read it."""
+        return self.weights.embedding is not self.weights.lm_head
 
     def run_layer(self, layer: int, x: Tensor, positions: Tensor, rotation: Rotation, cache: Cache) -> Tensor:
         """Run one layer over x [q_len, hidden_size], for those who go through the layers themselves; return the same.

@@ -27,7 +27,10 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """A whole model; `lm_head` is the very `embedding` object where they are tied."""
+    """A whole model; `lm_head` is the very `embedding` object where they are tied.
+
+    All of it is on one device, except that an untied embedding is in host memory.
+    """
 
     embedding: Weight  # [vocab_size, hidden_size]
     layers: tuple[LayerWeights, ...]

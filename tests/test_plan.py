@@ -30,7 +30,7 @@ from duolocal.plan.session_size import ALIGNMENT, session_bytes
 from duolocal.plan.weights import NAMED_FORMATS, weights_by_arithmetic, weights_of
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from duolocal.settings import LoadSettings
-from tests.tiny import tiny_config
+from tests.tiny import save_checkpoint, tiny_config
 
 LLAMA = MODELS["llama3-8b-awq"].config
 BF16 = torch.bfloat16
@@ -43,7 +43,14 @@ def cut(ratio: float) -> HeadPlan:
 
 def llama_weights(outer: str = "auto", kernels: str = "triton", weights: str = "auto"):
     return weights_by_arithmetic(
-        LLAMA, layers="AWQ", outer="F16", kernels=kernels, dtype=BF16, outer_weights=outer, weights=weights
+        LLAMA,
+        layers="AWQ",
+        outer="F16",
+        kernels=kernels,
+        dtype=BF16,
+        device="cuda" if kernels == "triton" else "cpu",
+        outer_weights=outer,
+        weights=weights,
     )
 
 
@@ -76,10 +83,11 @@ def test_llama_3_8b_by_hand() -> None:
     elements = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     assert request.weights.layer_elements == elements
     file = llama_weights(kernels="compiled")
-    outside = 2 * 128256 * 4096 * 2
+    outside = 128256 * 4096 * 2  # each of embedding and lm_head
     # 4 bits, and per 128: a 16-bit scale and a 4-bit zero point (a byte where a GPU regroups it).
-    assert file.nbytes == elements // 2 + elements // 128 * 5 // 2 + outside
+    assert file.nbytes == elements // 2 + elements // 128 * 5 // 2 + 2 * outside
     assert request.weights.nbytes == elements // 2 + elements // 128 * 3 + outside
+    assert plan.host_weights == outside and plan_memory(llama(weights=file)).host_weights == 0
     assert dense_16bit_bytes(LLAMA, MILLION) == 2 * 32 * 8 * 128 * 2 * MILLION
     # As published for the model: 5.7 GB.
     assert abs(file.nbytes / MODELS["llama3-8b-awq"].size_bytes - 1) < 0.01
@@ -239,7 +247,7 @@ def test_what_changes_no_answer_comes_first() -> None:
     kinds = [setting.options[0] for setting in nearest(request, Free(23 * GIB, 64 * GIB), freedom())]
     assert kinds == ["--kv-device-memory", "--heads", "--context"]
     kinds = [setting.options[0] for setting in nearest(request, Free(23 * GIB), freedom())]
-    assert kinds[:2] == ["--heads", "--context"] and len(kinds) == 3
+    assert kinds == ["--heads", "--context"]
     slightly = plan_memory(request).total - 100 * 2**20
     assert nearest(request, Free(slightly), freedom())[0].options == ("--chunk-size", "2048")
 
@@ -279,6 +287,21 @@ def test_the_extended_llama_has_the_pattern_published_for_it() -> None:
     ):
         found = known_model(name).published
         assert found is not None and found.name == published
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_an_embedding_is_on_the_device_only_where_it_is_lm_head(tmp_path: Path, tie: bool) -> None:
+    """Counted as it is loaded: `meta` stands for a GPU."""
+    save_checkpoint(tmp_path, "llama", tie=tie)
+    source = open_model(tmp_path)
+    loaded = source.load(device="meta", dtype=BF16)
+    counted = weights_of(source, kernels="torch", dtype=BF16, device="cuda")
+    embedding = loaded.embedding.packed().data
+    assert embedding.device.type == ("meta" if tie else "cpu")
+    on_host = 0 if tie else loaded.embedding.nbytes
+    assert counted.host_bytes == on_host
+    assert counted.nbytes == sum(matrix.nbytes for matrix in loaded.matrices()) - on_host
+    assert weights_of(source, kernels="torch", dtype=BF16).host_bytes == 0
 
 
 @pytest.mark.real

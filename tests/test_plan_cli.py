@@ -52,9 +52,10 @@ def test_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     text = " ".join(out.split())
-    assert text.startswith("llama3-8b-awq on rtx4090: context 1,048,576, KV int4, 128 of 256 KV heads retrieval; 23.")
+    assert text.startswith("llama3-8b-awq on rtx4090: context 1,048,576, KV int4, 128 of 256 KV heads retrieval; 22.")
     (bar,) = (line for line in out.splitlines() if line.startswith("██"))
     assert set(bar.strip()) == {"█", "·"}
+    assert "embedding in host memory 0.979 GiB one row per token is read" in text
     assert "KV per token 17,408 bytes; an ordinary 16-bit cache of this context takes 128 GiB" in text
     assert "fits: " in text and "of 24 GiB are left" in text
     assert "computed for rtx4090 from published figures (1,008 GB/s, 165 TFLOP/s dense 16-bit)" in text
@@ -65,9 +66,9 @@ def test_what_does_not_fit_names_what_does(capsys: pytest.CaptureFixture[str]) -
     assert cli.main([*WORDS, "--card", "rtx4090", "--heads", "all", "--host-memory", "0", "--disk", "0"]) == 1
     out, _ = capsys.readouterr()
     text = " ".join(out.split())
-    assert "does not fit: 41 GiB are needed, 24 GiB are there These fit; what changes least comes first:" in text
-    assert "--heads 0.5 23.7 GiB fewer heads see the whole context" in text and "▒" in out
-    assert out.count("--context ") == 2  # alone, and with lm_head and embedding rounded
+    assert "does not fit: 40 GiB are needed, 24 GiB are there These fit; what changes least comes first:" in text
+    assert "--heads 0.5 22.7 GiB fewer heads see the whole context" in text and "▒" in out
+    assert out.count("--context ") == 1
 
 
 def test_blocks_beyond_the_device_are_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,8 +76,8 @@ def test_blocks_beyond_the_device_are_said(capsys: pytest.CaptureFixture[str]) -
     text = " ".join(capsys.readouterr().out.split())
     assert "KV blocks of retrieval heads (a cache of them)" in text
     assert "KV blocks in pinned host memory 34 GiB 64 GiB free" in text
-    assert "Not all blocks fit on the device (that takes 41 GiB)" in text
-    assert "With all of them on the device: --heads 0.5 23.7 GiB" in text
+    assert "Not all blocks fit on the device (that takes 40 GiB)" in text
+    assert "With all of them on the device: --heads 0.5 22.7 GiB" in text
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from duolocal.kernels.gpu import linear
 from duolocal.kernels.gpu.operations import TritonKernels
 from duolocal.models.transformer import Transformer
 from duolocal.models.weights import LayerWeights, ModelWeights
-from duolocal.quant.weight import Linear, Weight
+from duolocal.quant.weight import DenseWeight, Linear, Weight
 from duolocal.settings import Sampling
 from tests.compiled import random_weight
 from tests.tiny import random_model, tiny_config
@@ -74,14 +74,15 @@ def moved(weights: ModelWeights, dtype: torch.dtype) -> ModelWeights:
             fields[name] = Linear(matrix(linear.weight), vector(linear.bias))
         return LayerWeights(**fields)
 
-    embedding = matrix(weights.embedding)
+    tied = weights.lm_head is weights.embedding
+    embedding = matrix(weights.embedding) if tied else weights.embedding
     norm = vector(weights.norm)
     assert norm is not None
     return ModelWeights(
         embedding=embedding,
         layers=tuple(map(layer, weights.layers)),
         norm=norm,
-        lm_head=embedding if weights.lm_head is weights.embedding else matrix(weights.lm_head),
+        lm_head=embedding if tied else matrix(weights.lm_head),
     )
 
 
@@ -91,10 +92,15 @@ def on_device(weight: Any) -> Any:
 
 
 def engines(
-    packing: str = "Q4_1", *, kv: str = "k8v4", dtype: torch.dtype = COMPUTE_DTYPES[-1], plan: HeadPlan = PLAN
+    packing: str = "Q4_1",
+    *,
+    kv: str = "k8v4",
+    dtype: torch.dtype = COMPUTE_DTYPES[-1],
+    plan: HeadPlan = PLAN,
+    **changes: Any,
 ) -> tuple[Engine, Engine]:
-    """Return the engine under test and its float64 reference on the same weights."""
-    config, weights = packed_model(packing)
+    """Return the engine under test and its float64 reference on the same weights; changes: as of `packed_model`."""
+    config, weights = packed_model(packing, **changes)
     wide = replace(weights, norm=weights.norm.double(), layers=tuple(map(widened, weights.layers)))
     reference = Transformer(config, wide, context=640, device=torch.device("cpu"), dtype=torch.float64)
     tested = Transformer(
@@ -167,6 +173,43 @@ def test_generation_is_the_hosts(count: int) -> None:
         token = engine._decode(host, token)
         expected.append(token)
     assert first == expected
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_no_graph_reads_host_memory(tie: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untied embedding's row is copied to the same device buffer before every step; a tied one is on the device."""
+    engine, _ = engines(tie=tie)
+    captured, looked_up, read = False, 0, set()
+    run, rows, hidden_of = GpuDecoder._run, DenseWeight.rows, Transformer.hidden_of
+
+    def watched_run(self: GpuDecoder, greedy: bool) -> None:
+        nonlocal captured
+        captured = True
+        try:
+            run(self, greedy)
+        finally:
+            captured = False
+
+    def watched_rows(self: DenseWeight, index: Tensor, dtype: torch.dtype) -> Tensor:
+        nonlocal looked_up
+        assert captured == tie and self is engine.transformer.weights.embedding
+        looked_up += 1
+        return rows(self, index, dtype)
+
+    def watched_hidden_of(self: Transformer, x: Tensor, *rest: Any) -> Tensor:
+        read.add(x.data_ptr())
+        return hidden_of(self, x, *rest)
+
+    engine.step(ids(5))
+    monkeypatch.setattr(GpuDecoder, "_run", watched_run)
+    monkeypatch.setattr(DenseWeight, "rows", watched_rows)
+    monkeypatch.setattr(Transformer, "hidden_of", watched_hidden_of)
+    decoder = engine._decoder(Sampling(temperature=0))
+    for token in (7, 8):
+        engine._decode(decoder, token)
+    assert isinstance(decoder, GpuDecoder)
+    assert read == (set() if tie else {decoder._row.data_ptr()})
+    assert looked_up == 2 or not INTERPRETED  # a captured step is not run again
 
 
 def test_a_decoder_does_not_hold_its_engine() -> None:

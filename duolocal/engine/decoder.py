@@ -1,8 +1,8 @@
 """The decode loop's body: one sampled id in, the next one out.
 
 On the CPU the id is sampled on the host. On a GPU the step, from the id that goes in to the id that comes out, is one
-CUDA graph: the host fills in an id, replays and reads an id. Lengths, block table and position are read from device
-memory, so the graph stays valid while the context grows.
+CUDA graph: the host fills in an id and, where the embedding is in host memory, its row, replays and reads an id.
+Lengths, block table and position are read from device memory, so the graph stays valid while the context grows.
 
 A decoder computes; that its token becomes part of the context, or does not, is the engine's business.
 """
@@ -55,7 +55,7 @@ class HostDecoder:
     def step(self, token: int, before_layer: Callable[[int], None]) -> None:
         """Append the id that was sampled last."""
         self._answer.append(token)
-        token_ids = torch.tensor([token], device=self._transformer.device)
+        token_ids = torch.tensor([token])
         self._hidden = self._transformer.hidden(token_ids, self._cache.start, self._cache, before_layer=before_layer)
 
     def sample(self) -> int:
@@ -68,12 +68,17 @@ class GpuDecoder:
 
     Where blocks are selected, steps that choose them and steps that read those chosen before are graphs of their own.
 
-    Everything a graph reads or writes stays where it is: the cache, the weights, `_ids` and the sampler's buffers.
+    Everything a graph reads or writes stays where it is: the cache, the weights, `_ids`, `_row` and the sampler's
+    buffers. No graph reads host memory: an embedding that lies there is read before the replay (`_fill_row`).
     """
 
     def __init__(self, transformer: Transformer, cache: DuoCache) -> None:
         self._transformer, self._cache = transformer, cache
-        self._ids = torch.zeros(1, dtype=torch.int64, device=transformer.device)
+        device, shape = transformer.device, (1, transformer.config.hidden_size)
+        self._ids = torch.zeros(1, dtype=torch.int64, device=device)
+        self._row = torch.zeros(shape, dtype=transformer.dtype, device=device)  # of the embedding
+        # Pinned, so that the copy from it waits for nothing.
+        self._staged = torch.zeros(shape, dtype=transformer.dtype, pin_memory=device.type == "cuda")
         self._sampler = DeviceSampler(transformer.config.vocab_size, transformer.device)
         # By the kind of step: greedy or not, and what the cache says.
         self._warm: set[tuple[bool, str]] = set()  # kernels are compiled and loaded
@@ -96,6 +101,8 @@ class GpuDecoder:
         before_layer(0)
         greedy = self._sampler.sampling.greedy
         self._ids.fill_(token)
+        if self._transformer.embeds_on_host:
+            self._fill_row(token)
         self._sampler.prepare()
         if self._transformer.device.type != "cuda":
             self._run(greedy)
@@ -113,6 +120,11 @@ class GpuDecoder:
         """Return the id after the one just appended; waits for the device."""
         return self._sampler.read()
 
+    def _fill_row(self, token: int) -> None:
+        """Copy the embedding's row of a token to the device. The copy before it is done: `sample` waited for it."""
+        self._staged.copy_(self._transformer.embedding_rows(torch.tensor([token])))
+        self._row.copy_(self._staged, non_blocking=True)
+
     def _capture(self, greedy: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -120,8 +132,11 @@ class GpuDecoder:
         return graph
 
     def _run(self, greedy: bool) -> None:
-        """From `_ids` to the sampler's `token`, with operations on the device only."""
+        """From `_ids` and `_row` to the sampler's `token`, with operations on the device only."""
         transformer, cache = self._transformer, self._cache
         self._sampler.remember(self._ids)
-        hidden = transformer.hidden(self._ids, cache.start, cache)
+        if transformer.embeds_on_host:
+            hidden = transformer.hidden_of(self._row, cache.start, cache)
+        else:
+            hidden = transformer.hidden(self._ids, cache.start, cache)
         self._sampler.sample(transformer.logits(hidden)[0], greedy=greedy)

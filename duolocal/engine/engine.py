@@ -57,7 +57,7 @@ class Cancelled(Exception):
 class EngineMemory:
     """Bytes really allocated, and what an ordinary 16-bit cache of the same context would take."""
 
-    weights: int
+    weights: int  # an embedding in the host memory beside a GPU included
     cache: CacheMemory
     dense_16bit: int
 
@@ -268,7 +268,7 @@ class Engine:
         return self.append(
             token_ids,
             lambda: self.transformer.hidden(
-                torch.tensor(token_ids, dtype=torch.int64, device=device),
+                torch.tensor(token_ids, dtype=torch.int64),
                 torch.arange(start, start + len(token_ids), device=device),
                 self.cache,
                 before_layer=self.raise_if_cancelled,

@@ -114,6 +114,7 @@ class ModelByArithmetic:
             outer=self.outer,
             kernels=kernels,
             dtype=dtype,
+            device=device,
             weights=self.weights,
             outer_weights=self.outer_weights,
             group=self.group,

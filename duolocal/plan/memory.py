@@ -66,6 +66,7 @@ class MemoryPlan:
 
     device: DeviceMemory
     host_blocks: int  # beside a GPU: pinned
+    host_weights: int  # beside a GPU: the embedding, pages of the file, which the system may drop and read again
     disk_blocks: int
     slots: int  # records per retrieval head on the device
     max_blocks: int  # of each retrieval head
@@ -130,6 +131,7 @@ def plan_memory(request: Request) -> MemoryPlan:
             tokens=0 if on_gpu else request.context * TOKEN_ID_BYTES,
         ),
         host_blocks=home if request.outer == "memory" else 0,
+        host_weights=request.weights.host_bytes,
         disk_blocks=home if request.outer == "disk" else 0,
         slots=slots,
         max_blocks=max_blocks,

@@ -71,7 +71,9 @@ class Weights:
 
     nbytes: matrices, and on a CPU the rest of the file, which is mapped with them. copies: norms and biases, and on a
     CPU rows that cannot be used where they lie, and the keys of a file. layer_bytes, outer_bytes (embedding and
-    lm_head), output_bytes (lm_head): of matrices. exact: from a file; else by arithmetic.
+    lm_head), output_bytes (lm_head): of matrices. host_bytes: of an embedding beside a GPU, which is in none of the
+    others: where it is not lm_head too, it is read by rows and stays in host memory. exact: from a file; else by
+    arithmetic.
     """
 
     nbytes: int
@@ -83,6 +85,7 @@ class Weights:
     layer_format: str
     outer_format: str
     exact: bool
+    host_bytes: int = 0
 
 
 def weights_of_size(nbytes: int) -> Weights:
@@ -106,7 +109,16 @@ def weights_of(source: ModelSource, *, kernels: str, dtype: torch.dtype, device:
     if device == "cpu":
         copied += sum(_python_bytes(value) for value in source.metadata.values() if isinstance(value, list))
     whole_file = source.size_bytes if device == "cpu" else None
-    return _sum(source.config, sizes, kernels=kernels, dtype=dtype, copied=copied, file_bytes=whole_file, exact=True)
+    return _sum(
+        source.config,
+        sizes,
+        kernels=kernels,
+        dtype=dtype,
+        device=device,
+        copied=copied,
+        file_bytes=whole_file,
+        exact=True,
+    )
 
 
 def weights_by_arithmetic(
@@ -116,6 +128,7 @@ def weights_by_arithmetic(
     outer: str,
     kernels: str,
     dtype: torch.dtype,
+    device: str = "cpu",
     weights: str = "auto",
     outer_weights: str = "auto",
     group: int = AWQ_GROUP,
@@ -144,7 +157,7 @@ def weights_by_arithmetic(
                 if smaller < size.nbytes:
                     size = _matrix(role, ROW_FORMATS[outer_weights], smaller, group)
         sizes.append(size)
-    return _sum(config, sizes, kernels=kernels, dtype=dtype, copied=0, file_bytes=None, exact=False)
+    return _sum(config, sizes, kernels=kernels, dtype=dtype, device=device, copied=0, file_bytes=None, exact=False)
 
 
 def _sizes(config: ModelConfig, tensors: object) -> Iterable[MatrixSize]:
@@ -208,12 +221,14 @@ def _sum(
     *,
     kernels: str,
     dtype: torch.dtype,
+    device: str,
     copied: int,
     file_bytes: int | None,
     exact: bool,
 ) -> Weights:
+    on_host = [size for size in sizes if size.is_embedding and device == "cuda" and not config.tie_embeddings]
     inside = sum(size.loaded(kernels, dtype.itemsize) for size in sizes if size.in_layer)
-    outside = sum(size.loaded(kernels, dtype.itemsize) for size in sizes if not size.in_layer)
+    outside = sum(size.loaded(kernels, dtype.itemsize) for size in sizes if not size.in_layer and size not in on_host)
     head = next(
         size for size in sizes if not size.in_layer and (config.tie_embeddings or not size.is_embedding)
     )  # lm_head
@@ -229,4 +244,5 @@ def _sum(
         layer_format=largest.format,
         outer_format=head.format,
         exact=exact,
+        host_bytes=sum(size.nbytes for size in on_host),
     )

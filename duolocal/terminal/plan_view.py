@@ -186,19 +186,27 @@ def _memory(planned: Planned, rows: list[tuple[str, int, str]]) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold", style="dim")
     for number, (name, size, known) in enumerate(rows):
-        if name == "weights" and not planned.request.weights.exact:
-            known = "by arithmetic"
+        if name == "weights":
+            known = _weights_known(planned.request)
         table.add_row(Text("█", _style(number)), name, figures.size(size), known)
     total = sum(size for _, size, _ in rows)
     table.add_row("", Text("together", "bold"), Text(figures.size(total), "bold"), "")
     plan = planned.plan
-    for where, size, there in (
-        ("KV blocks in pinned host memory", plan.host_blocks, planned.free.host),
-        ("KV blocks in a file", plan.disk_blocks, planned.free.disk),
+    for where, size, known in (
+        ("embedding in host memory", plan.host_weights, "one row per token is read"),
+        ("KV blocks in pinned host memory", plan.host_blocks, f"{figures.size(planned.free.host)} free"),
+        ("KV blocks in a file", plan.disk_blocks, f"{figures.size(planned.free.disk)} free"),
     ):
         if size:
-            table.add_row("", where, figures.size(size), f"{figures.size(there)} free")
+            table.add_row("", where, figures.size(size), known)
     return table
+
+
+def _weights_known(request: Request) -> str:
+    said = [] if request.weights.exact else ["by arithmetic"]
+    if request.device == "cuda" and request.config.tie_embeddings:
+        said.append("embedding and lm_head are one matrix: it is on the device")
+    return "; ".join(said)
 
 
 def _more(planned: Planned, rates: Rates | None) -> Table:
@@ -306,6 +314,7 @@ def as_json(planned: Planned, rates: Rates | None) -> dict[str, Any]:
         },
         "weights_exact": request.weights.exact,
         "host_bytes": plan.host_blocks,
+        "host_weight_bytes": plan.host_weights,
         "disk_bytes": plan.disk_blocks,
         "blocks_on_device": plan.slots,
         "blocks": plan.max_blocks,
