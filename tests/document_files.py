@@ -155,8 +155,12 @@ def pptx(slides: Sequence[str], *, notes: Mapping[int, str] | None = None) -> by
     return zipped(members)
 
 
-def xlsx(sheets: Mapping[str, Sequence[Sequence[str]]]) -> bytes:
-    """Return a workbook; a cell is the XML inside its <c>, such as <v>3</v>, or text without a `<`."""
+def xlsx(sheets: Mapping[str, Sequence[Sequence[str]] | str], *, more: Mapping[str, str] | None = None) -> bytes:
+    """Return a workbook; a cell is the XML inside its <c>, such as <v>3</v>, or text without a `<`.
+
+    A sheet may be the XML inside its <worksheet> instead; `more` are parts that the workbook refers to by their names,
+    such as "styles".
+    """
     main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
     names = "".join(f'<sheet name="{name}" sheetId="{at}" r:id="rId{at}"/>' for at, name in enumerate(sheets, 1))
     types = _TYPE.format("xl/workbook.xml", "spreadsheetml.sheet.main")
@@ -164,13 +168,15 @@ def xlsx(sheets: Mapping[str, Sequence[Sequence[str]]]) -> bytes:
         "_rels/.rels": _relations(("rId1", "officeDocument", "xl/workbook.xml")),
         "xl/workbook.xml": f'<workbook xmlns="{main}" xmlns:r="{_KIND[:-1]}"><sheets>{names}</sheets></workbook>',
         "xl/_rels/workbook.xml.rels": _relations(
-            *((f"rId{at}", "worksheet", f"worksheets/sheet{at}.xml") for at in range(1, len(sheets) + 1))
+            *((f"rId{at}", "worksheet", f"worksheets/sheet{at}.xml") for at in range(1, len(sheets) + 1)),
+            *((name, name, f"{name}.xml") for name in more or {}),
         ),
+        **{f"xl/{name}.xml": content for name, content in (more or {}).items()},
     }
     for at, rows in enumerate(sheets.values(), 1):
         types += _TYPE.format(f"xl/worksheets/sheet{at}.xml", "spreadsheetml.worksheet")
         lines = []
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate([] if isinstance(rows, str) else rows, 1):
             cells = [
                 f'<c r="{chr(65 + column)}{number}">{cell}</c>'
                 if cell.startswith("<")
@@ -179,8 +185,7 @@ def xlsx(sheets: Mapping[str, Sequence[Sequence[str]]]) -> bytes:
                 if cell
             ]
             lines.append(f'<row r="{number}">{"".join(cells)}</row>')
-        members[f"xl/worksheets/sheet{at}.xml"] = (
-            f'<worksheet xmlns="{main}"><sheetData>{"".join(lines)}</sheetData></worksheet>'
-        )
+        content = rows if isinstance(rows, str) else f"<sheetData>{''.join(lines)}</sheetData>"
+        members[f"xl/worksheets/sheet{at}.xml"] = f'<worksheet xmlns="{main}">{content}</worksheet>'
     members["[Content_Types].xml"] = _TYPES.format(_DEFAULTS + types)
     return zipped(members)

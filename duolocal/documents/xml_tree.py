@@ -1,5 +1,6 @@
-"""XML of strangers to a tree: no entities of its own, bounded depth and size."""
+"""XML of strangers, to a tree or piece by piece: no entities of its own, bounded depth and size."""
 
+from collections.abc import Callable
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
@@ -9,39 +10,64 @@ _MAX_DEPTH = 256
 _MAX_ELEMENTS = 4_000_000
 
 
-def parse_xml(data: bytes, what: str) -> Element:
-    """Return the root; tags are `{namespace}name`. `what` names the file; raises ConversionError.
+class DamagedXmlError(ConversionError):
+    """XML that breaks off or is not well formed; what came before has been handed over."""
 
-    An entity that the file declares (a few of them can stand for gigabytes) is refused, whatever it stands for.
+
+def scan_xml(
+    data: bytes,
+    what: str,
+    *,
+    start: Callable[[str, dict[str, str]], None],
+    end: Callable[[str], None],
+    characters: Callable[[str], None],
+    max_elements: int = _MAX_ELEMENTS,
+) -> None:
+    """Call back for every tag and text, tags and attributes as `namespace}name`; raises ConversionError.
+
+    `what` names the file. An entity that the file declares (a few of them can stand for gigabytes) is refused,
+    whatever it stands for.
     """
     parser = expat.ParserCreate(namespace_separator="}")
     parser.buffer_text = True
-    builder = TreeBuilder()
     depth = count = 0
 
-    def start(tag: str, attributes: dict[str, str]) -> None:
+    def opened(tag: str, attributes: dict[str, str]) -> None:
         nonlocal depth, count
         depth, count = depth + 1, count + 1
-        if depth > _MAX_DEPTH or count > _MAX_ELEMENTS:
+        if depth > _MAX_DEPTH or count > max_elements:
             raise ConversionError(f"holds {what} nested too deep or too large: it is damaged or made to harm")
-        builder.start(_name(tag), {_name(key): value for key, value in attributes.items()})
+        start(tag, attributes)
 
-    def end(tag: str) -> None:
+    def closed(tag: str) -> None:
         nonlocal depth
         depth -= 1
-        builder.end(_name(tag))
+        end(tag)
 
     def entity(*_: object) -> None:
         raise ConversionError(f"holds {what} that declares entities, which no such file needs: it is made to harm")
 
-    parser.StartElementHandler = start
-    parser.EndElementHandler = end
-    parser.CharacterDataHandler = builder.data
+    parser.StartElementHandler = opened
+    parser.EndElementHandler = closed
+    parser.CharacterDataHandler = characters
     parser.EntityDeclHandler = entity
     try:
-        parser.Parse(data, True)
+        parser.Parse(data.lstrip(b" \t\r\n"), True)  # before the declaration XML allows no space; some writers do
     except expat.ExpatError as error:
-        raise ConversionError(f"is damaged ({what}: {error}): open it elsewhere and save it anew") from None
+        raise DamagedXmlError(f"is damaged ({what}: {error}): open it elsewhere and save it anew") from None
+
+
+def parse_xml(data: bytes, what: str) -> Element:
+    """Return the root; tags are `{namespace}name`. `what` names the file; raises ConversionError."""
+    builder = TreeBuilder()
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        builder.start(_name(tag), {_name(key): value for key, value in attributes.items()})
+
+    def end(tag: str) -> None:
+        builder.end(_name(tag))
+
+    scan_xml(data, what, start=start, end=end, characters=builder.data)
     return builder.close()
 
 
@@ -52,3 +78,20 @@ def _name(tag: str) -> str:
 def local(tag: str) -> str:
     """Return a tag or attribute without its namespace."""
     return tag.rpartition("}")[2]
+
+
+def attribute(item: Element, name: str, default: str = "") -> str:
+    """Return an attribute by its name without namespace."""
+    value = item.get(name)
+    if value is not None:
+        return value
+    return next((value for key, value in item.attrib.items() if local(key) == name), default)
+
+
+def child(item: Element | None, *names: str) -> Element | None:
+    """Return the first child of that name, and of that the child of the next; None where there is none."""
+    for name in names:
+        if item is None:
+            return None
+        item = next((inner for inner in item if local(inner.tag) == name), None)
+    return item

@@ -1,0 +1,72 @@
+"""The parts of an Office file (OOXML) and how they refer to each other; transitional and strict files alike."""
+
+import posixpath
+from typing import NamedTuple
+from urllib.parse import unquote
+from xml.etree.ElementTree import Element
+
+from duolocal.documents.converted import ConversionError
+from duolocal.documents.xml_tree import local, parse_xml
+from duolocal.documents.zipped import Archive
+
+
+class Relation(NamedTuple):
+    """What a part refers to: `kind` is the last word of the relation's type, such as "worksheet"."""
+
+    key: str
+    kind: str
+    target: str  # the name of a member; of what is outside the file its address
+    is_external: bool
+
+
+class Package:
+    """The parts of an open archive, by name; the case of a name does not matter."""
+
+    def __init__(self, archive: Archive, *, most: int) -> None:
+        self._archive = archive
+        self._most = most  # bytes of XML in all
+        self._left = most
+        self._names = {name.lower(): name for name in reversed(archive.names())}
+
+    def __contains__(self, name: str) -> bool:
+        return name.lower() in self._names
+
+    def read(self, name: str) -> bytes:
+        """Return a part; raises ArchiveError where it is missing, ConversionError beyond the bound."""
+        data = self._archive.read(self._names.get(name.lower(), name), most=self._most)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ConversionError(f"unpacks to more than {self._most // 2**20} MiB of XML: cut it up")
+        return data
+
+    def tree(self, name: str) -> Element:
+        """Return a part as a tree."""
+        return parse_xml(self.read(name), name)
+
+    def main(self, usual: str) -> str:
+        """Return the name of the main part; `usual` where the package does not say."""
+        for relation in self.relations(""):
+            if relation.kind == "officeDocument" and relation.target in self:
+                return relation.target
+        if usual not in self:
+            folder = posixpath.dirname(usual)
+            raise ConversionError(f"holds no {folder} folder: it is damaged or something else; save it anew")
+        return usual
+
+    def relations(self, name: str) -> list[Relation]:
+        """Return what a part refers to, "" for the package itself; empty where that cannot be read."""
+        folder, base = posixpath.split(name)
+        member = posixpath.join(folder, "_rels", f"{base}.rels")
+        if member not in self:
+            return []
+        found = []
+        for item in self.tree(member):
+            if local(item.tag) != "Relationship":
+                continue
+            target, is_external = item.get("Target", ""), item.get("TargetMode") == "External"
+            if not is_external:
+                plain = posixpath.normpath(posixpath.join("/", folder, target.replace("\\", "/"))).lstrip("/")
+                target = plain if plain in self else unquote(plain)
+            kind = item.get("Type", "").rpartition("/")[2]
+            found.append(Relation(item.get("Id", ""), kind, target, is_external))
+        return found
