@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duolocal.documents import Document, Part, decode_document, load_document
-from duolocal.documents.html_text import html_to_text
+from duolocal.documents.html_text import read_page
 from duolocal.documents.pdf import _clean, _pages
 from duolocal.errors import DocumentError
 from tests.document_files import docx, epub, paragraph, pdf, pptx, xlsx, zipped
@@ -211,8 +211,8 @@ def test_a_table_that_is_the_layout_of_a_page_keeps_all_its_cells() -> None:
     page = (
         f"<table><tr><td>{long}</td><td>side</td></tr><tr><td>foot</td><td><table><tr><td>in</table></td></tr></table>"
     )
-    assert html_to_text(page)[1] == f"{long.strip()}\n\nside\n\nfoot\n\nin"
-    assert html_to_text("<table><tr><td>one<tr><td>two</table>")[1] == "one\n\ntwo"
+    assert read_page(page).text == f"{long.strip()}\n\nside\n\nfoot\n\nin"
+    assert read_page("<table><tr><td>one<tr><td>two</table>").text == "one\n\ntwo"
 
 
 def test_html_says_its_encoding() -> None:
@@ -238,8 +238,8 @@ TAGS = (
 @given(st.lists(st.sampled_from([*TAGS, *["word"] * 12]), max_size=60))
 def test_no_word_of_a_page_is_lost_whatever_its_tags(pieces: list[str]) -> None:
     markup = " ".join(f"w{at}x" if piece == "word" else piece for at, piece in enumerate(pieces))
-    title, text = html_to_text(markup)
-    found = re.findall(r"w\d+x", f"{title} {text}")
+    page = read_page(markup)
+    found = re.findall(r"w\d+x", f"{page.title} {page.text}")
     assert sorted(found) == sorted(f"w{at}x" for at, piece in enumerate(pieces) if piece == "word")
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from duolocal.documents.converted import ConversionError, Converted, missing_extra
-from duolocal.documents.html_text import html_to_text
+from duolocal.documents.html_text import read_page
 from duolocal.documents.zipped import Archive, ArchiveError
 
 _MAX_XML_BYTES = 96 * 2**20  # mammoth makes a tree of it, many times that size
@@ -32,7 +32,7 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
         convert_image=mammoth.images.img_element(lambda image: {"src": "", "alt": image.alt_text or ""}),
         style_map="comment-reference => sup",
     )
-    _, text = html_to_text(made.value)
+    text = read_page(made.value).text
     if not text:
         raise ConversionError("is a Word document without text: it may hold pictures only; run OCR over them first")
     return Converted(text, (), _notes([message.message for message in made.messages]))

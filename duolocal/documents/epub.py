@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from xml.etree.ElementTree import Element
 
 from duolocal.documents.converted import Assembler, ConversionError, Converted
-from duolocal.documents.html_text import declared_encoding, html_to_text
+from duolocal.documents.html_text import Page, declared_encoding, hidden_note, read_page
 from duolocal.documents.text import NotTextError, decode
 from duolocal.documents.xml_tree import local, parse_xml
 from duolocal.documents.zipped import Archive, ArchiveError
@@ -50,7 +50,7 @@ def _book(archive: Archive, report: Callable[[int, int], None]) -> Converted:
         )
     titles = _titles(archive, package, manifest, folder)
     assembler = Assembler()
-    empty, broken = [], []
+    empty, broken, num_hidden = [], [], 0
     for number, idref in enumerate(spine, 1):
         item = manifest.get(idref)
         name = _inside(folder, item.get("href", "")) if item is not None else ""
@@ -59,7 +59,9 @@ def _book(archive: Archive, report: Callable[[int, int], None]) -> Converted:
             broken.append(number)
         elif item.get("media-type", _PAGES[0]) in _PAGES:
             try:
-                text = _chapter(archive.read(name, most=_MAX_CHAPTER_BYTES))
+                page = _chapter(archive.read(name, most=_MAX_CHAPTER_BYTES))
+                text = page.text
+                num_hidden += page.num_hidden
             except NotTextError:
                 broken.append(number)
         if not text and number not in broken:
@@ -78,6 +80,7 @@ def _book(archive: Archive, report: Callable[[int, int], None]) -> Converted:
         notes.append(f"{_chapters(empty)} of {len(spine):,} without text (pictures or blank)")
     if broken:
         notes.append(f"{_chapters(broken)} of {len(spine):,} missing or unreadable: the file is damaged")
+    notes += hidden_note(num_hidden)
     return Converted(assembler.text(), assembler.parts, tuple(notes))
 
 
@@ -94,9 +97,8 @@ def _xml(archive: Archive, name: str) -> bytes:
     return archive.read(name, most=_MAX_XML_BYTES)
 
 
-def _chapter(data: bytes) -> str:
-    decoded = decode(data, declared=declared_encoding(data)) if data.strip() else None
-    return html_to_text(decoded.text)[1] if decoded else ""
+def _chapter(data: bytes) -> Page:
+    return read_page(decode(data, declared=declared_encoding(data)).text if data.strip() else "")
 
 
 def _inside(folder: str, href: str) -> str:

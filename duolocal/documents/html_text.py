@@ -1,22 +1,24 @@
-"""HTML to text in the manner of Markdown: headings, lists, tables, code and quotes keep their marks.
+"""HTML to text in the manner of Markdown (`blocks`).
 
 The parser is Python's own, which never fails on bad markup. What a reader sees is kept, menus and footers included;
-scripts, styles and the addresses of links and pictures are not. Nesting costs no stack, and its depth is bounded
-where it would cost time.
+scripts, styles, hidden text and the addresses of links and pictures are not. What is hidden by style sheets is shown.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html.parser import HTMLParser
+from typing import NamedTuple
 
-from duolocal.documents.converted import MAX_TEXT, ConversionError, Converted
+from duolocal.documents.blocks import SPACE, TextBuilder
+from duolocal.documents.converted import ConversionError, Converted
+from duolocal.documents.inline import Style
+from duolocal.documents.numbering import numbered
 from duolocal.documents.text import NotTextError, decode
 
-_SPACE = re.compile(r"[ \t\n\r\f\xa0]+")
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{2,40})""", re.IGNORECASE)
 _XML_ENCODING = re.compile(rb"""^\s*<\?xml[^>]{0,100}?encoding\s*=\s*["']([A-Za-z0-9_:.-]{2,40})""")
-_DROPPED = frozenset(("script", "style", "template", "svg", "object", "iframe", "canvas", "noembed", "noframes", "rp"))
+_DROPPED = frozenset(("script", "style", "template", "svg", "object", "iframe", "canvas", "noembed", "noframes"))
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 _BLOCKS = frozenset(
     """
@@ -26,9 +28,44 @@ _BLOCKS = frozenset(
     """.split()  # noqa: SIM905
 )
 _TIGHT = frozenset(("li", "dt", "dd", "option", "summary", "legend", "figcaption", "caption", "tr"))
-_MAX_LISTS, _MAX_QUOTES, _MAX_TABLES = 8, 4, 12  # nesting beyond is shown flat
+_VOID = frozenset(
+    ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr")
+)
+# Elements that end where one of these begins, and what they are never looked for beyond.
+_ENDED = {
+    "li": ("li",),
+    "dt": ("dt", "dd"),
+    "dd": ("dt", "dd"),
+    "td": ("td", "th"),
+    "th": ("td", "th"),
+    "tr": ("tr", "td", "th"),
+    "tbody": ("thead", "tbody", "tfoot", "tr", "td", "th"),
+    "tfoot": ("thead", "tbody", "tfoot", "tr", "td", "th"),
+    "option": ("option",),
+    "rt": ("rt", "rb", "rp"),
+    "rb": ("rt", "rb", "rp"),
+    "rp": ("rt", "rb", "rp"),
+}
+_BARRIERS = frozenset(("ul", "ol", "menu", "dl", "table", "select", "ruby"))
+_MAX_OPEN, _MAX_SEARCH = 2000, 64  # elements
 _MAX_TITLE = 500  # characters
 _MAX_CELL = 600  # characters; a table with longer cells is a page layout
+_RAISED = {"sup": 1, "sub": -1}
+_STYLE = re.compile(
+    r"(?P<hidden>\bdisplay\s*:\s*none|\bvisibility\s*:\s*(?:hidden|collapse)|\bmso-hide\s*:\s*all)"
+    r"|(?P<struck>\btext-decoration(?:-line)?\s*:[^;]*line-through)|vertical-align\s*:\s*(?P<level>super|sub)\b"
+    r"|\blist-style(?:-type)?\s*:[^;]*?(?P<list>(?:lower|upper)-(?:roman|alpha|latin|greek)|decimal-leading-zero)",
+    re.IGNORECASE,
+)
+_LIST_TYPES = {
+    **{"a": "lowerAlpha", "A": "upperAlpha", "i": "lowerRoman", "I": "upperRoman"},
+    **{"lower-roman": "lowerRoman", "upper-roman": "upperRoman", "lower-alpha": "lowerAlpha"},
+    **{"upper-alpha": "upperAlpha", "lower-latin": "lowerAlpha", "upper-latin": "upperAlpha"},
+    **{"lower-greek": "lowerGreek", "decimal-leading-zero": "decimalZero"},
+}
+_WHOLE = re.compile(r"\s*(-?\d{1,8})", re.ASCII)
+_COUNTED_BACK = re.compile("\0(\\d+):(\\d+)\0")  # an item of a list that counts down from its length: list and place
+_FIELDS = frozenset(("", "text", "number", "date", "email", "tel", "url", "search", "time", "month", "datetime-local"))
 
 
 def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
@@ -37,12 +74,19 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
         decoded = decode(data, declared=declared_encoding(data))
     except NotTextError as error:
         raise ConversionError(str(error)) from error
-    title, text = html_to_text(decoded.text)
+    page = read_page(decoded.text)
+    text = page.text
     if not text:
         raise ConversionError("yields no text: it may be made by its scripts; open it in a browser and save the text")
-    if title and title.casefold() not in text[: 4 * len(title) + 400].casefold():
-        text = f"# {title}\n\n{text}"
-    return Converted(text, (), decoded.notes, decoded.encoding, decoded.num_replaced)
+    if page.title and page.title.casefold() not in text[: 4 * len(page.title) + 400].casefold():
+        text = f"# {page.title}\n\n{text}"
+    notes = (*decoded.notes, *hidden_note(page.num_hidden))
+    return Converted(text, (), notes, decoded.encoding, decoded.num_replaced)
+
+
+def hidden_note(count: int) -> tuple[str, ...]:
+    """Return what is told of text that is there and not shown."""
+    return (f"hidden text is not read ({count:,} {'place' if count == 1 else 'places'})",) if count else ()
 
 
 def declared_encoding(data: bytes) -> str | None:
@@ -51,8 +95,16 @@ def declared_encoding(data: bytes) -> str | None:
     return match[1].decode("ascii") if match else None
 
 
-def html_to_text(markup: str) -> tuple[str, str]:
-    """Return the title of a page (or an empty string) and its text."""
+class Page(NamedTuple):
+    """A page as text, and how many of its elements hide text."""
+
+    title: str
+    text: str
+    num_hidden: int
+
+
+def read_page(markup: str) -> Page:
+    """Return a page as text."""
     reader = _Reader()
     reader.feed(markup)
     reader.close()
@@ -60,37 +112,39 @@ def html_to_text(markup: str) -> tuple[str, str]:
 
 
 @dataclass
-class _Table:
-    """A table being read; its cells are the texts of the frames that were closed in it."""
+class _List:
+    """An open list: how its items are numbered, if they are."""
 
-    rows: list[list[str]] = field(default_factory=list)
-    is_layout: bool = False  # it holds another table, or whole paragraphs
+    style: str | None = None  # None: not at all
+    number: int | None = 1  # of the next item; None while it depends on how many there are
+    step: int = 1
+    count: int = 0
+    key: int = 0  # of all lists of the page
 
 
 @dataclass
-class _Frame:
-    """Text being built: the page itself, or a cell of a table."""
+class _Open:
+    """An element that is open: what held before it, and whether it hides what is in it."""
 
-    table: _Table | None = None  # the one that this is a cell of
-    blocks: list[tuple[str, bool]] = field(default_factory=list)  # (text, whether the next follows closely)
+    tag: str
+    style: Style
+    was_hidden: bool
+    is_hidden: bool
 
 
 class _Reader(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self._frames = [_Frame()]
-        self._tables: list[_Table] = []
-        self._line: list[str] = []  # the block being read
-        self._spaced = True  # whether it ends with white space (or is empty)
-        self._mark = ""  # before its first line: "# ", "- "
-        self._tight = False
-        self._lists: list[int | None] = []  # the next number, None for a list without
-        self._quotes = 0
-        self._preformatted = 0
-        self._dropped: list[str] = []  # open elements whose content is not shown
+        self._out = TextBuilder(max_cell=_MAX_CELL)
+        self._lists: list[_List] = []
+        self._counted: dict[int, _List] = {}  # lists that count down from their length, which is known at the end
+        self._open: list[_Open] = []
+        self._is_hidden = False
+        self._has_hidden = False  # text, in the element that hides it
+        self._num_hidden = 0
+        self._dropped: list[str] = []  # open elements whose content is not shown to anyone
         self._title: list[str] | None = None
         self._page_title = ""
-        self._length = 0
 
     # --- from the parser -------------------------------------------------------------------------------------------
 
@@ -99,199 +153,226 @@ class _Reader(HTMLParser):
             if tag == self._dropped[0] and len(self._dropped) < 1000:
                 self._dropped.append(tag)
             return
+        self._end_implied(tag)
         if tag in _DROPPED:
             self._dropped.append(tag)
             return
-        if tag in _BLOCKS:
-            self._end_block()
-        self._tight = tag in _TIGHT
-        match tag:
-            case "br":
-                self._push("\n", raw=True)
-            case "hr":
-                self._add("---", tight=False)
-            case "title" if not self._tables:
-                self._title = self._title or []
-            case "ul" | "menu":
-                self._lists.append(None)
-            case "ol":
-                start = str(dict(attrs).get("start") or "1")
-                self._lists.append(int(start) if start.isascii() and start.isdigit() and len(start) < 9 else 1)
-            case "li":
-                self._mark = self._item_mark()
-            case "blockquote":
-                self._quotes += 1
-            case "pre":
-                self._preformatted += 1
-            case "code" | "kbd" | "samp" if not self._preformatted:
-                self._push("`")
-            case "img":
-                alt = _SPACE.sub(" ", dict(attrs).get("alt") or "").strip()
-                if alt:
-                    self._push(f"[image: {alt}]")
-            case "table" if len(self._tables) < _MAX_TABLES:
-                if self._tables:
-                    self._tables[-1].is_layout = True
-                self._tables.append(_Table())
-            case "tr" if self._tables:
-                self._end_cell()
-                self._tables[-1].rows.append([])
-            case "td" | "th" if self._tables:
-                self._end_cell()
-                self._frames.append(_Frame(self._tables[-1]))
-            case _:
-                if tag in _HEADINGS:
-                    self._mark = _HEADINGS[tag]
+        attributes = {name: value or "" for name, value in attrs}
+        was_hidden, style = self._is_hidden, self._out.style
+        found = self._apply(tag, attributes)
+        if tag not in _VOID and len(self._open) < _MAX_OPEN:
+            self._open.append(_Open(tag, style, was_hidden, self._is_hidden))
+            style, was_hidden = self._out.style, self._is_hidden
+        if not self._is_hidden:
+            self._start(tag, attributes, found)
+        self._out.style, self._is_hidden = style, was_hidden  # of what holds nothing
 
     def handle_endtag(self, tag: str) -> None:
         if self._dropped:
             if tag == self._dropped[-1]:
                 self._dropped.pop()
             return
-        if tag in _BLOCKS:
-            self._end_block()
-            self._tight = False
-        match tag:
-            case "title" if self._title is not None:
-                title, self._title = _SPACE.sub(" ", "".join(self._title)).strip(), None
-                if self._page_title or len(title) > _MAX_TITLE:
-                    self._push(title)  # a page has one; what else is called so is text
-                else:
-                    self._page_title = title
-            case "ul" | "ol" | "menu" if self._lists:
-                self._lists.pop()
-                self._loosen()
-            case "dl" | "select" | "fieldset":
-                self._loosen()
-            case "blockquote" if self._quotes:
-                self._quotes -= 1
-            case "pre" if self._preformatted:
-                self._preformatted -= 1
-            case "code" | "kbd" | "samp" if not self._preformatted:
-                self._push("`")
-            case "td" | "th" | "tr":
-                self._end_cell()
-            case "table" if self._tables:
-                self._end_table()
+        is_hidden = self._is_hidden
+        for at in range(len(self._open) - 1, max(-1, len(self._open) - 1 - _MAX_SEARCH), -1):
+            if self._open[at].tag == tag:
+                is_hidden = self._open[at].is_hidden
+                self._close(at)
+                break
+        if not is_hidden:
+            self._end(tag)
 
     def handle_data(self, data: str) -> None:
         if self._dropped:
             return
-        if self._title is not None:
+        if "\0" in data:
+            data = data.replace("\0", "\ufffd")
+        if self._is_hidden:
+            is_bracket = bool(self._open) and self._open[-1].tag == "rp"  # for browsers that know no ruby
+            self._has_hidden = self._has_hidden or (bool(data.strip()) and not is_bracket)
+        elif self._title is not None:
             self._title.append(data)
-        elif self._preformatted:
-            self._push(data.replace("\r\n", "\n"), raw=True)
+        elif self._out.preformatted:
+            self._out.push(data.replace("\r\n", "\n"), raw=True)
         else:
-            self._push(data)
+            self._out.push(data)
 
-    # --- blocks ----------------------------------------------------------------------------------------------------
+    # --- what is open ----------------------------------------------------------------------------------------------
 
-    def _push(self, text: str, *, raw: bool = False) -> None:
-        if not raw:
-            text = _SPACE.sub(" ", text)
-            if self._spaced:
-                text = text.removeprefix(" ")
-        elif text == "\n" and self._line and self._line[-1].endswith(" ") and not self._preformatted:
-            self._line[-1] = self._line[-1].rstrip(" ")
-        if not text:
-            return
-        self._length += len(text)
-        if self._length > MAX_TEXT:
-            raise ConversionError(f"holds more than {MAX_TEXT:,} characters of text: cut it up")
-        self._line.append(text)
-        self._spaced = text[-1] in " \n"
+    def _apply(self, tag: str, attributes: dict[str, str]) -> str:
+        """Let an element strike, raise or hide what is in it; return the kind of list that its style says."""
+        out, kind = self._out, ""
+        if tag in ("s", "strike", "del"):
+            out.style = out.style._replace(is_struck=True)
+        elif tag in _RAISED:
+            out.style = out.style._replace(level=_RAISED[tag])
+        if tag == "rp" or ("hidden" in attributes and attributes["hidden"] != "until-found"):
+            self._is_hidden = True
+        if "style" not in attributes:
+            return kind
+        for match in _STYLE.finditer(attributes["style"][:2000]):
+            if match["hidden"]:
+                self._is_hidden = True
+            elif match["struck"]:
+                out.style = out.style._replace(is_struck=True)
+            elif match["level"]:
+                out.style = out.style._replace(level=1 if match["level"].lower() == "super" else -1)
+            else:
+                kind = match["list"].lower()
+        return kind
 
-    def _end_block(self) -> None:
-        text = "".join(self._line)
-        self._line, self._spaced = [], True
-        mark, self._mark = self._mark, ""
-        if self._preformatted:
-            text = text.strip("\n").rstrip()
-            if text:
-                fence = "```" if "```" not in text else "~~~~"
-                self._add(f"{mark}{fence}\n{text}\n{fence}", tight=False)
-            return
-        text = text.strip()
-        if not text.strip("`"):
-            self._mark = mark  # <li><p>text: the mark is for what comes
-            return
-        if mark.startswith("#"):
-            text = " ".join(text.split("\n"))
-        indent = "  " * max(0, min(len(self._lists), _MAX_LISTS) - 1)
-        if self._lists and not mark:
-            indent += "  "  # a further paragraph of an item
-        text = (f"{indent}{mark}" if self._lists else mark) + text.replace("\n", f"\n{indent}" if indent else "\n")
-        self._add(text, tight=self._tight or bool(self._lists))
+    def _end_implied(self, tag: str) -> None:
+        """Close what a start tag ends although no end tag says so."""
+        ended = _ENDED.get(tag) or (("p",) if tag in _BLOCKS else ())
+        found = None
+        if ended:
+            for at in range(len(self._open) - 1, max(-1, len(self._open) - 1 - _MAX_SEARCH), -1):
+                name = self._open[at].tag
+                if name in ended:
+                    found = at
+                elif name in _BARRIERS or (ended == ("p",) and name in ("td", "th", "li", "button", "object")):
+                    break
+        if found is not None:
+            self._close(found)
 
-    def _add(self, text: str, *, tight: bool) -> None:
-        quotes = min(self._quotes, _MAX_QUOTES)
-        if quotes:
-            text = "> " * quotes + text.replace("\n", "\n" + "> " * quotes)
-        self._frames[-1].blocks.append((text, tight))
+    def _close(self, at: int) -> None:
+        """Close the element at a place of the stack and all that were opened in it."""
+        for item in reversed(self._open[at:]):
+            if item.tag == "rt" and not item.is_hidden:
+                self._out.close_bracket()
+            if item.is_hidden and not item.was_hidden:
+                self._num_hidden += self._has_hidden
+                self._has_hidden = False
+        self._out.style, self._is_hidden = self._open[at].style, self._open[at].was_hidden
+        del self._open[at:]
 
-    def _loosen(self) -> None:
-        """Let a blank line follow a list."""
-        blocks = self._frames[-1].blocks
-        if blocks and not self._lists:
-            blocks[-1] = (blocks[-1][0], False)
+    def _start(self, tag: str, attributes: dict[str, str], kind: str) -> None:
+        out = self._out
+        if tag in _BLOCKS:
+            out.end()
+        out.is_tight = tag in _TIGHT
+        match tag:
+            case "br":
+                out.break_line()
+            case "hr":
+                out.add("---")
+            case "title" if not out.in_table:
+                self._title = self._title or []
+            case "ul" | "menu":
+                self._lists.append(_List())
+                out.lists += 1
+            case "ol":
+                self._lists.append(self._numbered(attributes, kind))
+                out.lists += 1
+            case "li":
+                out.mark = self._item_mark(attributes)
+            case "blockquote":
+                out.quotes += 1
+            case "pre":
+                out.preformatted += 1
+            case "code" | "kbd" | "samp" if not out.preformatted:
+                out.push("`")
+            case "rt":
+                out.push("(")
+            case "img":
+                alt = SPACE.sub(" ", attributes.get("alt", "")).strip()
+                if alt:
+                    out.push(f"[image: {alt}]")
+            case "input":
+                self._input(attributes)
+            case "option" if "selected" in attributes:
+                out.push("[x] ")
+            case "table":
+                out.open_table()
+            case "thead" | "tbody" | "tfoot" if out.in_table:
+                out.close_rows()
+            case "tr" if out.in_table:
+                out.open_row()
+            case "td" | "th" if out.in_table:
+                rows = _span(attributes.get("rowspan", "")) or 65_535  # 0: to the end of the group
+                out.open_cell(columns=_span(attributes.get("colspan", "")), rows=rows)
+            case _:
+                if tag in _HEADINGS:
+                    out.mark = _HEADINGS[tag]
+                elif attributes.get("role") == "checkbox":
+                    out.push("[x] " if attributes.get("aria-checked") == "true" else "[ ] ")
 
-    def _item_mark(self) -> str:
-        if not self._lists or (number := self._lists[-1]) is None:
+    def _end(self, tag: str) -> None:
+        out = self._out
+        if tag in _BLOCKS:
+            out.end()
+            out.is_tight = False
+        match tag:
+            case "title" if self._title is not None:
+                title, self._title = SPACE.sub(" ", "".join(self._title)).strip(), None
+                if self._page_title or len(title) > _MAX_TITLE:
+                    out.push(title)  # a page has one; what else is called so is text
+                else:
+                    self._page_title = title
+            case "ul" | "ol" | "menu" if self._lists:
+                self._lists.pop()
+                out.close_list()
+            case "dl" | "select" | "fieldset":
+                out.loosen()
+            case "blockquote" if out.quotes:
+                out.quotes -= 1
+            case "pre" if out.preformatted:
+                out.preformatted -= 1
+            case "code" | "kbd" | "samp" if not out.preformatted:
+                out.push("`")
+            case "td" | "th" | "tr" if out.in_table:
+                out.close_cell()
+            case "thead" | "tbody" | "tfoot" if out.in_table:
+                out.close_rows()
+            case "table" if out.in_table:
+                out.close_table()
+
+    # --- lists and fields ------------------------------------------------------------------------------------------
+
+    def _numbered(self, attributes: dict[str, str], kind: str) -> _List:
+        style = _LIST_TYPES.get(attributes.get("type", ""), _LIST_TYPES.get(kind, "decimal"))
+        back = "reversed" in attributes
+        start = _WHOLE.match(attributes.get("start", ""))
+        number = int(start[1]) if start else None if back else 1
+        found = _List(style, number, -1 if back else 1, key=len(self._counted))
+        if number is None:
+            self._counted[found.key] = found
+        return found
+
+    def _item_mark(self, attributes: dict[str, str]) -> str:
+        if not self._lists or (inner := self._lists[-1]).style is None:
             return "- "
-        self._lists[-1] = number + 1
-        return f"{number}. "
+        inner.count += 1
+        if value := _WHOLE.match(attributes.get("value", "")):
+            inner.number = int(value[1])
+        style = _LIST_TYPES.get(attributes.get("type", ""), inner.style)
+        if inner.number is None:
+            return f"\0{inner.key}:{inner.count}\0. "
+        number = inner.number
+        inner.number += inner.step
+        return f"{numbered(number, style)}. "
 
-    # --- tables ----------------------------------------------------------------------------------------------------
+    def _input(self, attributes: dict[str, str]) -> None:
+        kind = attributes.get("type", "").lower()
+        if kind in ("checkbox", "radio"):
+            self._out.push("[x] " if "checked" in attributes else "[ ] ")
+        elif kind in _FIELDS and attributes.get("value", "").strip():
+            self._out.push(f" {attributes['value']} ")
 
-    def _end_cell(self) -> None:
-        self._end_block()
-        if len(self._frames) == 1 or self._frames[-1].table is not self._tables[-1]:
-            return
-        frame = self._frames.pop()
-        table = self._tables[-1]
-        text = _joined(frame.blocks)
-        if len(text) > _MAX_CELL:
-            table.is_layout = True
-        if not table.rows:
-            table.rows.append([])
-        table.rows[-1].append(text)
-
-    def _end_table(self) -> None:
-        self._end_cell()
-        table = self._tables.pop()
-        rows = [row for row in table.rows if any(row)]
-        columns = max((len(row) for row in rows), default=0)
-        if not rows:
-            return
-        if table.is_layout or columns < 2:
-            for row in rows:
-                for cell in row:
-                    if cell:
-                        self._add(cell, tight=False)
-            return
-        lines = []
-        for at, row in enumerate(rows):
-            cells = [" ".join(cell.split()).replace("|", "\\|") for cell in row]
-            lines.append("| " + " | ".join(cells + [""] * (columns - len(cells))).rstrip() + " |")
-            if at == 0:
-                lines.append("|" + " --- |" * columns)
-        self._add("\n".join(lines), tight=False)
-
-    def finish(self) -> tuple[str, str]:
+    def finish(self) -> Page:
         """Close whatever is open and return title and text."""
         if self._title is not None:  # a title that never ends holds the page
-            self._line.append("".join(self._title))
+            self._out.push("".join(self._title), raw=True)
             self._title = None
-        self._end_block()
-        while self._tables:
-            self._end_table()
-        return self._page_title, _joined(self._frames[0].blocks).strip("\n")
+        if self._open:
+            self._close(0)
+        text = _COUNTED_BACK.sub(self._counted_back, self._out.text())
+        return Page(self._page_title, text, self._num_hidden)
+
+    def _counted_back(self, match: re.Match[str]) -> str:
+        counted = self._counted[int(match[1])]
+        return numbered(counted.count - int(match[2]) + 1, counted.style or "decimal")
 
 
-def _joined(blocks: list[tuple[str, bool]]) -> str:
-    pieces: list[str] = []
-    for at, (text, _) in enumerate(blocks):
-        if at:
-            pieces.append("\n" if blocks[at - 1][1] else "\n\n")
-        pieces.append(text)
-    return "".join(pieces)
+def _span(text: str) -> int:
+    match = _WHOLE.match(text)
+    return int(match[1]) if match and int(match[1]) >= 0 else 1

@@ -23,6 +23,9 @@ PLAIN = Style()
 
 def marked(runs: Iterable[tuple[str, Style]]) -> str:
     """Write runs as text: 10^6, CO_2, ~~struck~~. Runs of one style that follow each other count as one."""
+    runs = list(runs)
+    if all(style == PLAIN for _, style in runs):
+        return "".join(text for text, _ in runs)
     pieces: list[str] = []
     for is_struck, group in groupby(_levelled(_joined(runs)), key=lambda run: run[1]):
         text = "".join(text for text, _ in group)
@@ -45,10 +48,10 @@ def _levelled(runs: list[tuple[str, Style]]) -> Iterator[tuple[str, bool]]:
     for at, (text, style) in enumerate(runs):
         core = text.strip()
         if style.level and core:
-            after = text[text.index(core) + len(core) :] or (runs[at + 1][0] if at + 1 < len(runs) else "")
-            left = text[: text.index(core)] or before
-            spaces = text.split(core, 1)
-            text = spaces[0] + _shifted(core, style.level, left[-1:], after[:1]) + spaces[1]
+            left, _, right = text.partition(core)
+            following, changed = runs[at + 1] if at + 1 < len(runs) else ("", PLAIN)
+            after = right or (following if changed == style._replace(level=0) else "")  # no mark in between
+            text = left + _shifted(core, style.level, (left or before)[-1:], after[:1]) + right
         before = text
         yield text, style.is_struck
 
