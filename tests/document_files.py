@@ -71,20 +71,46 @@ def _relations(*targets: tuple[str, str, str]) -> str:
     )
 
 
-def docx(body: str) -> bytes:
-    """Return a Word document around the XML of its body (prefixes w, m)."""
-    document = (
-        '<?xml version="1.0" encoding="UTF-8"?><w:document '
-        'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main" '
-        'xmlns:m="http://schemas.openxmlformats.org/officeDocument/2006/math">'
-        f"<w:body>{body}</w:body></w:document>"
-    )
+_WORD = {
+    "w": "http://schemas.openxmlformats.org/wordprocessingml/2006/main",
+    "m": "http://schemas.openxmlformats.org/officeDocument/2006/math",
+    "r": _KIND[:-1],
+    "mc": "http://schemas.openxmlformats.org/markup-compatibility/2006",
+    "wp": "http://schemas.openxmlformats.org/drawingml/2006/wordprocessingDrawing",
+    "a": "http://schemas.openxmlformats.org/drawingml/2006/main",
+    "wps": "http://schemas.microsoft.com/office/word/2010/wordprocessingShape",
+    "w14": "http://schemas.microsoft.com/office/word/2010/wordml",
+    "v": "urn:schemas-microsoft-com:vml",
+}
+
+
+def docx(
+    body: str,
+    *,
+    more: Mapping[str, str] | None = None,
+    chunks: Mapping[str, str | bytes] | None = None,
+    strict: bool = False,
+) -> bytes:
+    """Return a Word document around the XML of its body (the prefixes of `_WORD`).
+
+    `more` are parts by the kind of their relation, such as "numbering": what is inside their root. `chunks` are files
+    that it takes in; their relations have their names.
+    """
+    names = dict(_WORD, w="http://purl.oclc.org/ooxml/wordprocessingml/main") if strict else _WORD
+    spaces = " ".join(f'xmlns:{prefix}="{address}"' for prefix, address in names.items())
     main = _TYPE.format("word/document.xml", "wordprocessingml.document.main")
+    parts = {f"word/{kind}.xml": f"<w:{kind} {spaces}>{content}</w:{kind}>" for kind, content in (more or {}).items()}
     return zipped(
         {
             "[Content_Types].xml": _TYPES.format(_DEFAULTS + main),
             "_rels/.rels": _relations(("rId1", "officeDocument", "word/document.xml")),
-            "word/document.xml": document,
+            "word/document.xml": f"<w:document {spaces}><w:body>{body}</w:body></w:document>",
+            "word/_rels/document.xml.rels": _relations(
+                *((kind, kind, f"{kind}.xml") for kind in more or {}),
+                *((name, "aFChunk", f"/word/{name}") for name in chunks or {}),
+            ),
+            **parts,
+            **{f"word/{name}": content for name, content in (chunks or {}).items()},
         }
     )
 

@@ -246,31 +246,24 @@ def test_no_word_of_a_page_is_lost_whatever_its_tags(pieces: list[str]) -> None:
 # --- without the extra ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("library", "name", "data", "what"),
-    [
-        ("pypdfium2", "a.pdf", pdf(["x"]), "a PDF"),
-        ("mammoth", "a.docx", docx(paragraph("x")), "a Word document"),
-    ],
-)
-def test_without_the_extra_one_line_says_what_to_install(library: str, name: str, data: bytes, what: str) -> None:
+def test_without_the_extra_one_line_says_what_to_install() -> None:
     script = (
-        f"import sys; sys.modules[{library!r}] = None\n"
+        "import sys; sys.modules['pypdfium2'] = None\n"
         "from duolocal.documents.child import convert_bytes\n"
-        "try: convert_bytes(sys.stdin.buffer.read(), sys.argv[1])\n"
+        "try: convert_bytes(sys.stdin.buffer.read(), 'pdf')\n"
         "except Exception as error: print(error)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", script, name[2:]], input=data, capture_output=True, check=True, timeout=60
+        [sys.executable, "-c", script], input=pdf(["x"]), capture_output=True, check=True, timeout=60
     )
-    expected = f'is {what}, which needs one more package: pip install "duolocal[documents]"\n'
+    expected = 'is a PDF, which needs one more package: pip install "duolocal[documents]"\n'
     assert result.stdout.decode() == expected
 
 
-def test_html_and_epub_need_nothing_extra() -> None:
+def test_every_format_but_pdf_needs_nothing_extra() -> None:
     script = (
         "import sys\n"
-        "for name in ('pypdfium2', 'mammoth', 'charset_normalizer'): sys.modules[name] = None\n"
+        "for name in ('pypdfium2', 'charset_normalizer'): sys.modules[name] = None\n"
         "from duolocal.documents.child import convert_bytes\n"
         "print(convert_bytes(sys.stdin.buffer.read(), sys.argv[1]).text)"
     )
@@ -279,6 +272,7 @@ def test_html_and_epub_need_nothing_extra() -> None:
         ("epub", epub({"a.xhtml": "<p>Grüße</p>"})),
         ("pptx", pptx(["Grüße"])),
         ("xlsx", xlsx({"A": [["Grüße"]]})),
+        ("docx", docx(paragraph("Grüße"))),
     ):
         result = subprocess.run(
             [sys.executable, "-c", script, kind], input=data, capture_output=True, check=True, timeout=60

@@ -36,7 +36,7 @@ def test_a_zip_bomb_is_stopped_while_it_is_unpacked(monkeypatch: pytest.MonkeyPa
     bomb = zipped({"word/document.xml": b"<a>" + bytes(30 << 20), "[Content_Types].xml": "<Types/>"})
     assert len(bomb) < 100_000
     assert refused("docx", bomb) == "holds word/document.xml, which unpacks to more than 1 MiB: unpack it and cut it up"
-    many = zipped({f"word/{at}.xml": b"<a/>" + bytes(900_000) for at in range(3)})
+    many = docx("", more=dict.fromkeys(("styles", "numbering"), " " * 900000))
     assert refused("docx", many) == "unpacks to more than 1 MiB of XML: cut it up"
 
 
@@ -304,7 +304,7 @@ def test_a_library_that_raises_anything_is_one_line(monkeypatch: pytest.MonkeyPa
     def broken(*_: object, **__: object) -> None:
         raise KeyError("no\nsuch\x1b[2J")
 
-    monkeypatch.setattr("mammoth.convert_to_html", broken)
+    monkeypatch.setattr("duolocal.documents.docx.Styles", broken)
     assert refused("docx", docx(paragraph("x"))) == (
         "cannot be read as a Word document (KeyError: 'no\\nsuch\\x1b[2J'): it may be damaged; open it elsewhere and "
         "save it anew"

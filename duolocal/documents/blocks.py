@@ -195,6 +195,10 @@ class TextBuilder:
         self._tables[-1].close_row()
         self._tables[-1].open_row()
 
+    def skip_columns(self, count: int) -> None:
+        """Leave columns of the row empty."""
+        self._tables[-1].column += min(count, _MAX_SPAN)
+
     def close_rows(self) -> None:
         """End a group of rows: no cell reaches beyond it."""
         self.close_cell()
