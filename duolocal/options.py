@@ -212,7 +212,7 @@ def choice(*known: str) -> Kind:
 
 def nonempty(wanted: str) -> Kind:
     """Return the kind of a text that may not be empty."""
-    return Kind(lambda text, name: text, wanted, lambda value: bool(value.strip()))
+    return Kind(lambda text, name: text, wanted, lambda value: isinstance(value, str) and bool(value.strip()))
 
 
 def path(wanted: str) -> Kind:
@@ -262,7 +262,7 @@ def listed(each: Kind, known: Sequence[str] = (), *, ascending: bool = False, em
 ANY = Kind(lambda text, name: text)
 FLAG = Kind(lambda text, name: True, is_flag=True)
 TOKENS = counted()
-BYTES = Kind(parse_bytes, "give 0 or more", lambda value: value >= 0, metavar="SIZE")
-THREADS = Kind(parse_threads, "give 1 or more", lambda value: value >= 1, metavar="N")
+BYTES = Kind(parse_bytes, "give 0 or more", lambda value: _is_whole(value) and value >= 0, metavar="SIZE")
+THREADS = Kind(parse_threads, "give 1 or more", lambda value: _is_whole(value) and value >= 1, metavar="N")
 RATIO = number("a ratio between 0 and 1", lambda value: 0 <= value <= 1)
 flagged = partial(option, FLAG, default=False)

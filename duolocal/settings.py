@@ -117,7 +117,7 @@ class LoadSettings:
         default_help="as many as fit",
     )
     select: str = _model(
-        Kind(_read_select),
+        Kind(_read_select, "give off, auto, or a number of tokens as text", lambda value: isinstance(value, str)),
         "answers read only the blocks that matter: auto (2,048 tokens per retrieval head, in contexts from 32K), a "
         "number of tokens, or off, which reads everything",
         default="off",
@@ -168,33 +168,33 @@ class Sampling:
     """
 
     temperature: float = _sampling(
-        number("a number such as 0.7; 0 is greedy", lambda value: value >= 0),
+        number("0 (greedy) or more, such as 0.7", lambda value: value >= 0),
         "0 always takes the likeliest token, whatever the others say",
         default=0.7,
         metavar="T",
     )
     top_k: int = _sampling(
-        whole("a whole number; 0 switches it off", 0), "choose among the N likeliest tokens; 0: all", default=0
+        whole("a whole number, 0 (off) or more", 0), "choose among the N likeliest tokens; 0: all", default=0
     )
     top_p: float = _sampling(
-        number("a number between 0 and 1; 1 switches it off", lambda value: 0 < value <= 1),
+        number("a number above 0, up to 1 (off)", lambda value: 0 < value <= 1),
         "choose among the likeliest tokens that hold P of the probability",
         default=0.95,
         metavar="P",
     )
     min_p: float = _sampling(
-        number("a number between 0 and 1; 0 switches it off", lambda value: 0 <= value <= 1),
+        number("a number from 0 (off) to 1", lambda value: 0 <= value <= 1),
         "leave out tokens less likely than P times the likeliest",
         default=0.0,
         metavar="P",
     )
     repetition_penalty: float = _sampling(
-        number("a number such as 1.1; 1 switches it off", lambda value: value > 0),
+        number("a number above 0 such as 1.1; 1 switches it off", lambda value: value > 0),
         "above 1 makes repetition less likely",
         default=1.0,
     )
     seed: int | None = _sampling(
-        whole("a whole number up to 2**63 - 1, or none", 0, 2**63 - 1),
+        whole("a whole number from 0 to 2**63 - 1, or none", 0, 2**63 - 1),
         "make the choice of tokens repeatable",
         takes_none=True,
     )

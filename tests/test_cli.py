@@ -212,7 +212,7 @@ def test_sampling_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     *_, sampling, _ = asked("chat", "--temperature", "0", "--max-tokens", "2K", "--seed", "7", "--stop", "a b")
     assert sampling == replace(CHAT_SAMPLING, temperature=0.0, max_tokens=2048, seed=7, stop=("a b",))
     assert cli.main(["chat", "--prompt", "a", "--top-p", "high"]) == 2
-    assert capsys.readouterr().err == "duolocal: --top-p is 'high': give a number between 0 and 1; 1 switches it off\n"
+    assert capsys.readouterr().err == "duolocal: --top-p is 'high': give a number above 0, up to 1 (off)\n"
 
 
 def test_fetch_prints_the_path_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

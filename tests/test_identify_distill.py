@@ -198,6 +198,8 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(SettingsError, match="is not the state of a distillation"):
             load_state(file, "f", **shape)
+    with pytest.raises(SettingsError, match="cannot be read"):  # which may pass: nobody is told to move it away
+        load_state(tmp_path, "f", **shape)
     with pytest.raises(SettingsError, match="cannot be written"):
         save_state(tmp_path / "no" / "state.json", DistillState.begin(2, 2), "f")
 

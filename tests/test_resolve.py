@@ -145,6 +145,7 @@ def test_the_context_without_one_asked_for() -> None:
 def test_changes_are_fields_of_the_settings() -> None:
     given = LoadSettings("m", context=64, kv="int8")
     assert settings_with("m", given, {"kv": "16", "heads": 0.5}) == LoadSettings("m", context=64, kv="16", heads="0.5")
+    assert settings_with("m", given, {"kv": 16, "select": 128}) == LoadSettings("m", context=64, kv="16", select="128")
     assert settings_with("m", None, {}) == LoadSettings("m")
     for wrong, said in (
         ({"contxt": 1}, "no setting is called 'contxt': did you mean context?"),

@@ -86,6 +86,10 @@ def test_options_name_only_what_was_chosen() -> None:
         ({"recent_size": 0}, "--recent-size is 0: give 1 or more"),
         ({"kv": " "}, "--kv is empty: leave it out or give auto"),
         ({"model": ""}, "--model is empty: give a name from `duolocal models`, or a path"),
+        ({"kv": 16}, "--kv is 16: leave it out or give auto"),
+        ({"threads": "2"}, "--threads is '2': give 1 or more"),
+        ({"kv_device_memory": "4GiB"}, "--kv-device-memory is '4GiB': give 0 or more"),
+        ({"select": 128}, "--select is 128: give off, auto, or a number of tokens as text"),
     ],
 )
 def test_settings_that_cannot_be_used(change: dict, message: str) -> None:

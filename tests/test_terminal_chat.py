@@ -65,8 +65,8 @@ def test_what_is_a_command(text: str, command: tuple[str, str] | None) -> None:
         ("/copy", "there is no answer to copy yet"),
         ("/save", "/save needs one name: /save NAME keeps this chat, /save chat.md writes the transcript"),
         ("/set temprature 1", "unknown setting 'temprature': did you mean temperature?"),
-        ("/set temperature warm", "temperature is 'warm': give a number such as 0.7; 0 is greedy"),
-        ("/set seed x", "seed is 'x': give a whole number up to 2**63 - 1, or none"),
+        ("/set temperature warm", "temperature is 'warm': give 0 (greedy) or more, such as 0.7"),
+        ("/set seed x", "seed is 'x': give a whole number from 0 to 2**63 - 1, or none"),
         ("/set max_tokens 0", "max_tokens is '0': give between 1 and 2,147,483,647 tokens"),
         (
             "/set context 64K",

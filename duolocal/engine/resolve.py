@@ -156,7 +156,8 @@ def default_context(config: ModelConfig) -> int:
 def settings_with(model: str | ModelSource, settings: LoadSettings | None, changes: Mapping[str, Any]) -> LoadSettings:
     """Return `settings`, None for the default ones, with fields of LoadSettings in place of theirs.
 
-    `heads` may be a number. Raises SettingsError for a name that is no field, and as LoadSettings does.
+    `heads`, `kv` and `select` may be numbers. Raises SettingsError for a name that is no field, and as LoadSettings
+    does.
     """
     names = [field.name for field in fields(LoadSettings)]
     for unknown in changes.keys() - set(names):
@@ -168,8 +169,7 @@ def settings_with(model: str | ModelSource, settings: LoadSettings | None, chang
     else:
         name = model.path.name if settings is None else settings.model
     given = {**changes, "model": name}
-    if "heads" in given:
-        given["heads"] = str(given["heads"])
+    given |= {option: str(given[option]) for option in ("heads", "kv", "select") if option in given}
     return LoadSettings(**given) if settings is None else replace(settings, **given)
 
 

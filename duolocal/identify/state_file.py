@@ -33,8 +33,12 @@ def load_state(path: Path, fingerprint: str, *, num_layers: int, num_kv_heads: i
 
     Raises SettingsError, saying what to do, for a file of other settings, another model or no state at all.
     """
-    if not path.exists():
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror or error})") from None
     data = read_json(path, format=FORMAT, version=1)
     if data is None:
         raise SettingsError(f"{path} is not the state of a distillation: move it away, or name another --out")
