@@ -69,14 +69,15 @@ class LoadSettings:
         "KV cache of the retrieval heads: auto, 32, 16, int8, fp8, k8v4, int4",
         default="auto",
         metavar="FORMAT",
-        default_help="auto, the smallest that passed a measurement on the model",
+        default_help="auto, the smallest that passed a measurement on the model, or less where memory needs it",
     )
     heads: str = _model(
         _OR_AUTO,
         "retrieval heads: auto, all, a ratio such as 0.5, published, or a pattern file or folder",
         default="auto",
         metavar="SPLIT",
-        default_help="auto, the model's measured or published pattern; else all, or ranked if quick or needed",
+        default_help="auto, the model's measured or published pattern; else all, or ranked if quick or needed; fewer "
+        "where memory needs it",
     )
     sink_size: int | None = _model(counted(0), "first tokens that streaming heads keep", default_help="the pattern's")
     recent_size: int | None = _model(TOKENS, "last tokens that streaming heads keep", default_help="the pattern's")
@@ -108,7 +109,7 @@ class LoadSettings:
         "lm_head and embedding: auto, or int8 or int4, made while loading",
         default="auto",
         metavar="FORMAT",
-        default_help="auto, as in the file",
+        default_help="auto, as in the file, or fewer bits where memory needs it",
     )
     kv_device_memory: int | None = _model(
         BYTES,

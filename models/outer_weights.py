@@ -84,7 +84,7 @@ def outer_note(source: ModelSource) -> str | None:
         f"{change.bytes_after / 1e6:,.0f} MB)"
         for change in source.tensors.changes.values()
     ]
-    return f"{', '.join(said)}, as --outer-weights {wanted} asks"
+    return f"{', '.join(said)} (--outer-weights {wanted})"
 
 
 def outer_formats(source: ModelSource) -> list[str]:

@@ -20,6 +20,7 @@ from duolocal.engine.kernels import arrangement
 from duolocal.errors import MemoryLimitError, ModelFileError, SettingsError
 from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.loader import ModelSource, open_model
+from duolocal.models.outer_weights import quantize_outer
 from duolocal.models.quantized import quantize_on_load
 from duolocal.quant import bitsandbytes as ours
 from duolocal.quant.awq import AWQWeight
@@ -287,17 +288,19 @@ def test_rows_that_are_no_whole_blocks_stay_as_they_are(library, tmp_path: Path)
     assert held == loaded.source.size_bytes - 5 * 64 * 4  # the norms
 
     both = engine(tmp_path, "torch", weights="nf4", outer_weights="int8").notes
-    for said in ("down_proj stay F32", "as --outer-weights int8 asks"):
+    for said in ("down_proj stay F32", "(--outer-weights int8)"):
         assert any(said in note for note in both)
 
 
 def test_a_context_is_refused_by_the_size_after_quantizing(library, folder: Path, monkeypatch) -> None:
-    plain = open_model(folder)
-    sizes: dict[str, int] = {kind: quantize_on_load(plain, kind).size_bytes for kind in KINDS}
+    plain = quantize_outer(open_model(folder), "int8")  # as is tried before it is refused
+    sizes: dict[str, int] = {
+        kind: quantize_outer(quantize_on_load(open_model(folder), kind), "int8").size_bytes for kind in KINDS
+    }
     assert sizes["nf4"] < sizes["int8"] < plain.size_bytes
     seen = {}
     monkeypatch.setattr("duolocal.plan.free.available_bytes", lambda _device: 1000)
-    monkeypatch.setattr("duolocal.engine.memory.GIB", 1)  # the message then counts bytes
+    monkeypatch.setattr("duolocal.engine.automatic.GIB", 1)  # the message then counts bytes
     monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("loaded before it was refused"))
     for name in ("auto", *KINDS):
         with pytest.raises(MemoryLimitError) as refused:

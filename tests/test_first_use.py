@@ -8,15 +8,17 @@ import pytest
 
 from duolocal import cli
 from duolocal.engine import first_use
+from duolocal.engine.automatic import choose
 from duolocal.engine.engine import Engine
 from duolocal.engine.events import QUIET, LoadEvents
 from duolocal.engine.first_use import Estimate, estimate, settle_first_use
 from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.loading import decide, load_weights
-from duolocal.engine.resolve import MEASURE, Resolved, resolve
+from duolocal.engine.resolve import Resolved, resolve
 from duolocal.errors import SettingsError
 from duolocal.models.loader import open_model
 from duolocal.models.transformer import Transformer
+from duolocal.plan.dials import with_kept_back
 from duolocal.plan.fitting import Free
 from duolocal.plan.memory import plan_memory
 from duolocal.settings import FirstUse, LoadSettings
@@ -40,8 +42,21 @@ def unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Resolved, 
     save_checkpoint(tmp_path / "model", "llama", max_position_embeddings=2048, num_hidden_layers=3)
     source = open_model(tmp_path / "model")
     resolved = resolve(LoadSettings("m", context=2048, kernels="torch"), OpenedModel(source))
-    assert resolved.heads.unranked and resolved.kv == MEASURE
+    assert resolved.heads.unranked and resolved.unmeasured
     return resolved, load_weights(resolved, QUIET)
+
+
+def settle(
+    resolved: Resolved,
+    transformer: Transformer,
+    *,
+    free: Free = PLENTY,
+    wish: FirstUse = FirstUse(),  # noqa: B008  frozen
+    reading: int = 0,
+    events: LoadEvents = QUIET,
+) -> Resolved:
+    fitted = choose(resolved, free).resolved
+    return settle_first_use(resolved, fitted, transformer, free, wish, reading=reading, events=events)
 
 
 def takes(monkeypatch: pytest.MonkeyPatch, seconds: float, token_s: float = 0.01) -> None:
@@ -70,7 +85,7 @@ def test_when_it_is_measured_first(
     resolved, transformer = unknown
     takes(monkeypatch, seconds)
     heard = Heard()
-    found = settle_first_use(resolved, transformer, PLENTY, wish, reading=reading, events=heard)
+    found = settle(resolved, transformer, wish=wish, reading=reading, events=heard)
     if measured:
         assert found is resolved and heard.lines == []
         return
@@ -85,9 +100,10 @@ def test_what_memory_makes_necessary_is_done_and_said(
     resolved, transformer = unknown
     takes(monkeypatch, 600.0)
     heard = Heard()
-    needed = plan_memory(resolved.request()).total
-    found = settle_first_use(resolved, transformer, Free(needed), FirstUse(), reading=0, events=heard)
-    assert found is resolved
+    smaller = replace(resolved, heads=replace(resolved.heads, plan=resolved.cut(2 / 3)), chunk_size=64)
+    free = Free(with_kept_back(plan_memory(smaller.request()).total))
+    found = settle(resolved, transformer, free=free, events=heard)
+    assert found == resolved
     (line,) = heard.lines
     assert line.startswith("all heads and int8 KV need") and line.endswith("measured first, about 10 min, once")
 
@@ -97,11 +113,11 @@ def test_what_was_asked_for_stays(unknown: tuple[Resolved, Transformer], monkeyp
     takes(monkeypatch, 600.0)
     settings = replace(resolved.settings, heads="0.5")
     asked = resolve(settings, resolved.model)
-    found = settle_first_use(asked, transformer, PLENTY, FirstUse(), reading=0, events=QUIET)
+    found = settle(asked, transformer)
     assert found.heads is asked.heads and found.kv == "int8"  # the ranking that a ratio needs is still to be made
     asked = resolve(replace(settings, kv="int4"), resolved.model)
     heard = Heard()
-    assert settle_first_use(asked, transformer, PLENTY, FirstUse(), reading=0, events=heard) is asked
+    assert settle(asked, transformer, events=heard) == asked
     assert heard.lines == ["--heads 0.5 needs a ranking of the heads: about 10 min, once"]
 
 

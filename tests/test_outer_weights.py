@@ -137,7 +137,7 @@ def test_outer_matrices_are_rounded_and_the_layers_are_not(
     assert changed.size_bytes == source.size_bytes - count * 2 + count * bits / 8
     assert (changed.fingerprint, changed.config) == (source.fingerprint, source.config)
     note = outer_note(changed)
-    assert note is not None and f"{kind} made of f16" in note and f"as --outer-weights {wanted} asks" in note
+    assert note is not None and f"{kind} made of f16" in note and f"(--outer-weights {wanted})" in note
     assert ("lm_head and embedding (tied)" in note) == tie
     assert quantize_outer(changed, wanted) is changed
 
@@ -215,7 +215,7 @@ def test_an_engine_computes_with_them(tmp_path: Path, kernels: str, wanted: str)
         events=Seen(),
     )
     assert rows == [320, 320]
-    assert any(f"as --outer-weights {wanted} asks" in note for note in engine.notes)
+    assert any(f"(--outer-weights {wanted})" in note for note in engine.notes)
     ids = list(range(3, 43))
     found = engine.logits(ids)
     # The same model with the rounded values as a plain float64 matrix.

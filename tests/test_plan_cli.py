@@ -57,7 +57,7 @@ def test_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(bar.strip()) == {"█", "·"}
     assert "embedding in host memory 0.979 GiB one row per token is read" in text
     assert "KV per token 17,408 bytes; an ordinary 16-bit cache of this context takes 128 GiB" in text
-    assert "fits: " in text and "of 24 GiB are left" in text
+    assert "fits, all blocks on the device: 1.3 GiB of 24 GiB are left" in text
     assert "computed for rtx4090 from published figures (1,008 GB/s, 165 TFLOP/s dense 16-bit)" in text
     assert "is not on this machine: its weights are counted from its shapes" in text
 
@@ -66,7 +66,7 @@ def test_what_does_not_fit_names_what_does(capsys: pytest.CaptureFixture[str]) -
     assert cli.main([*WORDS, "--card", "rtx4090", "--heads", "all", "--host-memory", "0", "--disk", "0"]) == 1
     out, _ = capsys.readouterr()
     text = " ".join(out.split())
-    assert "does not fit: 40 GiB are needed, 24 GiB are there These fit; what changes least comes first:" in text
+    assert "does not fit: 38.9 GiB are needed, 24 GiB are there These fit; what changes least comes first:" in text
     assert "--heads 0.5 22.7 GiB fewer heads see the whole context" in text and "▒" in out
     assert out.count("--context ") == 1
 

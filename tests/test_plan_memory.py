@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 
 from duolocal.cache import Placement
 from duolocal.engine import engine as engine_module
+from duolocal.engine.automatic import choose
 from duolocal.engine.engine import Engine
 from duolocal.engine.known_model import OpenedModel
-from duolocal.engine.memory import choose_placement
 from duolocal.engine.planning import plan_settings
 from duolocal.engine.resolve import resolve
 from duolocal.errors import MemoryLimitError
 from duolocal.models.loader import open_model
 from duolocal.plan import free as free_module
-from duolocal.plan.fitting import Free, Freedom
+from duolocal.plan.fitting import Free
 from duolocal.settings import LoadSettings
 
 CONTEXT = 4096
@@ -192,8 +192,7 @@ def test_blocks_are_placed_where_they_have_room(folders: dict[str, Path]) -> Non
     model = OpenedModel(open_model(folders["deep"]))
 
     def placed(free: Free, **changes: Any) -> Placement:
-        resolved = resolve(replace(settings, **changes), model)
-        found = choose_placement(resolved.request(), free, Freedom(resolved.kv))
+        found = choose(resolve(replace(settings, **changes), model), free).request
         return Placement(found.kv_device_memory, found.outer)
 
     blocks = 32 * 1024 * 32 * 256  # of 32 heads: 268 MB

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
-from duolocal.engine import memory
 from duolocal.engine.engine import Engine
 from duolocal.engine.known_model import ModelByArithmetic, OpenedModel
 from duolocal.engine.planning import plan_settings
-from duolocal.engine.resolve import DEFAULT_CONTEXT, MEASURE, Resolved, default_context, resolve, settings_with
+from duolocal.engine.resolve import DEFAULT_CONTEXT, Resolved, default_context, resolve, settings_with
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.evaluate import Lineup, Setting
 from duolocal.models.loader import ModelSource, open_model
-from duolocal.plan.fitting import nearest
+from duolocal.plan.memory import GIB
 from duolocal.plan.request import Request
 from duolocal.plan.weights import NAMED_FORMATS
 from duolocal.settings import LoadSettings
@@ -124,11 +123,13 @@ def test_a_model_that_is_not_here_is_resolved_like_one_that_is(source: ModelSour
     here = resolve(settings, OpenedModel(source))
     layers, outer = NAMED_FORMATS["smollm2-135m"]
     away = resolve(settings, ModelByArithmetic(source.config, layers, outer, ("m",)))
-    assert (here.kv, away.kv, here.heads.unranked, away.heads.unranked) == ("k8v4", MEASURE, False, True)
+    assert (here.kv, away.kv, here.heads.unranked, away.heads.unranked) == ("k8v4", "int8", False, True)
     assert away.undecided and not here.undecided
     sized = replace(away.weights, nbytes=here.weights.nbytes, copies=here.weights.copies, exact=True)
     known: dict[str, Any] = {
+        "known": here.known,
         "model": here.model,
+        "unmeasured": False,
         "heads": here.heads,
         "kv": here.kv,
         "kv_note": here.kv_note,
@@ -165,11 +166,11 @@ def test_a_ratio_stays_one_however_it_is_written(monkeypatch: pytest.MonkeyPatch
         found = plan_settings(
             LoadSettings("llama3-8b-awq", context=2**20, heads=heads),
             card="rtx3090",
-            memory=15 * memory.GIB,
+            memory=15 * GIB,
             host_memory=0,
             disk=0,
         )
-        suggested.append([setting.options for setting in nearest(found.request, found.free, found.freedom)])
+        suggested.append([setting.options for setting in found.nearest])
     assert suggested[0] == suggested[1] == suggested[2]
     assert any(options[:1] == ("--heads",) for options in suggested[0])
 

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from duolocal.cache import ON_DEVICE, CacheMemory, DuoCache, Placement, SelectionPolicy, Snapshot
+from duolocal.engine.automatic import choose
 from duolocal.engine.decoder import Decoder, GpuDecoder, HostDecoder
 from duolocal.engine.events import QUIET, LoadEvents
 from duolocal.engine.first_use import settle_first_use
 from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.loading import decide, load_notes, load_weights, selection_policy
-from duolocal.engine.memory import choose_placement
 from duolocal.engine.place import tier_note
-from duolocal.engine.resolve import Resolved, resolve, settings_with
+from duolocal.engine.resolve import resolve, settings_with
 from duolocal.errors import ContextOverflowError, TokenizerError
 from duolocal.heads import HeadPlan
 from duolocal.kernels.sparse import SparsePrefill
@@ -37,7 +37,6 @@ from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.transformer import Transformer
 from duolocal.paths import cache_folder
-from duolocal.plan.fitting import Free, Freedom
 from duolocal.plan.free import free_places
 from duolocal.plan.memory import dense_16bit_bytes
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, kv_layout
@@ -112,12 +111,15 @@ class Engine:
             model = open_model(registry.resolve(model, on_progress=events.fetching))
         resolved = resolve(settings, OpenedModel(model, settings.model, events))
         free = free_places(resolved.device, cache_folder())
-        placement = _place(resolved, free)
-        transformer = load_weights(resolved, events)
+        chosen = choose(resolved, free)
+        transformer = load_weights(chosen.resolved, events)
         if resolved.undecided:
-            resolved = settle_first_use(resolved, transformer, free, first_use, reading=reading, events=events)
-            resolved = decide(resolved, transformer, events)
-            placement = _place(resolved, free)
+            settled = settle_first_use(
+                resolved, chosen.resolved, transformer, free, first_use, reading=reading, events=events
+            )
+            if settled.undecided:
+                chosen = choose(decide(settled, transformer, events), free, loaded=chosen.resolved)
+        resolved, placed = chosen.resolved, chosen.request
         engine = cls.build(
             transformer,
             resolved.heads.plan,
@@ -125,7 +127,7 @@ class Engine:
             chunk_size=resolved.chunk_size,
             source=resolved.model.source,
             notes=load_notes(resolved, transformer),
-            placement=placement,
+            placement=Placement(placed.kv_device_memory, placed.outer, cache_folder() / "kv"),
             select=selection_policy(resolved, transformer, events),
             prefill=resolved.sparse,
         )
@@ -390,9 +392,3 @@ class Engine:
         """Append an id that was sampled, and return the next one."""
         self.append([token], lambda: decoder.step(token, self.raise_if_cancelled), decode=True)
         return decoder.sample()
-
-
-def _place(resolved: Resolved, free: Free) -> Placement:
-    """Return where the blocks lie; raises MemoryLimitError, before anything is allocated, where nothing has room."""
-    placed = choose_placement(resolved.request(), free, Freedom(resolved.counted_kv))
-    return Placement(placed.kv_device_memory, placed.outer, cache_folder() / "kv")

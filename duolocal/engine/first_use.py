@@ -14,18 +14,17 @@ from duolocal.cache import DuoCache
 from duolocal.engine.events import LoadEvents
 from duolocal.engine.head_choice import DRIFT_POSITIONS, ranking_context
 from duolocal.engine.kv_choice import CANDIDATES, FIRST_USE_TOKENS
-from duolocal.engine.resolve import MEASURE, Resolved
-from duolocal.heads import HeadChoice, uniform_plan
+from duolocal.engine.resolve import SAFE_KV, Resolved
+from duolocal.heads import UNMEASURED_RATIO, uniform_plan
 from duolocal.models.config import ModelConfig
 from duolocal.models.transformer import Transformer
 from duolocal.plan.fitting import Free
 from duolocal.plan.memory import GIB, plan_memory
-from duolocal.quant.kv import kv_layout
+from duolocal.quant.kv import KV_FORMATS, kv_layout
 from duolocal.settings import FirstUse
 
 LONGEST_S = 20.0  # that a first answer waits for a measurement
 READING_SHARE = 0.1  # of the time that the documents take anyway
-SAFE_KV = "int8"
 _CHUNK = 128  # tokens that are timed
 _TIMED_ELEMENTS = 64_000_000  # of matrices of layers: a whole large model would take seconds itself
 _DRIFT_TEXTS, _ECHO_DRAWS = 2, 3  # as in duolocal.identify, which is not imported until it is needed
@@ -46,6 +45,7 @@ class Estimate:
 
 def settle_first_use(
     resolved: Resolved,
+    fitted: Resolved,
     transformer: Transformer,
     free: Free,
     wish: FirstUse,
@@ -53,53 +53,51 @@ def settle_first_use(
     reading: int,
     events: LoadEvents,
 ) -> Resolved:
-    """Return `resolved` with what need not be measured settled safely; what is still undecided is to be measured.
+    """Return `resolved` with what need not be measured settled as it is; what is still undecided is to be measured.
 
-    transformer: its weights, loaded; free: before they were; reading: tokens of the documents that are given. `events`
-    are told what was decided and what it costs.
+    fitted: what would be run unmeasured in the memory there is; transformer: its weights, loaded; free: before they
+    were; reading: tokens of the documents that are given. `events` are told what was decided and what it costs.
     """
     if wish.tune or not resolved.undecided:
         return resolved
-    quick = unmeasured(resolved)
+    settled = replace(resolved, heads=replace(resolved.heads, unranked=False), unmeasured=False)
+    splits = fitted.heads.unranked and fitted.heads.plan.num_streaming > 0
     expected = estimate(resolved, transformer)
     if not wish.quick and expected.total_s <= max(LONGEST_S, READING_SHARE * reading * expected.token_s):
         return resolved
     duration = _about(expected.total_s)
-    needed = plan_memory(quick.request()).total
-    if needed > free.device:
+    needed = plan_memory(resolved.request()).total
+    if resolved.heads.ratio is not None and splits:
+        events.announce(f"--heads {resolved.settings.heads} needs a ranking of the heads: {duration}, once")
+        return replace(resolved, unmeasured=False)
+    rounds = resolved.unmeasured and fitted.kv != resolved.kv
+    if splits or (rounds and not wish.quick):
+        plan = resolved.heads.plan
+        share = plan.num_retrieval / (plan.num_retrieval + plan.num_streaming)
+        which = "all heads" if share == 1 else f"{share:.0%} of the heads"
         events.announce(
-            f"all heads and {SAFE_KV} KV need {needed / GIB:.1f} GiB of {free.device / GIB:.1f}: "
+            f"{which} and {resolved.kv} KV need {needed / GIB:.1f} GiB of {free.device / GIB:.1f}: "
             f"this model is measured first, {duration}, once"
         )
-        return resolved
-    saved = (needed - plan_memory(resolved.request()).total) / GIB
-    what = [f"{SAFE_KV} KV"] if quick.kv != resolved.kv else []
-    if quick.heads is not resolved.heads:
+        return replace(resolved, unmeasured=resolved.unmeasured and not wish.quick)
+    what = [f"{fitted.kv} KV"] if resolved.unmeasured else []
+    if resolved.heads.unranked:
         what.insert(0, "every KV head with the whole context")
-    if not what:  # a ratio was asked for, which needs a ranking
-        events.announce(f"--heads {resolved.settings.heads} needs a ranking of the heads: {duration}, once")
-        return resolved
     events.announce(
         f"this model is not measured: it starts with {' and '.join(what)}; `duolocal tune --model "
-        f"{resolved.settings.model}` ({duration}, once) may save up to {saved:.1f} of {needed / GIB:.1f} GiB"
+        f"{resolved.settings.model}` ({duration}, once) may save up to {_saved(resolved) / GIB:.1f} of "
+        f"{needed / GIB:.1f} GiB"
     )
-    return quick
+    return settled
 
 
-def unmeasured(resolved: Resolved) -> Resolved:
-    """Return `resolved` with what was left to us at what needs no measurement: it costs memory, and no quality."""
+def _saved(resolved: Resolved) -> int:
+    """Return what the smallest result of both measurements would save."""
     heads = resolved.heads
-    if heads.unranked and heads.ratio is None:
-        config, settings = resolved.config, resolved.settings
-        plan = uniform_plan(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            sink_size=settings.sink_size,
-            recent_size=settings.recent_size,
-            retrieval=True,
-        )
-        heads = HeadChoice(plan)
-    return replace(resolved, heads=heads, kv=SAFE_KV if resolved.kv == MEASURE else resolved.kv)
+    if heads.unranked:
+        heads = replace(heads, plan=resolved.cut(UNMEASURED_RATIO))
+    tuned = replace(resolved, heads=heads, kv=KV_FORMATS[-1] if resolved.unmeasured else resolved.kv)
+    return plan_memory(resolved.request()).total - plan_memory(tuned.request()).total
 
 
 def estimate(resolved: Resolved, transformer: Transformer) -> Estimate:
@@ -119,7 +117,7 @@ def estimate(resolved: Resolved, transformer: Transformer) -> Estimate:
         passes = _DRIFT_TEXTS if length == DRIFT_POSITIONS else _ECHO_DRAWS
         ranking_s = passes * pass_s(length)
     measuring_s = 0.0
-    if resolved.kv == MEASURE:
+    if resolved.unmeasured:
         measuring_s = len(CANDIDATES) * (pass_s(FIRST_USE_TOKENS) + FIRST_USE_TOKENS * logits_s)
     return Estimate(ranking_s, measuring_s, layers_s)
 

@@ -3,11 +3,9 @@
 Small models can break under a 4-bit cache that is harmless to large ones, so there is no default for all. The
 measurement feeds real text through the same weights with each format, all heads retrieval (the hardest case), and
 compares the distributions of the next token with those of the 16-bit cache. A verdict ships for the models listed in
-`kv_measured.json`; for any other model it is measured on first use and kept in the cache folder.
+`measured.json`; for any other model it is measured on first use and kept in the cache folder.
 """
 
-import importlib.resources
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -15,10 +13,9 @@ import torch
 from torch import Tensor
 
 from duolocal.cache import DuoCache
-from duolocal.files import JsonCache
+from duolocal.engine.measured import remember_kv, remembered_kv, shipped_kv
 from duolocal.heads import uniform_plan
 from duolocal.models.loader import ModelSource
-from duolocal.models.registry import models_folder
 from duolocal.models.rope import extended
 from duolocal.models.transformer import Transformer
 from duolocal.predictions import Predictions, Reference
@@ -49,9 +46,9 @@ class KVMeasurement:
 
 def known_kv(fingerprint: str) -> tuple[str, str] | None:
     """Return the format that was measured for these weights, and a line saying where; None: nowhere yet."""
-    if (kv := _shipped().get(fingerprint)) is not None:
+    if (kv := shipped_kv(fingerprint)) is not None:
         return kv, f"KV format {kv}: the smallest that passed this model's measurement (docs/kv-formats.md)"
-    if (kv := _remembered(fingerprint)) is not None:
+    if (kv := remembered_kv(fingerprint)) is not None:
         return kv, f"KV format {kv}: the smallest that passed when this model was first used here"
     return None
 
@@ -74,7 +71,7 @@ def choose_kv(
     )
     results = list(measured)
     choice = verdict(results)
-    _remember(source.fingerprint, choice, results)
+    remember_kv(source.fingerprint, choice, [asdict(result) for result in results])
     figures = ", ".join(f"{r.kv}: KL {r.mean_kl:.4f}, perplexity {r.perplexity_rise:+.1%}" for r in results)
     return choice, f"KV format {choice}, chosen by measurement on {len(token_ids):,} tokens ({figures})"
 
@@ -154,24 +151,3 @@ def _log_probs(transformer: Transformer, cache: DuoCache, ids: Tensor, chunk: sl
     hidden = transformer.hidden(ids[chunk], positions, cache)
     cache.commit()
     return transformer.logits(hidden).log_softmax(-1)  # [chunk, vocab_size]
-
-
-def _shipped() -> dict[str, str]:
-    data = json.loads(importlib.resources.files("duolocal.engine").joinpath("kv_measured.json").read_text())
-    return {fingerprint: entry["kv"] for entry in data["models"] for fingerprint in entry["fingerprints"]}
-
-
-def _cache() -> JsonCache:
-    return JsonCache(models_folder() / "kv-formats.json")
-
-
-def _remembered(fingerprint: str) -> str | None:
-    """Return the verdict that was kept; None where it is absent or damaged, and measured again."""
-    entry = _cache().get(fingerprint)
-    kv = entry.get("kv") if isinstance(entry, dict) else None
-    return kv if kv in KV_FORMATS else None
-
-
-def _remember(fingerprint: str, choice: str, results: list[KVMeasurement]) -> None:
-    """Keep a verdict; a cache folder that cannot be written only means measuring again."""
-    _cache().put(fingerprint, {"kv": choice, "results": [asdict(result) for result in results]})

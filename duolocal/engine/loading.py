@@ -8,7 +8,7 @@ from duolocal.engine.head_choice import rank_on_first_use
 from duolocal.engine.kernels import arrangement, make_kernels, undecoded_note
 from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.kv_choice import choose_kv
-from duolocal.engine.resolve import MEASURE, Resolved, resolve
+from duolocal.engine.resolve import Resolved, resolve
 from duolocal.engine.select_choice import choose_channels
 from duolocal.identify import LoadTransformer
 from duolocal.models.loader import ModelSource
@@ -60,9 +60,9 @@ def decide(resolved: Resolved, transformer: Transformer, events: LoadEvents) -> 
             on_progress=events.identifying,
         )
         resolved = replace(resolved, heads=heads)
-    if resolved.kv == MEASURE:
+    if resolved.unmeasured:
         kv, note = choose_kv(source, transformer, chunk_size=resolved.chunk_size, on_progress=events.measuring)
-        resolved = replace(resolved, kv=kv, kv_note=note)
+        resolved = replace(resolved, kv=kv, kv_note=note, unmeasured=False)
     return resolved
 
 

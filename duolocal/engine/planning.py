@@ -4,29 +4,22 @@ Owns what stands for those decisions that only a loaded model can make, and what
 a card. Decisions are `duolocal.engine.resolve`'s, the arithmetic is `duolocal.plan`'s.
 """
 
-import importlib.util
 from dataclasses import dataclass, replace
 
 import torch
 
-from duolocal.engine.first_use import unmeasured
+from duolocal.engine.automatic import fit, suggestions
 from duolocal.engine.known_model import known_model
-from duolocal.engine.resolve import MEASURE, Resolved, resolve
-from duolocal.errors import DuoLocalError, SettingsError
-from duolocal.heads import HeadsSpec
+from duolocal.engine.resolve import Resolved, resolve
+from duolocal.errors import SettingsError
 from duolocal.models.loader import ModelSource
 from duolocal.paths import cache_folder
 from duolocal.plan.cards import Card, card_named
-from duolocal.plan.fitting import Free, Freedom, place
+from duolocal.plan.fitting import Free, Setting
 from duolocal.plan.free import free_places
 from duolocal.plan.memory import MemoryPlan, plan_memory
 from duolocal.plan.request import Request
-from duolocal.plan.weights import Weights
 from duolocal.settings import LoadSettings
-
-# Of a model that nobody measured: large ones bear a 4-bit cache, small ones often do not (docs/kv-formats.md).
-ASSUMED_KV, ASSUMED_SMALL_KV = "int4", "int8"
-LARGE_ELEMENTS = 3_000_000_000
 
 
 @dataclass(frozen=True)
@@ -34,16 +27,18 @@ class Planned:
     """A request as it would be run, what it takes, and what there is."""
 
     name: str
-    request: Request  # with its blocks placed; as it was asked where nothing fits
+    request: Request  # with its blocks placed; where nothing fits, the least that costs little
     plan: MemoryPlan
     fits: bool
+    line: str | None  # what was chosen, what it costs, what would buy more; None where nothing fits
+    nearest: tuple[Setting, ...]  # that fit where it does not, or have all blocks on the device where it has not
     free: Free  # for this plan: the process's own bytes are taken off
-    freedom: Freedom
     memory: int  # bytes of the device that may be used, the process's own included
     card: Card | None
     source: ModelSource | None  # None: it is not on this machine
     kv: str
     automatic: bool  # where blocks lie was not asked for
+    trained: int  # tokens that the model was trained for
     notes: tuple[str, ...]
 
 
@@ -70,75 +65,45 @@ def plan_settings(
     free = _free(resolved.device, chosen, process=process)
     given = {"device": None if memory is None else memory - process, "host": host_memory, "disk": disk}
     free = replace(free, **{place: size for place, size in given.items() if size is not None})
-    resolved = _assume(resolved, free)
-    request = resolved.request()
-
-    def sizes(weights: str, outer_weights: str) -> Weights:
-        changed = model.quantized(weights, outer_weights)
-        return changed.sizes(kernels=resolved.kernels, dtype=resolved.dtype, device=resolved.device.type)
-
-    rounds = settings.weights == "auto" and request.weights.layer_format in ("F16", "BF16") and _has_bitsandbytes()
-    freedom = Freedom(
-        resolved.kv,
-        cut=resolved.cut if _can_cut(resolved) else None,
-        heads=HeadsSpec.parse(settings.heads),
-        outer_weights=(lambda name: sizes(settings.weights, name)) if settings.outer_weights == "auto" else None,
-        weights=(lambda name: sizes(name, settings.outer_weights)) if rounds else None,
-    )
-    placed = place(request, free)
+    found = fit(resolved, free)
+    automatic = settings.kv_device_memory is None
+    if found is None:
+        shown, settings_that_fit = suggestions(resolved, free)
+        request = shown.request()
+    else:
+        request, shown, settings_that_fit = found.request, found.resolved, []
+        if automatic and plan_memory(request).offloaded:
+            _, settings_that_fit = suggestions(resolved, free, offload=False)
     return Planned(
         name=settings.model,
-        request=placed or request,
-        plan=plan_memory(placed or request),
-        fits=placed is not None,
+        request=request,
+        plan=plan_memory(request),
+        fits=found is not None,
+        line=None if found is None else found.line,
+        nearest=tuple(settings_that_fit),
         free=free,
-        freedom=freedom,
         memory=free.device + process,
         card=chosen,
         source=model.source,
-        kv=resolved.kv,
-        automatic=settings.kv_device_memory is None,
-        notes=tuple(resolved.notes),
+        kv=shown.kv,
+        automatic=automatic,
+        trained=model.config.max_positions,
+        notes=tuple(_notes(shown, measured_first=found is None or found.measured_first)),
     )
 
 
-def _assume(resolved: Resolved, free: Free) -> Resolved:
-    """Return `resolved` with nothing undecided, and notes: as an unmeasured model starts, where that fits the device.
-
-    Where it does not, the model is measured first, and its usual results stand for the heads' ranking and KV format.
-    """
-    quick = unmeasured(resolved)
-    if resolved.undecided and plan_memory(quick.request()).total <= free.device:
-        note = "this model is not measured yet: planned as it starts; `duolocal tune` may save memory"
-        resolved = replace(quick, kv_note=note)
-    heads = resolved.heads
-    if heads.unranked:
-        share = heads.plan.num_retrieval / (heads.plan.num_retrieval + heads.plan.num_streaming)
-        note = (
-            f"no head pattern is known for this model yet: its heads are ranked on first use, once; planned with "
-            f"{share:.0%} of them retrieval heads"
+def _notes(resolved: Resolved, *, measured_first: bool) -> list[str]:
+    """Return what is to be said of a load: the line of its settings is said elsewhere."""
+    notes = [note for note in resolved.notes if note != resolved.fit_note]
+    if resolved.undecided and measured_first:
+        what = [*["its heads are ranked"] * resolved.heads.unranked, *["KV formats are measured"] * resolved.unmeasured]
+        notes.append(
+            f"{' and '.join(what)} on first use, once, as memory does not hold the model as it would start (then it is "
+            "chosen again); planned with the figures of another model"
         )
-        resolved = replace(resolved, heads=replace(heads, note=note, unranked=False))
-    if resolved.kv == MEASURE:
-        kv = ASSUMED_KV if resolved.weights.layer_elements >= LARGE_ELEMENTS else ASSUMED_SMALL_KV
-        note = (
-            f"KV format {kv} is assumed: --kv auto measures this model on first use and takes a larger one where that "
-            "is needed (then memory is checked again)"
-        )
-        resolved = replace(resolved, kv=kv, kv_note=note)
-    return resolved
-
-
-def _has_bitsandbytes() -> bool:
-    return importlib.util.find_spec("bitsandbytes") is not None
-
-
-def _can_cut(resolved: Resolved) -> bool:
-    try:
-        resolved.cut(0.5)
-    except DuoLocalError:
-        return False  # there is no ranking of the heads, and none can be made
-    return True
+    elif resolved.undecided:
+        notes.append("this model is not measured yet: planned as it starts; `duolocal tune` may save memory")
+    return notes
 
 
 def _free(device: torch.device, card: Card | None, *, process: int) -> Free:

@@ -1,8 +1,9 @@
 """From what is asked for to what is run: device, dtype, context, kernels, heads, KV format, sizes.
 
-Owns every decision about a load that headers, shapes and what is remembered can make. `Engine.load`, the planner and
-the evaluation share it, so that they cannot differ; nothing is built, loaded or computed here. What is left for the
-loaded weights to tell (`Resolved.undecided`) is `duolocal.engine.loading`'s.
+Owns every decision about a load that headers, shapes and what is remembered can make, memory aside: what has to be
+given up for that is `duolocal.engine.automatic`'s. `Engine.load`, the planner and the evaluation share both, so that
+they cannot differ; nothing is built, loaded or computed here. What the loaded weights can tell beyond that
+(`Resolved.undecided`) is `duolocal.engine.loading`'s.
 """
 
 import difflib
@@ -20,7 +21,7 @@ from duolocal.engine.place import device_named, dtype_named
 from duolocal.engine.prefill_choice import prefill_note, prefill_policy
 from duolocal.engine.select_choice import selection_budget, selection_note
 from duolocal.errors import SettingsError
-from duolocal.heads import HeadChoice, HeadPlan, HeadsSpec, choose_heads
+from duolocal.heads import HeadChoice, HeadPlan, HeadsSpec, choose_heads, uniform_plan
 from duolocal.kernels.cpu.threads import default_threads
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
@@ -34,14 +35,15 @@ from duolocal.settings import LoadSettings
 DEFAULT_CONTEXT = 32 * 1024  # tokens; a million are asked for
 DEFAULT_CHUNK_SIZE = {"cpu": 512, "cuda": 4096}  # tokens
 MIN_CONTEXT = 16  # tokens
-MEASURE = "measure"  # in place of a KV format: the loaded weights have to be measured
+SAFE_KV = "int8"  # of a model that nobody measured: indistinguishable from 16 bits (docs/kv-formats.md)
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A load, decided."""
+    """A load, decided but for memory: what is left to us is at its best (`duolocal.engine.automatic`)."""
 
     settings: LoadSettings  # what was asked for
+    known: KnownModel  # as its file has it
     model: KnownModel  # as it will be loaded: `--weights` and `--outer-weights` applied
     weights: Weights  # its sizes
     config: ModelConfig  # with the RoPE scaling for `context`
@@ -52,27 +54,30 @@ class Resolved:
     kernels: str  # "compiled", "torch" or "triton"
     threads: int  # of the CPU
     heads: HeadChoice
-    kv: str  # a name of KV_FORMATS, or MEASURE
+    kv: str  # a name of KV_FORMATS
+    unmeasured: bool  # `kv` was left to us, and nobody has measured what this model bears
     select: int | None  # the token budget of selected decode, None for reading all
     sparse: SparsePrefill | None
     rope_note: str | None
     kernels_note: str | None
     kv_note: str | None
+    on_card: bool = False  # for a GPU that this machine need not have
+    fit_note: str | None = None  # what had to be given up for memory
 
     @property
     def undecided(self) -> bool:
-        """Whether the loaded weights have to be asked: for a ranking of their heads, or for the KV format they bear."""
-        return self.heads.unranked or self.kv == MEASURE
+        """Whether the loaded weights can tell more: a ranking of their heads, or the KV format they bear."""
+        return self.heads.unranked or self.unmeasured
 
     @property
-    def counted_kv(self) -> str:
-        """The KV format that memory is counted with: the smallest stands for one that is yet to be measured."""
-        return KV_FORMATS[-1] if self.kv == MEASURE else self.kv
+    def fingerprint(self) -> str | None:
+        """Of the weights; None: they are not here."""
+        return None if self.model.source is None else self.model.source.fingerprint
 
     @property
     def notes(self) -> list[str]:
         """Say for people what was decided beyond what they asked for."""
-        found = [*self.model.notes, self.rope_note, self.heads.note, self.kv_note, self.kernels_note]
+        found = [*self.model.notes, self.rope_note, self.heads.note, self.kv_note, self.fit_note, self.kernels_note]
         found.append(None if self.select is None else selection_note(self.select))
         found.append(None if self.sparse is None else prefill_note(self.sparse))
         return [note for note in found if note]
@@ -82,7 +87,7 @@ class Resolved:
         return Request(
             config=self.config,
             heads=self.heads.plan,
-            layout=kv_layout(self.counted_kv, head_dim=self.config.head_dim, dtype=self.dtype),
+            layout=kv_layout(self.kv, head_dim=self.config.head_dim, dtype=self.dtype),
             weights=self.weights,
             context=self.context,
             chunk_size=self.chunk_size,
@@ -95,6 +100,16 @@ class Resolved:
             select=self.select,
             sparse=self.sparse is not None,
         )
+
+    def with_formats(self, weights: str, outer_weights: str) -> "Resolved":
+        """Return it with these `--weights` and `--outer-weights`. Raises SettingsError where they cannot be applied."""
+        model = self.known.quantized(weights, outer_weights)
+        sizes = model.sizes(kernels=self.kernels, dtype=self.dtype, device=self.device.type)
+        return replace(self, model=model, weights=sizes)
+
+    def with_outer(self, name: str) -> "Resolved":
+        """Return it with another `--outer-weights`. Raises SettingsError where that cannot be applied."""
+        return self.with_formats(self.settings.weights, name)
 
     def cut(self, ratio: float) -> HeadPlan:
         """Return the plan of the same ranking of heads at another ratio, fetching none. Raises DuoLocalError."""
@@ -109,7 +124,7 @@ def resolve(settings: LoadSettings, model: KnownModel, *, on_card: bool = False,
     is asked for and not here; else an estimate stands for it (`choose_heads`). Raises DuoLocalError with one line
     saying what to do.
     """
-    model = model.quantized(settings.weights, settings.outer_weights)
+    known, model = model, model.quantized(settings.weights, settings.outer_weights)
     device = torch.device("cuda") if on_card else device_named(settings.device)
     dtype = torch.bfloat16 if on_card and settings.dtype == "auto" else dtype_named(settings.dtype, device)
     context = default_context(model.config) if settings.context is None else settings.context
@@ -126,9 +141,10 @@ def resolve(settings: LoadSettings, model: KnownModel, *, on_card: bool = False,
     kernels, kernels_note = kernels_named(
         settings.kernels, config, device=device, dtype=dtype, num_threads=settings.threads, here=not on_card
     )
-    kv, kv_note = _kv(settings.kv, model)
+    kv, kv_note, unmeasured = _kv(settings.kv, model)
     return Resolved(
         settings=settings,
+        known=known,
         model=model,
         weights=model.sizes(kernels=kernels, dtype=dtype, device=device.type),
         config=config,
@@ -140,11 +156,13 @@ def resolve(settings: LoadSettings, model: KnownModel, *, on_card: bool = False,
         threads=settings.threads or (default_threads() if device.type == "cpu" else 1),
         heads=_heads(HeadsSpec.parse(settings.heads), model, settings, context, fetch=fetch),
         kv=kv,
+        unmeasured=unmeasured,
         select=selection_budget(settings.select, context, config=config, kernels=kernels),
         sparse=prefill_policy(settings.prefill, chunk_size=chunk_size),
         rope_note=rope_note,
         kernels_note=kernels_note,
         kv_note=kv_note,
+        on_card=on_card,
     )
 
 
@@ -174,7 +192,7 @@ def settings_with(model: str | ModelSource, settings: LoadSettings | None, chang
 
 
 def _heads(spec: HeadsSpec, model: KnownModel, settings: LoadSettings, context: int, *, fetch: bool) -> HeadChoice:
-    return choose_heads(
+    choice = choose_heads(
         spec,
         num_layers=model.config.num_layers,
         num_kv_heads=model.config.num_kv_heads,
@@ -185,12 +203,22 @@ def _heads(spec: HeadsSpec, model: KnownModel, settings: LoadSettings, context: 
         can_rank=can_rank(model.config, context),
         fetch=fetch,
     )
+    if not choice.unranked or choice.ratio is not None:
+        return choice
+    plan = uniform_plan(
+        num_layers=model.config.num_layers,
+        num_kv_heads=model.config.num_kv_heads,
+        sink_size=settings.sink_size,
+        recent_size=settings.recent_size,
+        retrieval=True,
+    )
+    return replace(choice, plan=plan)  # until they are ranked: it costs memory, and no quality
 
 
-def _kv(wanted: str, model: KnownModel) -> tuple[str, str | None]:
+def _kv(wanted: str, model: KnownModel) -> tuple[str, str | None, bool]:
     if wanted not in ("auto", *KV_FORMATS):
         raise SettingsError(f"unknown KV format {wanted!r}: choose auto or one of {', '.join(KV_FORMATS)}")
     if wanted != "auto":
-        return wanted, None
+        return wanted, None, False
     known = None if model.source is None else known_kv(model.source.fingerprint)
-    return (MEASURE, None) if known is None else known
+    return (SAFE_KV, None, True) if known is None else (*known, False)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from duolocal.cache import SelectionPolicy
+from duolocal.engine.automatic import fit
 from duolocal.engine.engine import Engine
 from duolocal.engine.events import QUIET, LoadEvents
 from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.loading import decide, load_notes, load_weights, selection_policy
-from duolocal.engine.memory import GIB
-from duolocal.engine.resolve import resolve, settings_with
+from duolocal.engine.resolve import Resolved, resolve, settings_with
 from duolocal.errors import MemoryLimitError
 from duolocal.files import free_name
 from duolocal.heads import HeadPlan, KnownPattern, plan_heads, uniform_plan
@@ -26,8 +26,10 @@ from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
-from duolocal.plan.free import available_bytes
-from duolocal.plan.memory import bytes_per_token, dense_16bit_bytes, plan_memory
+from duolocal.paths import cache_folder
+from duolocal.plan.fitting import Free
+from duolocal.plan.free import available_bytes, free_places
+from duolocal.plan.memory import GIB, bytes_per_token, dense_16bit_bytes, plan_memory
 from duolocal.plan.request import Request
 from duolocal.plan.weights import weights_of_size
 from duolocal.quant.kv import kv_layout
@@ -119,11 +121,12 @@ class Lineup:
         shared = replace(settings_with(source, settings, changes), kv_device_memory=None)
         model = OpenedModel(source, shared.model, events)
         asked = [replace(shared, **vars(choice)) for choice in choices]
-        resolved = [resolve(one, model) for one in asked]
+        free = free_places(resolve(asked[0], model).device, cache_folder())
+        resolved = [_fitted(resolve(one, model), free) for one in asked]
         _check_memory([one.request() for one in resolved], side_by_side=side_by_side)
         transformer = load_weights(resolved[0], events)
         if any(one.undecided for one in resolved):  # what the first of them has measured is remembered for the others
-            resolved = [decide(resolve(one, model), transformer, events) for one in asked]
+            resolved = [_fitted(decide(resolve(one, model), transformer, events), free) for one in asked]
             loaded = [replace(one.request(), weights=weights_of_size(0)) for one in resolved]
             _check_memory(loaded, side_by_side=side_by_side)
         made = [
@@ -216,6 +219,12 @@ class Lineup:
             select=None if choice.select is None else choice.select.budget,
             sparse=choice.prefill is not None,
         )
+
+
+def _fitted(resolved: Resolved, free: Free) -> Resolved:
+    """Return `resolved` as a chat would run it on these weights; where none fits, as it was asked for."""
+    chosen = fit(resolved, free, loaded=resolved)
+    return resolved if chosen is None else chosen.resolved
 
 
 def _dense_plan(config: ModelConfig) -> HeadPlan:

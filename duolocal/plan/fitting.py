@@ -1,4 +1,4 @@
-"""Whether a plan fits, where its blocks should then lie, and which other settings fit where it does not.
+"""Whether a plan fits, how blocks lie beyond the device, and which other settings fit where it does not.
 
 Each suggestion is judged by the same arithmetic as the request itself. They are ordered by how little they change for
 the user: first what changes no answer, then what rounds, then what sees less.
@@ -75,16 +75,6 @@ _Change = Callable[[Setting, Free, Freedom], Iterator[Setting]]
 def fits(plan: MemoryPlan, free: Free) -> bool:
     """Return whether all that is planned has room."""
     return plan.total <= free.device and plan.host_blocks <= free.host and plan.disk_blocks <= free.disk
-
-
-def place(request: Request, free: Free) -> Request | None:
-    """Return `request` with its blocks where they have room: on the device if all fit, else beyond it with a cache.
-
-    None where no placement fits. A request that names `kv_device_memory` keeps it.
-    """
-    if fits(plan_memory(request), free):
-        return request
-    return None if request.kv_device_memory is not None else next(_offloaded(request, free), None)
 
 
 def nearest(request: Request, free: Free, freedom: Freedom, *, count: int = 3) -> list[Setting]:
@@ -167,7 +157,7 @@ def _chunks(setting: Setting, free: Free, freedom: Freedom) -> Iterator[Setting]
 def _placements(setting: Setting, free: Free, freedom: Freedom) -> Iterator[Setting]:
     if not freedom.offload or setting.request.kv_device_memory is not None:
         return
-    for request in _offloaded(setting.request, free):
+    for request in offloaded(setting.request, free):
         assert request.kv_device_memory is not None
         where = "host memory" if request.outer == "memory" else "a file on disk"
         yield _with(
@@ -178,7 +168,7 @@ def _placements(setting: Setting, free: Free, freedom: Freedom) -> Iterator[Sett
         )
 
 
-def _offloaded(request: Request, free: Free) -> Iterator[Request]:
+def offloaded(request: Request, free: Free) -> Iterator[Request]:
     """Yield the request with as large a cache of blocks on the device as has room, at most one."""
     # A GPU reads pinned host memory, never a file.
     homed = replace(request, outer="memory" if request.device == "cuda" else "disk", kv_device_memory=0)

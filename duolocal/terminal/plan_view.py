@@ -1,6 +1,7 @@
 """What `duolocal plan` shows: a bar of the memory, tables by place, times, and settings that fit."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from duolocal.engine.kernels import arrangement, make_kernels
 from duolocal.engine.planning import Planned, plan_settings
 from duolocal.plan.cards import card_rates
 from duolocal.plan.duration import Rates, duration_of
-from duolocal.plan.fitting import Setting, nearest
+from duolocal.plan.fitting import Setting
 from duolocal.plan.memory import MemoryPlan, bytes_per_token, dense_16bit_bytes, plan_memory
 from duolocal.plan.rates import keep_rates, known_rates, measure_rates, rates_key, sample_model
 from duolocal.plan.request import Request
@@ -212,6 +213,9 @@ def _weights_known(request: Request) -> str:
 def _more(planned: Planned, rates: Rates | None) -> Table:
     request, plan = planned.request, planned.plan
     table = fact_table()
+    if planned.line is not None:
+        table.add_row("chosen", clean_line(planned.line))
+    table.add_row("trained for", figures.tokens(planned.trained))
     dense = dense_16bit_bytes(request.config, request.context)
     table.add_row(
         "KV per token",
@@ -238,27 +242,23 @@ def _more(planned: Planned, rates: Rates | None) -> Table:
 def _verdict(planned: Planned) -> list[RenderableType]:
     plan = planned.plan
     left = figures.size(planned.memory - plan.with_process)
-    lines: list[RenderableType] = [Text(f"fits: {left} of {figures.size(planned.memory)} are left", "bold green")]
+    where = "some blocks beyond the device" if plan.offloaded else "all blocks on the device"
+    fits = f"fits, {where}: {left} of {figures.size(planned.memory)} are left"
+    lines: list[RenderableType] = [Text(fits, "bold green")]
     if plan.offloaded and planned.automatic:
-        whole = plan_memory(whole_request(planned))
+        whole = plan_memory(replace(planned.request, kv_device_memory=None))
         lines.append(
             Text(
                 f"Not all blocks fit on the device (that takes {figures.size(whole.with_process)}): the others lie "
                 "beyond it, with the same answers, and each token waits for them."
             )
         )
-        found = nearest(whole_request(planned), planned.free, replace(planned.freedom, offload=False))
-        if found:
-            lines += [Text("With all of them on the device:"), _settings(found)]
+        if planned.nearest:
+            lines += [Text("With all of them on the device:"), _settings(planned.nearest)]
     return lines
 
 
-def whole_request(planned: Planned) -> Request:
-    """Return the request with all blocks on the device."""
-    return replace(planned.request, kv_device_memory=None)
-
-
-def _settings(found: list[Setting]) -> Table:
+def _settings(found: Sequence[Setting]) -> Table:
     table = bare_table()
     table.add_column(no_wrap=True, style="bold")
     table.add_column(justify="right", no_wrap=True)
@@ -269,13 +269,12 @@ def _settings(found: list[Setting]) -> Table:
 
 
 def _refusal(planned: Planned) -> list[RenderableType]:
-    plan, free = planned.plan, planned.free
+    plan = planned.plan
     text = f"does not fit: {figures.size(plan.with_process)} are needed, {figures.size(planned.memory)} are there"
     lines: list[RenderableType] = [Text(text, "bold red")]
-    found = nearest(planned.request, free, planned.freedom)
-    if not found:
+    if not planned.nearest:
         return [*lines, Text("no setting of this model fits: use a smaller model, or more memory")]
-    return [*lines, Text("These fit; what changes least comes first:"), _settings(found)]
+    return [*lines, Text("These fit; what changes least comes first:"), _settings(planned.nearest)]
 
 
 def plan_json(planned: Planned, rates: Rates | None) -> None:
@@ -298,6 +297,8 @@ def as_json(planned: Planned, rates: Rates | None) -> dict[str, Any]:
         "kernels": request.kernels,
         "dtype": str(request.dtype).removeprefix("torch."),
         "fits": planned.fits,
+        "chosen": planned.line,
+        "trained_context": planned.trained,
         "memory_bytes": planned.memory,
         "needed_bytes": plan.with_process,
         "device_bytes": {
@@ -334,6 +335,6 @@ def as_json(planned: Planned, rates: Rates | None) -> dict[str, Any]:
     if not planned.fits:
         answer["nearest"] = [
             {"options": list(setting.options), "needed_bytes": setting.plan.with_process, "effect": setting.effect}
-            for setting in nearest(planned.request, planned.free, planned.freedom)
+            for setting in planned.nearest
         ]
     return answer
