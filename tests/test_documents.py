@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duolocal.documents import Document, Part, decode_document, load, load_document
+from duolocal.documents import Document, Part, decode_document, gather, load, load_document
 from duolocal.errors import DocumentError
 
 TEXT = "Grüße, naïve café – “quoted”\nsecond line\n"
@@ -141,8 +141,8 @@ def test_any_bytes_are_text_or_refused(data: bytes) -> None:
     ("name", "data", "message"),
     [
         ("a.zip", b"PK\x03\x04..", "{} is a zip archive: unpack it and load the text inside"),
-        ("a.odt", b"PK\x03\x04..", "{} is an OpenDocument text: save it as docx or plain text and load that"),
-        ("a.rtf", b"{\\rtf1 x}", "{} is a rich-text (RTF) file: save it as docx or plain text and load that"),
+        ("a.odt", b"PK\x03\x04..", "{} is a damaged zip archive (its directory is missing): pack it anew"),
+        ("a.msg", b"\xd0\xcf\x11\xe0", "{} is an Outlook message: save it as eml or plain text and load that"),
         (
             "a.doc",
             b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
@@ -153,7 +153,8 @@ def test_any_bytes_are_text_or_refused(data: bytes) -> None:
             b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
             "{} is locked with a password, or an old Office file: save it without one, in its new format",
         ),
-        ("a.gz", b"\x1f\x8b\x08", "{} is a gzip archive: unpack it and load the text inside"),
+        ("a.gz", b"\x1f\x8b\x08", "{} is a damaged gzip file (it breaks off): pack it anew"),
+        ("a.tgz", b"\x1f\x8b\x08", "{} is a tar archive in gzip: unpack it and load the text inside"),
         ("a.gguf", b"GGUF\x03\0\0\0", "{} is a model file: choose it with --model"),
         ("a.bin", bytes(range(256)) * 4, "{} is a binary file, not text: load a text file instead"),
         ("a.bin", b"\x01\x02\x03\x04" * 9, "{} is a binary file, not text: load a text file instead"),
@@ -234,3 +235,42 @@ def test_the_part_of_a_position(lengths: list[int]) -> None:
     assert [document.part_at(at) for at in range(len(owners))] == [parts[owner] for owner in owners]
     assert document.part_at(-1) is None
     assert Document("a", Path("a"), "x", "", 1).part_at(0) is None
+
+
+SHORT = {
+    "gb18030": ("你好，世界。\n", "合同编号：48，单位：元\n", "姓名,地址\n张三,北京市\n"),
+    "big5": ("這是一個測試的檔案，請您說明。\n",),
+    "cp932": ("会議は東京で行う。\n",),
+    "cp949": ("안녕하세요. 계약서입니다.\n",),
+    "cp1251": ("Привет, мир\n", "Договор и отчет\n"),
+    "koi8_r": ("Привет, мир\n",),
+    "cp866": ("Привет, мир\n",),
+    "cp850": ("Größe: 5 m, Maße und Gewicht für die Bestellung\n", "le café est près de la forêt, où l’été dure\n"),
+    "mac_roman": (
+        "Größe: 5 m, Maße und Gewicht für die Bestellung\n",
+        "le café est près de la forêt, où il a été reçu\n",
+    ),
+    "cp1252": ("Größe: 5 m, Maße und Gewicht\n", "le café est près de la forêt, où l’été dure… 5 €\n"),
+    "cp852": ("Příliš žluťoučký kůň úpěl ďábelské ódy\n",),
+}
+
+
+@pytest.mark.parametrize(("codec", "text"), [(codec, text) for codec, texts in SHORT.items() for text in texts])
+def test_short_texts_in_old_encodings(codec: str, text: str) -> None:
+    document = decode_document(text.replace("’", "'").encode(codec), Path("a.txt"))
+    assert document.text == text.replace("’", "'")
+    assert "a guess" in (document.note or "")
+
+
+def test_a_few_zero_bytes_make_no_binary_file(tmp_path: Path) -> None:
+    rows = "name,city,sum\nÄgid,Köln,5\nBert,Bonn,7\n"
+    for codec in ("utf-8", "cp1252"):
+        for place in ("Bert", "\n", ","):
+            for zeros in (b"\0", bytes(9000)):
+                data = rows.encode(codec).replace(place.encode(), place.encode() + zeros, 1)
+                document = decode_document(data, Path("a.csv"))
+                assert document.text == rows.replace(place, f"{place}\ufffd", 1)
+                assert document.notes[0] == "1 run of zero bytes stands as U+FFFD"
+                (tmp_path / "a.csv").write_bytes(data)
+                assert [found.name for found in gather([tmp_path]).found] == [f"{tmp_path.name}/a.csv"]
+    assert decode_document("a,b\n".encode("utf-16-le") * 9, Path("a.csv")).encoding == "utf-16-le"

@@ -29,6 +29,13 @@ _MODULES = {
     "epub": "duolocal.documents.epub",
     "xlsx": "duolocal.documents.xlsx",
     "pptx": "duolocal.documents.pptx",
+    "mail": "duolocal.documents.mail",
+    "mhtml": "duolocal.documents.mail",
+    "notebook": "duolocal.documents.notebook",
+    "rtf": "duolocal.documents.rtf",
+    "odt": "duolocal.documents.odf",
+    "ods": "duolocal.documents.odf",
+    "odp": "duolocal.documents.odf",
 }
 _CALLED = {
     "html": "a web page",
@@ -37,6 +44,13 @@ _CALLED = {
     "epub": "an EPUB book",
     "xlsx": "an Excel workbook",
     "pptx": "a PowerPoint file",
+    "mail": "a mail",
+    "mhtml": "a saved web page",
+    "notebook": "a Jupyter notebook",
+    "rtf": "a rich-text file",
+    "odt": "an OpenDocument text",
+    "ods": "an OpenDocument sheet",
+    "odp": "an OpenDocument presentation",
 }
 
 

@@ -270,10 +270,10 @@ class _Reader:
         from duolocal.documents.text import NotTextError, decode
 
         try:
-            found = format_of(data[:HEAD], relation.target)
+            found = format_of(data[:HEAD], relation.target, lambda: Archive(data))
             if found.kind == "docx":
                 return _convert(data, self._report, self._nested - 1).text
-            if found.how == "convert" and found.kind == "html":
+            if found.how == "convert" and found.kind in ("html", "mhtml", "rtf"):
                 return convert_bytes(data, found.kind).text
             return decode(data).text.strip() if found.how == "decode" else ""
         except (ConversionError, NotTextError):

@@ -16,16 +16,17 @@ from pathlib import Path, PurePosixPath
 from duolocal.documents.converter import Converter, Progress
 from duolocal.documents.formats import HEAD, format_of
 from duolocal.documents.ignore import Ignored, ignored_above
-from duolocal.documents.load import MAX_BYTES, decode_document, load_document, nearest, why
+from duolocal.documents.load import MAX_BYTES, decode_document, load_document, nearest, read_bytes, why
 from duolocal.documents.model import Document
 from duolocal.documents.text import is_blank, looks_binary
-from duolocal.documents.zipped import Archive, ArchiveError
+from duolocal.documents.zipped import Archive, ArchiveCache, ArchiveError
 from duolocal.errors import DocumentError
 from duolocal.files import free_name
 
 MAX_FILES = 50_000  # seen, taken or not; no context holds so many
 _LONGEST_ARCHIVE = 40  # characters of its name
 _MAX_DEPTH = 64  # folders within folders
+_MAX_LOOKED_INTO = 16 * 2**20  # a zip in an archive; one that is larger is judged by its name
 _MADE = ("__pycache__", "node_modules")  # folders that nobody writes by hand
 _NESTED = "a zip archive inside another: unpack it first"
 _DIGITS = re.compile(r"([0-9]{1,18})")
@@ -42,6 +43,7 @@ class Found:
     named: bool = True  # by the user; False for what was found in a folder or an archive, or by a pattern
     num_bytes: int = 0
     converter: Converter | None = field(default=None, repr=False, compare=False)
+    archives: ArchiveCache = field(default_factory=ArchiveCache, repr=False, compare=False)
 
     @property
     def source(self) -> str:
@@ -52,13 +54,8 @@ class Found:
         """Read and convert it; raises DocumentError. `on_progress` gets the pages done, and of how many."""
         if self.member is None:
             return load_document(self.path, name=self.name, converter=self.converter, on_progress=on_progress)
-        try:
-            with Archive(self.path) as archive:
-                data = archive.read(self.member, most=MAX_BYTES)
-        except ArchiveError as error:
-            raise DocumentError(f"{self.path} {error}") from error
         document = decode_document(
-            data,
+            self.read_bytes(),
             Path(PurePosixPath(self.member.replace("\\", "/")).name),
             self.name,
             converter=self.converter,
@@ -66,6 +63,15 @@ class Found:
             on_progress=on_progress,
         )
         return replace(document, path=self.path)
+
+    def read_bytes(self) -> bytes:
+        """Return its bytes, not converted; raises DocumentError."""
+        if self.member is None:
+            return read_bytes(self.path)
+        try:
+            return self.archives.read(self.path, self.member, most=MAX_BYTES)
+        except ArchiveError as error:
+            raise DocumentError(f"{self.path} {error}") from error
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ class _Walk:
         self._names: dict[tuple[str, str | None], str] = {}  # real path and member: what it was called first
         self._count = 0
         self._converter = Converter()  # shared by all files; its process starts when one needs it
+        self._archives = ArchiveCache()  # shared, too
 
     def add(self, path: str | Path) -> None:
         word, path = str(path), Path(path).expanduser()
@@ -234,7 +241,7 @@ class _Walk:
             self._skip(shown, f"larger than {MAX_BYTES // 2**20} MiB")
             return
         with path.open("rb") as file:
-            reason = _unfit(file.read(HEAD), path.name, num_bytes=info.st_size)
+            reason = _unfit(file.read(HEAD), path.name, num_bytes=info.st_size, archive=lambda: Archive(path))
         if reason == _NESTED:
             reason = "a zip archive: name it itself to load what is in it"
         if reason:
@@ -249,12 +256,15 @@ class _Walk:
         if len(path.name) > _LONGEST_ARCHIVE:  # it stands before every name
             words = (*words[:-1], f"{path.name[: _LONGEST_ARCHIVE - 12]}…{path.suffix[:10]}")
         try:
-            with Archive(path) as archive:
-                names = sorted(archive.names(), key=natural_key)
-                if not names:
-                    self._skip(path.name, "an empty zip archive")
-                for name in names:
-                    self._member(archive, path, name, words=words)
+            archive = self._archives.get(path)
+            archive.renew()
+            names = sorted(archive.names(), key=natural_key)
+            if not names:
+                self._skip(path.name, "an empty zip archive")
+            for name in archive.duplicates:
+                self._skip(f"{words[-1]}/{name}", "stands in the archive twice, with the same content")
+            for name in names:
+                self._member(archive, path, name, words=words)
         except ArchiveError as error:
             raise DocumentError(f"{path} {error}") from error
 
@@ -272,7 +282,13 @@ class _Walk:
             self._skip(shown, f"larger than {MAX_BYTES // 2**20} MiB unpacked")
             return
         try:
-            reason = _unfit(archive.head(name, HEAD), inner[-1], num_bytes=info.file_size)
+            inside = None
+            if info.file_size <= _MAX_LOOKED_INTO:
+                # Only a zip is looked into, and an Office file in an archive is one.
+                def inside() -> Archive:
+                    return Archive(archive.read(name, most=_MAX_LOOKED_INTO))
+
+            reason = _unfit(archive.head(name, HEAD), inner[-1], num_bytes=info.file_size, archive=inside)
         except ArchiveError as error:
             reason = str(error)
         if reason:
@@ -294,7 +310,15 @@ class _Walk:
             return
         self._names[key] = shown
         self._tally()
-        found = Found(shown, path, member, named=named, num_bytes=num_bytes, converter=self._converter)
+        found = Found(
+            shown,
+            path,
+            member,
+            named=named,
+            num_bytes=num_bytes,
+            converter=self._converter,
+            archives=self._archives,
+        )
         self.seen.append(_Seen(found, words, depth))
 
     def _skip(self, name: str, reason: str) -> None:
@@ -313,16 +337,16 @@ class _Walk:
 def _is_archive(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return format_of(file.read(HEAD), path.name).how == "archive"
+            return format_of(file.read(HEAD), path.name, lambda: Archive(path)).how == "archive"
     except OSError:
         return False  # said when it is loaded
 
 
-def _unfit(head: bytes, name: str, *, num_bytes: int) -> str | None:
-    """Return why a file is no document, judged by its first bytes; None where it may be one."""
+def _unfit(head: bytes, name: str, *, num_bytes: int, archive: Callable[[], Archive] | None) -> str | None:
+    """Return why a file is no document, judged by its first bytes; None where it may be one. `archive` opens a zip."""
     if num_bytes == 0 or (num_bytes <= len(head) and is_blank(head)):
         return "empty"
-    found = format_of(head, name)
+    found = format_of(head, name, archive)
     if found.how == "archive":
         return _NESTED
     if found.how == "refuse":

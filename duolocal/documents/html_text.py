@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from duolocal.documents.blocks import SPACE, TextBuilder
 from duolocal.documents.converted import ConversionError, Converted
+from duolocal.documents.embedded import without_pictures
 from duolocal.documents.inline import Style
 from duolocal.documents.numbering import numbered
 from duolocal.documents.text import NotTextError, decode
@@ -81,7 +82,7 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     if page.title and page.title.casefold() not in text[: 4 * len(page.title) + 400].casefold():
         text = f"# {page.title}\n\n{text}"
     notes = (*decoded.notes, *hidden_note(page.num_hidden))
-    return Converted(text, (), notes, decoded.encoding, decoded.num_replaced)
+    return without_pictures(Converted(text, (), notes, decoded.encoding, decoded.num_replaced))
 
 
 def hidden_note(count: int) -> tuple[str, ...]:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 from duolocal.documents.converted import ConversionError, Converted
 from duolocal.documents.converter import Converter, Progress
-from duolocal.documents.formats import HEAD, Format, format_of
+from duolocal.documents.embedded import without_pictures
+from duolocal.documents.formats import HEAD, Format, format_of, inner_name
 from duolocal.documents.model import Document
+from duolocal.documents.packed import unpack
 from duolocal.documents.text import NotTextError, decode, is_blank
+from duolocal.documents.zipped import Archive
 from duolocal.errors import DocumentError
 
 # A million tokens are about 4 MB of English; no context holds a file of this size.
@@ -53,24 +56,34 @@ def decode_document(
     `shown` is what messages call the file (default: its path).
     """
     shown = shown or str(path)
-    if is_blank(data):
-        raise DocumentError(f"{shown} is empty: load a file that has text in it")
-    found = format_of(data[:HEAD], path.name)
-    refuse(found, shown)
-    kind = found.kind or "text"
+    notes: list[str] = []
+    content, inner = data, path.name
+    found = format_of(content[:HEAD], inner, lambda: Archive(content))
     try:
+        if found.how == "unpack":
+            notes.append(f"unpacked from {found.what}")
+            content, inner = unpack(content), inner_name(inner)
+            found = format_of(content[:HEAD], inner, lambda: Archive(content))
+            if found.how == "unpack":
+                raise ConversionError("is packed more than once: unpack it and load the text inside")
+        refuse(found, shown)
+        kind = found.kind or "text"
+        if is_blank(content):
+            raise DocumentError(f"{shown} is empty: load a file that has text in it")
         if found.how == "decode":
-            decoded = decode(data, declared=_declared(data, kind))
-            read = Converted(decoded.text, (), decoded.notes, decoded.encoding, decoded.num_replaced)
+            decoded = decode(content, declared=_declared(content, kind))
+            read = without_pictures(Converted(decoded.text, (), decoded.notes, decoded.encoding, decoded.num_replaced))
         elif converter is not None:
-            read = converter.convert(data, kind, on_progress=on_progress)
+            read = converter.convert(content, kind, on_progress=on_progress)
         else:
             with Converter() as own:
-                read = own.convert(data, kind, on_progress=on_progress)
+                read = own.convert(content, kind, on_progress=on_progress)
     except (NotTextError, ConversionError) as error:
         raise DocumentError(f"{shown} {error}") from error
     if not read.text.strip():
         raise DocumentError(f"{shown} is empty: load a file that has text in it")
+    if found.note:
+        notes.append(found.note)
     return Document(
         name=name or path.name,
         path=path,
@@ -80,7 +93,7 @@ def decode_document(
         num_replaced=read.num_replaced,
         kind=kind,
         parts=read.parts,
-        notes=read.notes,
+        notes=(*notes, *read.notes),
         digest=hashlib.sha256(data).hexdigest(),
     )
 

@@ -4,6 +4,7 @@ Knows nothing of files or formats.
 """
 
 import codecs
+import re
 from dataclasses import dataclass
 
 from duolocal.documents.guess import guess_encoding, guess_utf16, has_normalizer
@@ -11,6 +12,9 @@ from duolocal.documents.guess import guess_encoding, guess_utf16, has_normalizer
 # Control characters that do occur in text: tab, newlines, form feed, escape (in logs), backspace (man pages).
 _TEXT_CONTROLS = frozenset(b"\t\n\r\x0b\x0c\x1b\x08")
 _NO_CONTROLS = bytes(code for code in range(256) if code >= 32 or code in _TEXT_CONTROLS)
+_PLAIN = bytes(range(0x61, 0x7B)) + bytes(range(0x41, 0x5B)) + b"0123456789 \t\r\n,;.:-_\"'/()"
+_ZEROS = re.compile("\0+")
+_ZERO_BYTES = re.compile(b"\0+")
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16: its mark begins with the same two bytes
@@ -41,7 +45,7 @@ def is_blank(data: bytes) -> bool:
 
 def looks_binary(data: bytes) -> bool:
     """Tell whether the first bytes of a file are no text in any encoding; guesses none."""
-    if data.startswith(tuple(mark for mark, _ in _MARKS)):
+    if data.startswith(tuple(mark for mark, _ in _MARKS)) or _is_text_with_zeros(data):
         return False
     return guess_utf16(data) is None if b"\0" in data else _many_controls(data)
 
@@ -69,6 +73,11 @@ def decode(data: bytes, *, declared: str | None = None) -> Decoded:
         num_replaced = text.count("\ufffd")
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     notes = []
+    if "\0" in text:
+        text, num_zeros = _ZEROS.subn("\ufffd", text)
+        notes.append(
+            f"{num_zeros:,} {'run of zero bytes stands' if num_zeros == 1 else 'runs of zero bytes stand'} as U+FFFD"
+        )
     if guessed and encoding not in ("utf-16-le", "utf-16-be"):
         better = "" if has_normalizer() else '; pip install "duolocal[documents]" makes better guesses'
         notes.append(f"not UTF-8: read as {encoding}, a guess; look at its accents before you rely on it{better}")
@@ -94,9 +103,11 @@ def _detect(data: bytes) -> str | None:
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return encoding
-    if b"\0" in data:
+    if _is_text_with_zeros(data):
+        data = data.replace(b"\0", b"")
+    elif b"\0" in data:
         return guess_utf16(data)
-    if _many_controls(data):
+    elif _many_controls(data):
         return None
     if data.isascii() and (b"\x1b$B" in data or b"\x1b$@" in data):
         return "iso2022_jp"  # seven bits: it would pass for UTF-8
@@ -108,6 +119,17 @@ def _detect(data: bytes) -> str | None:
 def _many_controls(data: bytes) -> bool:
     sample = data[:65536]
     return len(sample.translate(None, delete=_NO_CONTROLS)) > len(sample) * 0.02
+
+
+def _is_text_with_zeros(data: bytes) -> bool:
+    """Tell whether `data` is text in bytes but for a few runs of zeros: a stray one, or the hole that a crash left."""
+    if b"\0" not in data:
+        return False
+    sample = data[:65536]
+    runs = len(_ZERO_BYTES.findall(sample))
+    rest = sample.replace(b"\0", b"")
+    plain = len(rest) - len(rest.translate(None, delete=_PLAIN))
+    return runs <= max(1, 0.01 * len(rest)) and plain >= 0.7 * len(rest) and not _many_controls(rest)
 
 
 def _mostly_utf8(data: bytes) -> bool:

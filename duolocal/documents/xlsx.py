@@ -4,9 +4,7 @@ All cells that are filled count, whatever the sheet says of its size. Dates are 
 superscripts as `inline` does. Not read: pictures, charts, comments and other formats. Needs nothing but Python.
 """
 
-import csv
 import datetime
-import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,14 +13,15 @@ from xml.etree.ElementTree import Element
 
 from duolocal.documents.converted import MAX_TEXT, Assembler, ConversionError, Converted
 from duolocal.documents.inline import PLAIN, Style, marked
+from duolocal.documents.numbering import letters
 from duolocal.documents.package import Package, Relation
-from duolocal.documents.xml_tree import DamagedXmlError, attribute, child, local, scan_xml
+from duolocal.documents.sheets import SheetWriter, sparse_note
+from duolocal.documents.xml_tree import DamagedXmlError, attribute, child, local, parse_xml, scan_xml
 from duolocal.documents.zipped import Archive, ArchiveError
 
 _MAX_XML_BYTES = 256 * 2**20  # sheets are read as a stream
 _MAX_CELLS = 20_000_000  # filled ones
 _MAX_ELEMENTS = 4 * _MAX_CELLS
-_MAX_GAP = 64  # columns; a row with a longer gap is written cell by cell
 _ROWS_PER_REPORT = 5_000
 _SHOWN = 5  # cells that a note lists
 
@@ -39,6 +38,8 @@ _REFERENCE = re.compile(r"""("[^"]*"|'[^']*')|(?<![A-Za-z0-9_.])(\$?)([A-Z]{1,3}
 
 def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     """Convert a workbook; its parts are its sheets. Raises ConversionError."""
+    if not data.startswith(b"PK"):
+        return _xml_workbook(parse_xml(data, "the workbook"), report)
     try:
         with Archive(data) as archive:
             return _workbook(Package(archive, most=_MAX_XML_BYTES), report)
@@ -87,8 +88,7 @@ class _Faults:
             notes.append(f"U+FFFD stands for text that the file has lost: {self.lost}")
         if self.unstyled.count:
             notes.append(f"the format is broken, a date may stand as a number: {self.unstyled}")
-        if self.sparse:
-            notes.append(f"{self.sparse:,} rows with far gaps are written cell by cell, each with its address")
+        notes += sparse_note(self.sparse)
         if self.hidden:
             names = ", ".join(name[:60] for name in self.hidden[:_SHOWN])
             more = f" and {len(self.hidden) - _SHOWN:,} more" if len(self.hidden) > _SHOWN else ""
@@ -298,8 +298,7 @@ class _Sheet:
         self.num_cells = num_cells  # filled, in this sheet and those before
         self._title, self._strings, self._styles, self._faults = title, strings, styles, faults
         self._is_1904 = is_1904
-        self._out = io.StringIO()
-        self._writer = csv.writer(self._out, lineterminator="\n")
+        self._out = SheetWriter()
         self._text = _Text()
         self._row = self._column = 0  # counted from 1
         self._cells: dict[int, str] = {}
@@ -324,7 +323,8 @@ class _Sheet:
         except DamagedXmlError as error:
             self._end_row()
             self._faults.broken.append(f"sheet {self._title} is read only up to row {self._row:,}: it {error}")
-        return self._out.getvalue()
+        self._faults.sparse += self._out.num_sparse
+        return self._out.text()
 
     def _start(self, tag: str, attributes: dict[str, str]) -> None:
         match name := local(tag):
@@ -394,7 +394,7 @@ class _Sheet:
             self._faults.unstyled.add(self._address())
         self._cells[self._column] = text
         self.num_cells += 1
-        if self.num_cells > _MAX_CELLS or self._out.tell() > MAX_TEXT:
+        if self.num_cells > _MAX_CELLS or self._out.length > MAX_TEXT:
             raise ConversionError(f"is an Excel workbook of more than {_MAX_CELLS:,} cells: cut it up")
 
     def _address(self) -> str:
@@ -447,30 +447,76 @@ class _Sheet:
         cells, self._cells = self._cells, {}
         if self._row % _ROWS_PER_REPORT == 0:
             self._on_row()
-        if not cells:
-            return
-        columns = sorted(cells)
-        gaps = (right - left for left, right in zip([0, *columns], columns, strict=False))
-        if max(gaps) > _MAX_GAP:
-            self._faults.sparse += 1
-            self._writer.writerow(f"{_letters(column)}{self._row}: {cells[column]}" for column in columns)
-        else:
-            self._writer.writerow(cells.get(column, "") for column in range(1, columns[-1] + 1))
+        self._out.write(self._row, cells)
 
 
-def _column(letters: str) -> int:
+# --- workbooks as one XML file (Excel 2003) --------------------------------------------------------------------------
+
+
+def _xml_workbook(root: Element, report: Callable[[int, int], None]) -> Converted:
+    assembler = Assembler()
+    sheets = [item for item in root if local(item.tag) == "Worksheet"]
+    empty, sparse = [], 0
+    for number, sheet in enumerate(sheets, 1):
+        title = attribute(sheet, "Name") or f"Sheet{number}"
+        writer = SheetWriter()
+        row = 0
+        table = child(sheet, "Table")
+        for item in () if table is None else table:
+            if local(item.tag) == "Row":
+                row = _whole(attribute(item, "Index")) or row + 1
+                writer.write(row, _xml_cells(item))
+        sparse += writer.num_sparse
+        if not writer.length:
+            empty.append(title)
+        assembler.add(f"sheet {title}", f"# {title}\n\n{writer.text()}" if writer.length else "")
+        report(number, len(sheets))
+    if len(empty) == len(sheets):
+        raise ConversionError("is an Excel workbook without a filled cell: load another")
+    return Converted(assembler.text(), assembler.parts, _Faults(sparse=sparse).notes(empty, len(sheets)))
+
+
+def _xml_cells(row: Element) -> dict[int, str]:
+    cells: dict[int, str] = {}
+    column = 0
+    for cell in row:
+        if local(cell.tag) != "Cell":
+            continue
+        column = _whole(attribute(cell, "Index")) or column + 1
+        data = child(cell, "Data")
+        if data is not None:
+            text = marked(_xml_runs(data, PLAIN))
+            match attribute(data, "Type"):
+                case "DateTime":
+                    text = text.replace("T", " ").removesuffix(".000").removesuffix(" 00:00:00")
+                case "Boolean":
+                    text = {"1": "TRUE", "0": "FALSE"}.get(text, text)
+            cells |= {column: text} if text else {}
+        column += _whole(attribute(cell, "MergeAcross"))
+    return cells
+
+
+def _xml_runs(item: Element, style: Style) -> list[tuple[str, Style]]:
+    match local(item.tag).lower():
+        case "s":
+            style = style._replace(is_struck=True)
+        case "sup" | "sub":
+            style = style._replace(level=1 if local(item.tag).lower() == "sup" else -1)
+    runs = [(item.text or "", style)]
+    for inner in item:
+        runs += [*_xml_runs(inner, style), (inner.tail or "", style)]
+    return runs
+
+
+def _column(name: str) -> int:
     number = 0
-    for letter in letters.upper():
+    for letter in name.upper():
         number = 26 * number + ord(letter) - 64
     return number
 
 
 def _letters(column: int) -> str:
-    letters = ""
-    while column > 0:
-        column, rest = divmod(column - 1, 26)
-        letters = chr(65 + rest) + letters
-    return letters
+    return letters(column, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
 def _moved(formula: str, rows: int, columns: int) -> str:

@@ -5,9 +5,14 @@ Nothing is ever written to disk, so a name such as ../../x leads nowhere.
 
 import io
 import struct
+import threading
+import weakref
 import zipfile
 import zlib
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
+
+from duolocal.documents.guess import guess_names
 
 MAX_MEMBERS = 50_000
 MAX_MEMBER_BYTES = 256 * 2**20  # unpacked
@@ -22,7 +27,11 @@ class ArchiveError(Exception):
 
 
 class Archive:
-    """The members of a zip archive, by name. A context manager; raises ArchiveError only."""
+    """The members of a zip archive, by name. A context manager; raises ArchiveError only.
+
+    Of members with the same name the last has it, and another has it with a number: "a (2).txt". Those that are the
+    same are one; `duplicates` has their names.
+    """
 
     def __init__(self, source: Path | bytes) -> None:
         self._left = MAX_ALL_BYTES
@@ -34,7 +43,7 @@ class Archive:
         try:
             _check_directory(self._file)
             self._zip = zipfile.ZipFile(self._file)
-            self.members = {info.filename: info for info in self._zip.infolist()}  # of a name given twice the last
+            self.members, self.duplicates = _by_name(self._zip.infolist())
         except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
             self._file.close()
             raise ArchiveError(f"is a damaged zip archive ({error}): pack it anew") from error
@@ -46,11 +55,19 @@ class Archive:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._zip.close()
-        self._file.close()
+        self.close()
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
+
+    def close(self) -> None:
+        """Close the file."""
+        self._zip.close()
+        self._file.close()
+
+    def renew(self) -> None:
+        """Allow as much to be unpacked as at the start."""
+        self._left = MAX_ALL_BYTES
 
     def names(self) -> list[str]:
         """Return the names of all members that are files, as the archive has them."""
@@ -88,6 +105,89 @@ class Archive:
         if whole and length > most:
             raise ArchiveError(f"holds {name}, which unpacks to more than {most // 2**20} MiB: unpack it and cut it up")
         return b"".join(pieces)[:most]
+
+
+class ArchiveCache:
+    """Keeps the archive that was used last open, so that one is opened once for all of its members."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[Path, Archive] = {}
+        weakref.finalize(self, _close_all, self._open)
+
+    def get(self, path: Path) -> Archive:
+        """Return the archive at a path, open; raises ArchiveError."""
+        if path not in self._open:
+            _close_all(self._open)
+            self._open[path] = Archive(path)
+        return self._open[path]
+
+    def read(self, path: Path, name: str, *, most: int) -> bytes:
+        """Return a member of the archive at a path; may be called by several threads. Raises ArchiveError."""
+        with self._lock:
+            archive = self.get(path)
+            archive.renew()
+            return archive.read(name, most=most)
+
+
+def _close_all(archives: dict[Path, Archive]) -> None:
+    for archive in archives.values():
+        archive.close()
+    archives.clear()
+
+
+_UNICODE_NAME = 0x7075  # a field of a member: its name in UTF-8
+_IS_UTF8 = 0x800  # a flag of a member
+
+
+def _by_name(infos: list[zipfile.ZipInfo]) -> tuple[dict[str, zipfile.ZipInfo], tuple[str, ...]]:
+    names = _decoded_names(infos)
+    last = dict(zip(names, infos, strict=True))
+    members: dict[str, zipfile.ZipInfo] = {}
+    duplicates = []
+    numbers = Counter(dict.fromkeys(last, 1))
+    for name, info in zip(names, infos, strict=True):
+        if info is last[name]:
+            members[name] = info
+        elif (info.CRC, info.file_size) == (last[name].CRC, last[name].file_size):
+            duplicates.append(name)
+        else:
+            suffix = PurePosixPath(name).suffix
+            while True:
+                numbers[name] += 1
+                other = f"{name.removesuffix(suffix)} ({numbers[name]}){suffix}"
+                if other not in last and other not in members:
+                    break
+            members[other] = info
+    return members, tuple(duplicates)
+
+
+def _decoded_names(infos: list[zipfile.ZipInfo]) -> list[str]:
+    """Return the names of members: those that are not said to be UTF-8 in the encoding that all of them suggest."""
+    names = [info.filename for info in infos]
+    raw: dict[int, bytes] = {}
+    for at, info in enumerate(infos):
+        if info.flag_bits & _IS_UTF8 or info.filename.isascii():
+            continue
+        encoded = info.filename.encode("cp437", errors="replace")
+        unicode_name = _unicode_name(info.extra, encoded)
+        if unicode_name is not None:
+            names[at] = unicode_name
+        else:
+            raw[at] = encoded
+    encoding = guess_names(list(raw.values())) if raw else ""
+    for at, encoded in raw.items():
+        names[at] = encoded.decode(encoding, errors="replace")
+    return names
+
+
+def _unicode_name(extra: bytes, encoded: bytes) -> str | None:
+    while len(extra) >= 4:
+        key, size = struct.unpack_from("<HH", extra)
+        field, extra = extra[4 : 4 + size], extra[4 + size :]
+        if key == _UNICODE_NAME and len(field) > 5 and struct.unpack_from("<I", field, 1)[0] == zlib.crc32(encoded):
+            return field[5:].decode("utf-8", errors="replace")
+    return None
 
 
 def _check_directory(file: io.BufferedIOBase | io.BufferedReader | io.BytesIO) -> None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duolocal.documents import Document, Found, Skipped, gather
-from duolocal.documents.load import read_bytes
-from duolocal.documents.zipped import Archive, ArchiveError
 from duolocal.errors import DocumentError
 
 Summarizable = str | Path | Found | Document
@@ -71,13 +69,8 @@ def _digest(item: Found | Document) -> str | None:
     if isinstance(item, Document):
         return item.digest or hashlib.sha256(item.text.encode("utf-8", "surrogatepass")).hexdigest()
     try:
-        if item.member is None:
-            if item.path.exists() and not item.path.is_file():
-                return None  # a pipe gives its bytes only once
-            data = read_bytes(item.path)
-        else:
-            with Archive(item.path) as archive:
-                data = archive.read(item.member)
-    except (DocumentError, ArchiveError):
+        if item.member is None and item.path.exists() and not item.path.is_file():
+            return None  # a pipe gives its bytes only once
+        return hashlib.sha256(item.read_bytes()).hexdigest()
+    except DocumentError:
         return None  # said when it is loaded
-    return hashlib.sha256(data).hexdigest()

@@ -4,7 +4,10 @@ Read in the reading process itself, not in the one that `duolocal.documents` sta
 found here are the bounds of the converters, not those of that process.
 """
 
+import bz2
+import gzip
 import io
+import lzma
 import random
 import zipfile
 from collections.abc import Callable
@@ -32,6 +35,63 @@ class _InProcess(Converter):
         return convert_bytes(data, kind, on_progress or (lambda done, total: None))
 
 
+_MAIL = b"""From: a@example.org
+Subject: =?utf-8?B?R3LDvMOfZQ==?=
+MIME-Version: 1.0
+Content-Type: multipart/mixed; boundary=X
+
+--X
+Content-Type: multipart/alternative; boundary=Y
+
+--Y
+Content-Type: text/plain; charset=iso-8859-1
+Content-Transfer-Encoding: quoted-printable
+
+caf=E9
+--Y
+Content-Type: text/html; charset=utf-8
+Content-Transfer-Encoding: base64
+
+PHA+Y2Fmw6k8L3A+
+--Y--
+--X
+Content-Type: application/pdf; name=a.pdf
+Content-Transfer-Encoding: base64
+
+JVBERi0=
+--X--
+"""
+_SAVED_PAGE = b"""MIME-Version: 1.0
+Content-Type: multipart/related; boundary=X
+
+--X
+Content-Type: text/html; charset=utf-8
+
+<p>caf\xc3\xa9<table><tr><td colspan=2>a<tr><td>b<td>c</table>
+--X--
+"""
+_NOTEBOOK = b"""{"cells": [{"cell_type": "markdown", "source": ["# T"], "attachments": {"a": {"image/png": "AA"}}},
+{"cell_type": "code", "source": "x", "outputs": [{"output_type": "stream", "text": ["y"]}, {"output_type": "error",
+"traceback": ["z"]}, {"output_type": "display_data", "data": {"image/png": "AAAA", "text/plain": "f"}}]}]}"""
+_RICH = rb"""{\rtf1\ansi\ansicpg1252{\fonttbl{\f0\fcharset204 A;}{\f1\fcharset2 Symbol;}}{\stylesheet{\s1 heading 1;}}
+\pard\s1 Gr\'fc\'dfe\par{\listtext 1.\tab}a{\super 2}{\v h}\u8364?{\footnote note}\par\trowd\cellx1\cellx2\clvmrg\cellx3
+\intbl a\cell b\cell c\cell\row\pard{\shp{\*\shpinst{\shptxt box}}}{\field{\*\fldinst x}{\fldrslt r}}
+{\pict 00}\bin2 xx}"""
+_OPEN = (
+    '<d xmlns:t="t" xmlns:s="s" xmlns:b="b"><styles><list-style s:name="L"><list-level-style-number t:level="1" '
+    's:num-format="1" s:num-suffix="."/></list-style></styles><body><{0}>{1}</{0}></body></d>'
+)
+_OPEN_TEXT = (
+    '<h t:outline-level="1">T</h><list t:style-name="L"><list-item><p>a<note><note-body><p>n</p></note-body></note></p>'
+    '</list-item></list><table><table-row><table-cell b:number-columns-spanned="2"><p>w</p></table-cell>'
+    "<covered-table-cell/></table-row></table><p>a<frame><text-box><p>x</p></text-box></frame></p>"
+)
+_OPEN_SHEET = (
+    '<table b:name="S"><table-row b:number-rows-repeated="3"><table-cell b:number-columns-repeated="2" '
+    'o:value-type="float" o:value="3" xmlns:o="o"/><table-cell><p>x</p></table-cell></table-row></table>'
+)
+
+
 def make_documents(place: Path) -> None:
     """Write the seeds of all targets, one folder each."""
     chapters = {"a.xhtml": "<h1>One</h1><p>first</p>", "b.xhtml": "<img/>", "c.xhtml": "<p>third &lt;</p>"}
@@ -42,6 +102,18 @@ def make_documents(place: Path) -> None:
         "docx/a.docx": docx(paragraph("Title", "Heading1") + paragraph("text") + table + "<w:p/>"),
         "epub/a.epub": epub(chapters, titles={"c.xhtml": "Third"}),
         "xlsx/a.xlsx": xlsx({"S": [["x", "<v>1.5</v>"], ["", "<f>B1</f><v>2</v>"]], "Empty": []}),
+        "mail/a.eml": _MAIL,
+        "mail/b.mhtml": _SAVED_PAGE,
+        "mail/c.mbox": 2 * (b"From a@b Tue Dec  1 10:00:00 2026\n" + _MAIL),
+        "notebook/a.ipynb": _NOTEBOOK,
+        "rtf/a.rtf": _RICH,
+        "odf/a.odt": zipped({"content.xml": _OPEN.format("text", _OPEN_TEXT)}),
+        "odf/b.ods": zipped({"content.xml": _OPEN.format("spreadsheet", _OPEN_SHEET)}),
+        "odf/c.odp": zipped({"content.xml": _OPEN.format("presentation", f"<page>{_OPEN_TEXT}</page>")}),
+        "odf/d.fodt": _OPEN.format("text", _OPEN_TEXT).encode(),
+        "packed/a.txt.gz": gzip.compress(b"text " * 99),
+        "packed/b.html.xz": lzma.compress(_PAGE.encode()),
+        "packed/c.csv.bz2": bz2.compress(b"a,b\n" * 99),
         "pptx/a.pptx": pptx(["One\nfirst", "Two"], notes={1: "say"}),
         "html/a.html": _PAGE.encode(),
         "html/b.html": _PAGE.replace("utf-8", "koi8-r").encode("koi8-r", "ignore"),
@@ -124,7 +196,8 @@ def _target(kind: str, *, read: Callable[[Path], None] = _read_document, least_r
 
 # Any bytes are some web page, most are some text, and of an archive the other members are still read.
 DOCUMENTS = (
-    *map(_target, ("pdf", "docx", "epub", "xlsx", "pptx")),
+    *map(_target, ("pdf", "docx", "epub", "xlsx", "pptx", "odf", "packed")),
+    *(_target(kind, least_refused=0.01) for kind in ("mail", "notebook", "rtf")),
     _target("html", least_refused=0.01),
     _target("text", least_refused=0.05),
     _target("zip", read=_read_archive, least_refused=0.05),
