@@ -16,6 +16,7 @@ from duolocal.kernels.torch_kernels import TorchKernels
 from duolocal.models.config import ModelConfig
 from duolocal.models.rope import RotaryAngles
 from duolocal.models.weights import LayerWeights, ModelWeights
+from duolocal.quant.weight import DenseWeight
 
 
 class Cache(Protocol):
@@ -128,12 +129,12 @@ class Transformer:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return what the first layer reads for token_ids [q_len] int64: [q_len, hidden_size]."""
-        return self.embedding_rows(token_ids).to(self.device)
-
-    def embedding_rows(self, token_ids: Tensor) -> Tensor:
-        """Return the rows of the embedding for token_ids [q_len] int64, where it is: [q_len, hidden_size]."""
-        ids = token_ids.cpu() if self.embeds_on_host else token_ids.to(self.device)
-        return self.kernels.embed(self.weights.embedding, ids)
+        weight = self.weights.embedding
+        if not self.embeds_on_host or self.device.type != "cuda":
+            return self.kernels.embed(weight, token_ids.to(self.device))
+        # In the file's own numbers, which the GPU rounds sooner; pinned, so that the copy waits for no chunk before it.
+        rows = weight.rows(token_ids.cpu(), weight.tensor.dtype if isinstance(weight, DenseWeight) else self.dtype)
+        return rows.pin_memory().to(self.device, non_blocking=True).to(self.dtype)
 
     @property
     def embeds_on_host(self) -> bool:

@@ -277,6 +277,7 @@ def test_a_model_that_no_pattern_is_known_for_keeps_all_heads_as_long_as_it_fits
     assert (count, kv) == (192, "int4") and "its heads are ranked and KV formats are measured on first use" in notes
 
 
+@pytest.mark.real
 def test_costs_are_told_only_where_they_were_measured(smollm2_path: Path) -> None:
     known = measured(open_model(smollm2_path).fingerprint)
     assert known.of_heads(0.5).measured and known.of_kv("int4").measured and known.of_outer("int4").measured

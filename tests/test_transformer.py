@@ -279,3 +279,42 @@ def widened(weights: ModelWeights) -> ModelWeights:
     wider = wide(weights)
     assert isinstance(wider, ModelWeights)
     return wider
+
+
+class RecordedGPU:
+    """Stands for a CUDA device: what is copied to it is recorded, and stays where it was."""
+
+    type = "cuda"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.copies: list[tuple[torch.dtype, bool]] = []  # dtype, whether the host waits
+        self.pinned = 0
+        real = Tensor.to
+
+        def to(x: Tensor, target: Any, *rest: Any, **how: Any) -> Tensor:
+            if target is not self:
+                return real(x, target, *rest, **how)
+            self.copies.append((x.dtype, not how.get("non_blocking", False)))
+            return x
+
+        def pin_memory(x: Tensor) -> Tensor:
+            self.pinned += 1
+            return x
+
+        monkeypatch.setattr(Tensor, "to", to)
+        monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_rows_are_read_from_host_memory_where_lm_head_is_another_matrix(
+    tie: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied as they are stored, pinned, without waiting; a tied embedding is on the device, and only ids go there."""
+    config, weights = random_model(tiny_config(tie=tie), dtype=torch.float16)
+    model, ids = transformer(config, weights, dtype=torch.float32), tokens(5)
+    wanted = model.embed(ids)
+    gpu = RecordedGPU(monkeypatch)
+    monkeypatch.setattr(model, "device", gpu)
+    found = model.embed(ids)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+    assert (gpu.copies, gpu.pinned) == (([(torch.int64, True)], 0) if tie else ([(torch.float16, False)], 1))

@@ -126,8 +126,9 @@ class _Ways:
         self._resolved = resolved
         settings, plan = resolved.settings, resolved.heads.plan
         self._spec = HeadsSpec.parse(settings.heads)
-        self._known = measured(resolved.fingerprint)
+        self._measured = measured(resolved.fingerprint)
         self._is_loaded = loaded is not None
+        self.automatic_placement = settings.kv_device_memory is None
         self._num_heads = plan.num_retrieval + plan.num_streaming
         self._cut = functools.cache(resolved.cut)
         self._rounded = functools.cache(resolved.with_outer)
@@ -136,7 +137,7 @@ class _Ways:
     @functools.cached_property
     def space(self) -> Space:
         """The values that each may take, and their costs."""
-        resolved, settings, known = self._resolved, self._resolved.settings, self._known
+        resolved, settings, known = self._resolved, self._resolved.settings, self._measured
         heads: list[float | None] = [None]
         if self._spec == AUTO_HEADS:
             shares = (UNMEASURED_RATIO, *_SHARES[1:]) if resolved.heads.unranked else _SHARES
@@ -159,8 +160,8 @@ class _Ways:
         """Return what each of the settings costs, by what people call it."""
         return {
             "the heads": self._heads_cost(dials.heads),
-            "the KV format": self._known.of_kv(dials.kv),
-            "lm_head": self._known.of_outer(dials.outer),
+            "the KV format": self._measured.of_kv(dials.kv),
+            "lm_head": self._measured.of_outer(dials.outer),
         }
 
     def _heads_cost(self, share: float | None) -> Cost:
@@ -169,7 +170,7 @@ class _Ways:
         own = (
             self._resolved.heads.plan.num_retrieval / self._num_heads if self._spec.ratio is None else self._spec.ratio
         )
-        return self._known.of_heads(own if share is None else share)
+        return self._measured.of_heads(own if share is None else share)
 
     def apply(self, dials: Dials) -> Resolved:
         """Return the load with these settings."""
@@ -205,7 +206,7 @@ class _Ways:
             cut=self._cut if self._can_cut(0.5) else None,
             heads=self._spec,
             outer_weights=(lambda name: sizes(settings.weights, name)) if settings.outer_weights == "auto" else None,
-            weights=(lambda name: sizes(name, settings.outer_weights)) if rounds else None,
+            weights=(lambda name: sizes(name, dials.outer)) if rounds else None,
             offload=offload,
         )
 
@@ -258,7 +259,7 @@ def _line(ways: _Ways, dials: Dials, request: Request, free: Free) -> str:
             better.append("lm_head and embedding as in the file")
         if not better:
             target, better = ways.request(best), [f"chunks of {best.chunk_size:,} tokens"]
-    elif plan.offloaded:
+    elif plan.offloaded and ways.automatic_placement:
         target, better = replace(request, kv_device_memory=None), ["all blocks on the device"]
     elif (dense := ways.dense()) is not None:
         if fits(plan_memory(dense), usable(free)):

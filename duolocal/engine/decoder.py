@@ -122,7 +122,8 @@ class GpuDecoder:
 
     def _fill_row(self, token: int) -> None:
         """Copy the embedding's row of a token to the device. The copy before it is done: `sample` waited for it."""
-        self._staged.copy_(self._transformer.embedding_rows(torch.tensor([token])))
+        transformer = self._transformer
+        self._staged.copy_(transformer.kernels.embed(transformer.weights.embedding, torch.tensor([token])))
         self._row.copy_(self._staged, non_blocking=True)
 
     def _capture(self, greedy: bool) -> torch.cuda.CUDAGraph:
