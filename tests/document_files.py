@@ -122,14 +122,22 @@ def paragraph(text: str, style: str = "") -> str:
 
 
 def epub(
-    chapters: Mapping[str, str], *, titles: Mapping[str, str] | None = None, more: Mapping[str, str] | None = None
+    chapters: Mapping[str, str],
+    *,
+    titles: Mapping[str, str] | None = None,
+    more: Mapping[str, str] | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Return a book: member name -> XHTML of its body, in order; titles by member name go into its contents."""
+    """Return a book: member name -> XHTML of its body, in order; titles by member name go into its contents.
+
+    links: how the book's list writes the name of a member, where that is not its name.
+    """
     items = "".join(
-        f'<item id="c{at}" href="{name}" media-type="application/xhtml+xml"/>' for at, name in enumerate(chapters)
+        f'<item id="c{at}" href="{(links or {}).get(name, name)}" media-type="application/xhtml+xml"/>'
+        for at, name in enumerate(chapters)
     )
     spine = "".join(f'<itemref idref="c{at}"/>' for at in range(len(chapters)))
-    links = "".join(f'<li><a href="{name}#start">{title}</a></li>' for name, title in (titles or {}).items())
+    entries = "".join(f'<li><a href="{name}#start">{title}</a></li>' for name, title in (titles or {}).items())
     members = {
         "mimetype": "application/epub+zip",
         "META-INF/container.xml": '<?xml version="1.0"?>'
@@ -138,7 +146,7 @@ def epub(
         "OEBPS/book.opf": '<?xml version="1.0"?><package xmlns="http://www.idpf.org/2007/opf" version="3.0"><manifest>'
         '<item id="nav" href="nav.xhtml" media-type="application/xhtml+xml" properties="nav"/>'
         f"{items}</manifest><spine>{spine}</spine></package>",
-        "OEBPS/nav.xhtml": f'<html xmlns="http://www.w3.org/1999/xhtml"><body><nav><ol>{links}</ol></nav></body></html>',
+        "OEBPS/nav.xhtml": f'<html xmlns="http://www.w3.org/1999/xhtml"><body><nav><ol>{entries}</ol></nav></body></html>',
     }
     for name, body in chapters.items():
         members[f"OEBPS/{name}"] = (
@@ -147,36 +155,49 @@ def epub(
     return zipped(members | dict(more or {}), stored=["mimetype"])
 
 
-def pptx(slides: Sequence[str], *, notes: Mapping[int, str] | None = None) -> bytes:
-    """Return a presentation; a slide is its paragraphs, one per line. Slides are stored in the opposite order."""
+def pptx(
+    slides: Sequence[str],
+    *,
+    notes: Mapping[int, str] | None = None,
+    hidden: Sequence[int] = (),
+    more: Mapping[str, str] | None = None,
+) -> bytes:
+    """Return a presentation; a slide is its paragraphs, one per line, or the XML of its shapes (prefixes p, a, r).
+
+    Slides are stored in the opposite order. `more` are parts that every slide refers to by the kind of the relation,
+    such as "slideLayout": the XML inside their root.
+    """
     p, a = (
         "http://schemas.openxmlformats.org/presentationml/2006/main",
         "http://schemas.openxmlformats.org/drawingml/2006/main",
     )
     r = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+    spaces = f'xmlns:p="{p}" xmlns:a="{a}" xmlns:r="{r}" xmlns:mc="{_WORD["mc"]}" xmlns:m="{_WORD["m"]}"'
 
-    def slide(text: str) -> str:
-        paragraphs = "".join(f"<a:p><a:r><a:t>{line}</a:t></a:r></a:p>" for line in text.split("\n") if line)
-        shape = f"<p:sp><p:txBody>{paragraphs}</p:txBody></p:sp>"
-        return f'<p:sld xmlns:p="{p}" xmlns:a="{a}"><p:cSld><p:spTree>{shape}</p:spTree></p:cSld></p:sld>'
+    def slide(text: str, show: str = "") -> str:
+        if not text.startswith("<"):
+            paragraphs = "".join(f"<a:p><a:r><a:t>{line}</a:t></a:r></a:p>" for line in text.split("\n") if line)
+            text = f"<p:sp><p:txBody>{paragraphs}</p:txBody></p:sp>"
+        return f"<p:sld {spaces}{show}><p:cSld><p:spTree>{text}</p:spTree></p:cSld></p:sld>"
 
     count = len(slides)
     ids = "".join(f'<p:sldId id="{256 + at}" r:id="rId{at}"/>' for at in range(count))
     members = {
         "[Content_Types].xml": _TYPES.format(_DEFAULTS),
-        "ppt/presentation.xml": f'<p:presentation xmlns:p="{p}" xmlns:r="{r}">'
-        f"<p:sldIdLst>{ids}</p:sldIdLst></p:presentation>",
+        "ppt/presentation.xml": f"<p:presentation {spaces}><p:sldIdLst>{ids}</p:sldIdLst></p:presentation>",
         "ppt/_rels/presentation.xml.rels": _relations(
             *((f"rId{at}", "slide", f"slides/slide{count - at}.xml") for at in range(count))
         ),
+        **{f"ppt/{kind}.xml": f"<p:{kind} {spaces}>{content}</p:{kind}>" for kind, content in (more or {}).items()},
     }
     for at, text in enumerate(slides):
-        members[f"ppt/slides/slide{count - at}.xml"] = slide(text)
+        members[f"ppt/slides/slide{count - at}.xml"] = slide(text, ' show="0"' if at in hidden else "")
+        target = f"notesSlide{at}.xml"
+        spoken = [("rId1", "notesSlide", f"../notesSlides/{target}")] if notes and at in notes else []
+        members[f"ppt/slides/_rels/slide{count - at}.xml.rels"] = _relations(
+            *spoken, *((kind, kind, f"../{kind}.xml") for kind in more or {})
+        )
         if notes and at in notes:
-            target = f"notesSlide{at}.xml"
-            members[f"ppt/slides/_rels/slide{count - at}.xml.rels"] = _relations(
-                ("rId1", "notesSlide", f"../notesSlides/{target}")
-            )
             members[f"ppt/notesSlides/{target}"] = slide(notes[at])
     return zipped(members)
 

@@ -37,8 +37,8 @@ class Assembler:
         self._length = 0
 
     def add(self, label: str, text: str) -> None:
-        """Append a part; a blank line goes between two that have text."""
-        text = text.strip("\n")
+        """Append a part; a blank line goes between two that have text. Soft hyphens are left out."""
+        text = text.replace("\xad", "").strip("\n")
         if text and self._length:
             self._push("\n\n")
         self._parts.append(Part(label, self._length))

@@ -15,7 +15,7 @@ from duolocal.documents.blocks import TextBuilder
 from duolocal.documents.converted import ConversionError, Converted
 from duolocal.documents.formulas import formula
 from duolocal.documents.inline import PLAIN
-from duolocal.documents.package import Package, Relation
+from duolocal.documents.package import Package, Relation, alternative, has_text
 from duolocal.documents.symbols import in_symbols, is_symbol_font, symbol
 from duolocal.documents.word_numbering import BULLET, Numbering
 from duolocal.documents.word_styles import RunFormat, Styles, paragraph_format, run_format
@@ -151,7 +151,7 @@ class _Reader:
                 case "del" | "moveFrom":
                     self._deleted(item)
                 case "AlternateContent":
-                    self._blocks(_chosen(item))
+                    self._blocks(alternative(item))
                 case "r" | "hyperlink" | "fldSimple":  # outside a paragraph, where they should not be
                     self._inline_child(item, RunFormat())
                 case "oMath" | "oMathPara":
@@ -175,7 +175,7 @@ class _Reader:
             level = self._numbering.level_of_style(list_key or "", key)
         is_joined = child(properties, "rPr", "del") is not None
         number = None
-        if list_key and list_key != "0" and not (is_joined and not _has_text(item)):
+        if list_key and list_key != "0" and not (is_joined and not has_text(item)):
             number = self._numbering.count(list_key, level)
         if not self._goes_on:
             self._begin(outline or 0, number, level)
@@ -294,7 +294,7 @@ class _Reader:
             case "sdt" if (mark := _tick(item)) is not None:
                 self._out.push(mark)
             case "AlternateContent":
-                self._inline(_chosen(item), inherited)
+                self._inline(alternative(item), inherited)
             case "oMath" | "oMathPara":
                 self._formula(item)
             case _ if name in _BLOCKS:  # where it should not be
@@ -324,7 +324,7 @@ class _Reader:
             elif not all(field.shows and not field.is_done for field in self._fields) or name in _SKIPPED:
                 continue
             elif look.is_hidden:
-                if not self._was_hidden and _has_text(element):
+                if not self._was_hidden and has_text(element):
                     self._told["hidden"] += 1
                     self._was_hidden = True
                 continue
@@ -362,7 +362,7 @@ class _Reader:
             case "drawing" | "pict" | "object":
                 self._drawing(item)
             case "AlternateContent":
-                self._pieces(_chosen(item), look)
+                self._pieces(alternative(item), look)
             case _:
                 self._pieces(item, look)
 
@@ -429,13 +429,13 @@ class _Reader:
     def _drawing(self, element: Element) -> None:
         """Take the text of a drawing: its boxes follow the paragraph."""
         has_text, pictures = False, 0
-        alternative = ""
+        described = ""
         stack = [element]
         while stack:
             item = stack.pop()
             match local(item.tag):
                 case "AlternateContent":
-                    stack.append(_chosen(item))
+                    stack.append(alternative(item))
                     continue
                 case "txbxContent" | "txBody":
                     self._boxes.append(item)
@@ -445,12 +445,12 @@ class _Reader:
                     self._out.push(f" {item.get('string')} ")
                     has_text = True
                 case "docPr":
-                    alternative = attribute(item, "descr") or alternative
+                    described = attribute(item, "descr") or described
                 case "shape" if item.get("alt"):
-                    alternative = item.get("alt", "")
+                    described = item.get("alt", "")
                 case "blip" | "imagedata":
                     pictures = 1
-                    alternative = alternative or attribute(item, "title")
+                    described = described or attribute(item, "title")
                 case "chart" if attribute(item, "id"):
                     self._told["chart"] += 1
                 case "OLEObject":
@@ -461,8 +461,8 @@ class _Reader:
             stack.extend(reversed(item))
         if pictures > 0:
             self._told["picture"] += 1
-        if alternative and not has_text:
-            self._out.push(f"[image: {' '.join(alternative.split())}]")
+        if described and not has_text:
+            self._out.push(f"[image: {' '.join(described.split())}]")
 
     def _diagram(self, item: Element) -> bool:
         relation = self._by_key.get(attribute(item, "dm"))
@@ -485,26 +485,13 @@ def _flattened(element: Element, name: Kind) -> list[Element]:
         if tag == name:
             found.append(item)
         elif tag == "AlternateContent":
-            found += _flattened(_chosen(item), name)
+            found += _flattened(alternative(item), name)
         elif tag not in _SKIPPED and tag not in ("p", "tbl", "tc", "del", "moveFrom"):
             mark = _tick(item) if tag == "sdt" else None
             if mark is not None:
                 _show_tick(item, mark)
             found += _flattened(item, name)
     return found
-
-
-def _chosen(item: Element) -> Element:
-    """Return the content for new readers, or that for old ones where only that has text."""
-    choices = [inner for inner in item if local(inner.tag) in ("Choice", "Fallback")]
-    return next((inner for inner in choices if _has_text(inner)), choices[0] if choices else Element("none"))
-
-
-def _has_text(item: Element) -> bool:
-    return any(
-        (local(inner.tag) in ("t", "textpath", "sym") and (inner.text or inner.attrib)) or local(inner.tag) == "relIds"
-        for inner in item.iter()
-    )
 
 
 def _tick(item: Element) -> str | None:

@@ -70,3 +70,17 @@ class Package:
             kind = item.get("Type", "").rpartition("/")[2]
             found.append(Relation(item.get("Id", ""), kind, target, is_external))
         return found
+
+
+def alternative(item: Element) -> Element:
+    """Return the content of an mc:AlternateContent for new readers, or that for old ones where only that has text."""
+    choices = [inner for inner in item if local(inner.tag) in ("Choice", "Fallback")]
+    return next((inner for inner in choices if has_text(inner)), choices[0] if choices else Element("none"))
+
+
+def has_text(item: Element) -> bool:
+    """Tell whether a reader would see text in it."""
+    return any(
+        (local(inner.tag) in ("t", "textpath", "sym") and (inner.text or inner.attrib)) or local(inner.tag) == "relIds"
+        for inner in item.iter()
+    )
