@@ -30,6 +30,7 @@ from duolocal.sizes import parse_tokens
 AUTO_MODEL = "auto"  # what `duolocal.models.default` says; the command line settles it before anything else sees it
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 KERNELS = ("auto", "compiled", "torch")
+ACTIVATIONS = ("auto", "float32", "int8")
 WEIGHTS = ("auto", "nf4", "int8")
 OUTER_WEIGHTS = ("auto", "int8", "int4")
 PREFILLS = ("exact", "sparse")
@@ -96,6 +97,13 @@ class LoadSettings:
         default="auto",
         metavar="KIND",
         default_help="auto, compiled where they run",
+    )
+    activations: str = _computing(
+        choice(*ACTIVATIONS),
+        "what compiled CPU kernels multiply with weights of integer codes: float32, or int8, quantized token by token",
+        default="auto",
+        metavar="TYPE",
+        default_help="auto, int8",
     )
     weights: str = _model(
         choice(*WEIGHTS),

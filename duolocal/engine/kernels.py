@@ -58,19 +58,33 @@ def kernels_named(
     return "triton" if device.type == "cuda" else "compiled", None
 
 
+def activations_named(name: str, kernels: str) -> str:
+    """Return "float32" or "int8", which "auto" stands for with the kernels of `kernels_named`.
+
+    int8: KL from float32 is below 0.001 nats per token (docs/quality.md). Raises SettingsError where int8 is asked for
+    and the kernels have no such products.
+    """
+    if kernels == "compiled":
+        return "int8" if name == "auto" else name
+    if name == "int8":
+        raise SettingsError(f"--activations int8 is for compiled CPU kernels, these are {kernels}: leave it out")
+    return "float32"
+
+
 def make_kernels(
     name: str,
     *,
     device: torch.device,
     dtype: torch.dtype,
     num_threads: int | None = None,
+    activations: str = "float32",
     on_build: Callable[[], None] | None = None,
 ) -> Kernels:
     """Build the kernels that `kernels_named` named, and set torch's own threads to what does not compete with them.
 
-    num_threads: None for one per physical core. `on_build` is called before kernels are compiled, which takes seconds
-    and happens once per machine (a GPU's are compiled when they first run: `Engine.warm_up`). Raises KernelError where
-    building fails.
+    num_threads: None for one per physical core. activations: as `activations_named` says. `on_build` is called before
+    kernels are compiled, which takes seconds and happens once per machine (a GPU's are compiled when they first run:
+    `Engine.warm_up`). Raises KernelError where building fails.
     """
     if device.type == "cpu":
         settle_heap()
@@ -89,7 +103,7 @@ def make_kernels(
     build.build(on_build=on_build)
     # All heavy work is in our threads; torch's would compete with them for the same cores.
     torch.set_num_threads(1)
-    return CpuKernels(num_threads or threads.default_threads())
+    return CpuKernels(num_threads or threads.default_threads(), activations=activations)
 
 
 def arrange_rows(weight: Weight) -> Weight:

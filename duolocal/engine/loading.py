@@ -26,6 +26,7 @@ def load_weights(resolved: Resolved, events: LoadEvents) -> Transformer:
         device=device,
         dtype=dtype,
         num_threads=resolved.settings.threads,
+        activations=resolved.activations,
         on_build=events.compiling,
     )
     weights = resolved.model.source.load(

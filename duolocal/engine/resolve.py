@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from duolocal.engine.head_choice import can_rank
-from duolocal.engine.kernels import kernels_named
+from duolocal.engine.kernels import activations_named, kernels_named
 from duolocal.engine.known_model import KnownModel
 from duolocal.engine.kv_choice import known_kv
 from duolocal.engine.place import device_named, dtype_named
@@ -52,6 +52,7 @@ class Resolved:
     context: int  # tokens
     chunk_size: int  # tokens
     kernels: str  # "compiled", "torch" or "triton"
+    activations: str  # "float32" or "int8": what CPU kernels multiply with integer codes
     threads: int  # of the CPU
     heads: HeadChoice
     kv: str  # a name of KV_FORMATS
@@ -153,6 +154,7 @@ def resolve(settings: LoadSettings, model: KnownModel, *, on_card: bool = False,
         context=context,
         chunk_size=chunk_size,
         kernels=kernels,
+        activations=activations_named(settings.activations, kernels),
         threads=settings.threads or (default_threads() if device.type == "cpu" else 1),
         heads=_heads(HeadsSpec.parse(settings.heads), model, settings, context, fetch=fetch),
         kv=kv,

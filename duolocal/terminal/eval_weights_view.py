@@ -21,28 +21,34 @@ from duolocal.terminal.eval_parts import eval_consoles, haystack, open_source
 from duolocal.terminal.progress import bar
 from duolocal.terminal.tables import new_table
 
+INT8_ACTIVATIONS = "int8-activations"
+
 
 def eval_weights(options: Weights, read: Reading, settings: LoadSettings) -> int:
     """Print perplexity and KL of every other model beside the one of `settings`, over windows of a text.
 
-    The others are names, paths, or a format of `--weights` that stands for the model of `settings` in it.
+    The others are names, paths, a format of `--weights` that stands for the model of `settings` in it, or
+    INT8_ACTIVATIONS for that model with activations of 8 bits, which all others have in float32.
     """
+    settings = replace(settings, activations="float32")
     console, progress = eval_consoles()
     text = haystack(read.text)
-    models = [(settings.model, open_source(settings, progress))]
+    asked = [(settings.model, settings)]
     for name in options.against:
         if name in WEIGHTS:
-            chosen = replace(settings, weights=name)
-            models.append((f"{settings.model} {name}", open_source(chosen, progress)))
+            asked.append((f"{settings.model} {name}", replace(settings, weights=name)))
+        elif name == INT8_ACTIVATIONS:
+            asked.append((f"{settings.model} {name}", replace(settings, activations="int8")))
         else:
-            models.append((name, open_source(replace(settings, model=name), progress)))
+            asked.append((name, replace(settings, model=name)))
+    models = [(name, open_source(chosen, progress)) for name, chosen in asked]
     tokenizer, ids = common_tokenizer(models, text[0])
     windows = cut_windows(ids, num_tokens=read.tokens, context=read.context, bos=bos_ids(tokenizer))
     context = len(windows[0])
-    dense = replace(settings, context=len(windows[0]), kv=DENSE_KV, heads="all")
     engines = []
     # All are in memory at once, each in the bits of its file, with one window's cache each.
-    for name, source in models:
+    for (name, source), (_, chosen) in zip(models, asked, strict=True):
+        dense = replace(chosen, context=context, kv=DENSE_KV, heads="all")
         with bar(progress, f"loading {clean_line(name)}", "layers") as shown:
             engines.append((name, Engine.load(source, dense, events=shown)))
     with bar(progress, "measuring", "tokens") as shown:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from duolocal.commands.plan import Plan
-from duolocal.engine.kernels import arrangement, make_kernels
+from duolocal.engine.kernels import activations_named, arrangement, make_kernels
 from duolocal.engine.planning import Planned, plan_settings
 from duolocal.plan.cards import card_rates
 from duolocal.plan.duration import Rates, duration_of
@@ -55,11 +55,12 @@ def rates_for(planned: Planned, settings: LoadSettings, progress: Console, *, me
         return card_rates(planned.card)
     request = planned.request
     config, weights, layout = request.config, request.weights, request.layout
+    activations = activations_named(settings.activations, request.kernels)
     key = rates_key(
         shape=[config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim],
         layers=config.num_layers,
         formats=[weights.layer_format, weights.outer_format, planned.kv],
-        kernels=request.kernels,
+        kernels=f"{request.kernels} {activations}",
         threads=request.threads,
         device=request.device,
         dtype=str(request.dtype),
@@ -77,6 +78,7 @@ def rates_for(planned: Planned, settings: LoadSettings, progress: Console, *, me
             device=device,
             dtype=request.dtype,
             num_threads=settings.threads,
+            activations=activations,
             on_build=shown.compiling,
         )
         sample = sample_model(

@@ -6,6 +6,7 @@ buffers then hold. That is the decode step: nothing is allocated and Python is e
 """
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from torch import Tensor
 from duolocal.kernels.cpu.pool import ThreadPool, program, thread_pool
 from duolocal.kernels.cpu.structs import (
     MAX_MATRICES,
+    CodesOfX,
     EmbedArgs,
     LinearArgs,
     Matrix,
+    QuantizeArgs,
     RmsNormArgs,
     RopeArgs,
     SiluArgs,
@@ -56,15 +59,25 @@ class Recording:
         return self._ops
 
 
+# What has integer codes, which products with activations of 8 bits need.
+INTEGER_PACKINGS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "INT8")
+
+
 class CpuKernels:
-    """The compiled kernels on a number of threads."""
+    """The compiled kernels on a number of threads.
+
+    activations: "float32", or "int8": what meets a matrix of integer codes is quantized, token by token, in groups of
+    32 features, and the products are of integers (source/integer.h).
+    """
 
     name = "compiled"
     capturable = False
     angle_dtype = torch.float32
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, *, activations: str = "float32") -> None:
+        assert activations in ("float32", "int8")
         self.pool = thread_pool(num_threads)
+        self.activations = activations
         self._recording: Recording | None = None
 
     @property
@@ -143,8 +156,24 @@ class CpuKernels:
             args.residual = residual.data_ptr()
             kept.append(residual)
         if x.shape[0]:
+            packings = {layer.weight.packed().packing for layer in layers}
+            if self.activations == "int8" and not packings.isdisjoint(INTEGER_PACKINGS):
+                args.codes, codes = self._quantized(x)
+                kept.append(codes)
             self.run("linear", args, *kept)
         return tuple(results)
+
+    def _quantized(self, x: Tensor) -> tuple[CodesOfX, Tensor]:
+        """Quantize x [n, in_features] token by token; return where its codes, scales and sums are, and their memory."""
+        num_rows, cols = x.shape
+        units = -(-cols // 32 // 8) * 8  # as `padded_units`
+        sizes = (cols, cols, 4 * units, 4 * units, 8 * units, units // 8, 4)  # bytes of a token: the fields of CodesOfX
+        ends = list(itertools.accumulate(-(-num_rows * size // 64) * 64 for size in sizes))
+        buffer = torch.empty(ends[-1] // 4)
+        at = [buffer.data_ptr() + start for start in (0, *ends[:-1])]
+        codes = CodesOfX(*at)
+        self.run("quantize_rows", QuantizeArgs(x.data_ptr(), codes, num_rows, cols), x, buffer)
+        return codes, buffer
 
     def gated_linear(self, x: Tensor, gate: Affine, up: Affine, *, norm: Norm | None = None) -> Tensor:
         """Return silu(gate(x)) * up(x) [n, out_features]."""

@@ -30,6 +30,7 @@ OPERATIONS = (
     "weigh_blocks",
     "choose_blocks",
     "estimate_blocks",
+    "quantize_rows",
 )
 PLANE_KINDS = ("f32", "f16", "bf16", "fp8", "int8", "int4")
 
@@ -88,6 +89,27 @@ class Matrix(ctypes.Structure):
         )
 
 
+class CodesOfX(ctypes.Structure):
+    _fields_ = (
+        ("codes", c_void_p),
+        ("rests", c_void_p),
+        ("scales", c_void_p),
+        ("sums", c_void_p),
+        ("offsets", c_void_p),
+        ("fine", c_void_p),
+        ("unbounded", c_void_p),
+    )
+
+
+class QuantizeArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("codes", CodesOfX),
+        ("num_rows", c_int64),
+        ("cols", c_int64),
+    )
+
+
 class LinearArgs(ctypes.Structure):
     _fields_ = (
         ("x", c_void_p),
@@ -97,6 +119,7 @@ class LinearArgs(ctypes.Structure):
         ("w", Matrix * MAX_MATRICES),
         ("y", c_void_p * MAX_MATRICES),
         ("bias", c_void_p * MAX_MATRICES),
+        ("codes", CodesOfX),
     )
 
 
@@ -266,6 +289,7 @@ _ALL = (
     DigestArgs,
     SelectArgs,
     EstimateArgs,
+    QuantizeArgs,
 )
 
 

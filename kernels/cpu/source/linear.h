@@ -1,18 +1,21 @@
 // y = x W^T (+ bias) (+ residual) with W in the bits of its file, for several W that read the same x.
 //
 // Few rows of x: every row of W is decoded once, straight into dot products. Many rows: W is decoded panel by panel
-// into the cache and multiplied there, so that the whole matrix never exists in float32.
+// into the cache and multiplied there, so that the whole matrix never exists in float32. Where x comes in codes, products
+// are of integers (integer.h).
 #pragma once
-#include "pool.h"
-#include "weights.h"
+#include "integer.h"
 
 #define MAX_MATRICES 4
 #define FEW_ROWS 12  // up to this many rows of x
+#define FEW_CODE_ROWS 5  // the same for x in codes
 #define NR (2 * LANES)  // columns of a panel: output features
 #if LANES == 16
 #define MR 12
+#define CODE_ROWS 6  // rows of x in codes whose sums stay in registers
 #else
 #define MR 6
+#define CODE_ROWS 2
 #endif
 #define KC 256   // depth of a panel: input features; a multiple of every block size
 #define SLICE 1024  // input features decoded at a time for few rows
@@ -26,6 +29,7 @@ typedef struct {
   matrix w[MAX_MATRICES];
   float *y[MAX_MATRICES];          // [num_rows, rows]
   const float *bias[MAX_MATRICES];  // null, or [rows]
+  codes_of_x codes;        // all null: products of float32
 } linear_args;
 
 // c [rows, vectors * LANES] += a [rows, depth] * b [depth, vectors * LANES]: `rows` and `vectors` (up to 2) are constants
@@ -152,18 +156,19 @@ static void linear_panel(const linear_args *a, int64_t which, int64_t row) {
   }
 }
 
-// Rows first .. last - 1 of W for one row of x.
-static void linear_one_row(const linear_args *a, int64_t which, int64_t first, int64_t last) {
+// Rows first .. last - 1 of W for one row of x, the `token`-th.
+static void linear_one_row(const linear_args *a, int64_t which, int64_t first, int64_t last, int64_t token) {
   const matrix *w = &a->w[which];
+  const float *x = a->x + token * w->cols;
   int64_t units = w->cols / UNIT;
   for (int64_t row = first; row < last; row += ROWS_AT_ONCE) {
     const uint8_t *data = w->data + row * w->row_bytes;
     int64_t second = row + 1 < last;
     float y[2] = {0, 0};
-    dots[w->format](data, second ? w->row_bytes : 0, a->x, units, y);
+    dots[w->format](data, second ? w->row_bytes : 0, x, units, y);
     for (int64_t r = 0; r <= second; r++) {
-      for (int64_t col = units * UNIT; col < w->cols; col++) y[r] += dense_at(w, data + r * w->row_bytes, col) * a->x[col];
-      a->y[which][row + r] = y[r] + start_value(a, which, 0, row + r);
+      for (int64_t col = units * UNIT; col < w->cols; col++) y[r] += dense_at(w, data + r * w->row_bytes, col) * x[col];
+      a->y[which][token * w->rows + row + r] = y[r] + start_value(a, which, token, row + r);
     }
   }
 }
@@ -199,8 +204,170 @@ static void linear_awq(const linear_args *a, int64_t which, int64_t first, int64
   for (int64_t out = first; out < last; out++) a->y[which][out] = y[out - first] + start_value(a, which, 0, out);
 }
 
+// Whether products with W are of integers.
+INLINE int in_codes(const linear_args *a, const matrix *w) { return a->codes.codes && row_dots[w->format]; }
+
+// x from its `row`-th token and `unit`-th unit on.
+INLINE codes_of_x codes_from(const linear_args *a, int64_t cols, int64_t row, int64_t unit) {
+  int64_t padded = padded_units(cols), at = row * padded + unit;
+  int64_t code = row * cols + unit * UNIT;
+  return (codes_of_x){a->codes.codes + code,       a->codes.rests + code,  a->codes.scales + at,      a->codes.sums + at,
+                      a->codes.offsets + 2 * at, a->codes.fine + at / 8, a->codes.unbounded + row};
+}
+
+// Rows first .. last - 1 of W for a few rows of x in codes: W comes from memory once, then from the cache.
+static void codes_few_rows(const linear_args *a, int64_t which, int64_t first, int64_t last) {
+  const matrix *w = &a->w[which];
+  for (int64_t row = first; row < last; row += ROWS_AT_ONCE) {
+    const uint8_t *data = w->data + row * w->row_bytes;
+    int64_t second = row + 1 < last;
+    for (int64_t i = 0; i < a->num_rows; i++) {
+      float y[2];
+      codes_of_x x = codes_from(a, w->cols, i, 0);
+      row_dots[w->format](data, second ? w->row_bytes : 0, &x, w->cols / UNIT, y);
+      for (int64_t r = 0; r <= second; r++) a->y[which][i * w->rows + row + r] = y[r] + start_value(a, which, i, row + r);
+    }
+  }
+}
+
+// NR rows of W as codes: four input features of a row side by side.
+typedef struct {
+  uint8_t codes[KC / 4][NR][4] __attribute__((aligned(64)));
+  float scales[KC / 16][NR], minima[KC / 32][NR];  // of units; Q6_K: scales of half units, no minima
+} code_panel;
+
+static void pack_codes(const matrix *w, int64_t row, int64_t first, int64_t count, code_panel *panel) {
+  uint8_t codes[8][KC] __attribute__((aligned(64)));
+  float scales[8][KC / 16], minima[8][KC / 32];
+  int64_t units = count / UNIT, num_scales = w->format == Q6_K ? 2 * units : units;
+  for (int64_t r = 0; r < NR; r += 8) {
+    for (int64_t i = 0; i < 8; i++) {
+      if (row + r + i < w->rows) {
+        unpackers[w->format](w->data + (row + r + i) * w->row_bytes, first / UNIT, units, codes[i], scales[i], minima[i]);
+      } else {
+        __builtin_memset(codes[i], 0, KC);
+        __builtin_memset(scales[i], 0, sizeof(scales[i]));
+        __builtin_memset(minima[i], 0, sizeof(minima[i]));
+      }
+    }
+    transpose((const float *)codes, KC / 4, 8, count / 4, (float *)panel->codes + r, NR);
+    transpose(scales[0], KC / 16, 8, num_scales, panel->scales[0] + r, NR);
+    if (w->format != Q6_K) transpose(minima[0], KC / 32, 8, units, panel->minima[0] + r, NR);
+  }
+}
+
+// dots [rows, NR] += a plane of codes of x times `steps` steps of a panel. `rows` and `steps` are constants wherever this is
+// inlined, and so in what follows.
+INLINE void dot_tile(int rows, int is_signed, const uint8_t *codes, int64_t cols, const uint8_t *panel, int steps,
+                     vi dots[CODE_ROWS][2]) {
+#pragma clang loop unroll(full)
+  for (int k = 0; k < steps; k++) {
+    const uint8_t *w = panel + 4 * NR * k;
+    vcodes w0 = *(const vcodes *)w, w1 = *(const vcodes *)(w + 4 * LANES);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < rows; i++) {
+      vi xi = *(const i32_u *)(codes + i * cols + 4 * k) - (vi){0};
+      dots[i][0] = dot_lanes(dots[i][0], w0, xi, is_signed);
+      dots[i][1] = dot_lanes(dots[i][1], w1, xi, is_signed);
+    }
+  }
+}
+
+// c [rows, NR] += x [rows, units] times a panel of up to KC columns.
+INLINE void multiply_codes(int rows, int halves, int is_signed, const codes_of_x *x, int64_t cols, int64_t stride,
+                           const code_panel *panel, int64_t units, float *c, int64_t c_stride, int fresh) {
+  const int steps = UNIT / 4 >> halves;
+  unsigned fine = 0;
+  vf acc[CODE_ROWS][2];
+  for (int i = 0; i < rows; i++) {
+    fine |= x->fine[i * stride / 8];
+    for (int j = 0; j < 2; j++) acc[i][j] = fresh ? splat(0) : load(c + i * c_stride + j * LANES);
+  }
+  for (int64_t part = 0; part < units << halves; part++) {
+    const uint8_t *w = panel->codes[part * steps][0];
+    int64_t unit = part >> halves;
+    vi dots[CODE_ROWS][2];
+    for (int i = 0; i < rows; i++) dots[i][0] = dots[i][1] = halves ? (x->offsets[2 * i * stride + part] - (vi){0}) >> 7 : (vi){0};
+    dot_tile(rows, is_signed, x->codes + 4 * part * steps, cols, w, steps, dots);
+    float factor = 128.0f;
+    if (fine >> unit & 1) {
+      factor = 1.0f;
+      for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 2; j++) dots[i][j] = (dots[i][j] << 7) + (halves ? x->offsets[2 * i * stride + part] & 127 : 0);
+      dot_tile(rows, is_signed, x->rests + 4 * part * steps, cols, w, steps, dots);
+    }
+#pragma clang loop unroll(full)
+    for (int j = 0; j < 2; j++) {
+      vf scale = load(panel->scales[part] + j * LANES) * factor, minimum = halves ? splat(0) : load(panel->minima[part] + j * LANES);
+#pragma clang loop unroll(full)
+      for (int i = 0; i < rows; i++) {
+        acc[i][j] += __builtin_convertvector(dots[i][j], vf) * (scale * x->scales[i * stride + unit]);
+        if (!halves) acc[i][j] += minimum * x->sums[i * stride + part];
+      }
+    }
+  }
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < 2; j++) store(c + i * c_stride + j * LANES, acc[i][j]);
+}
+
+// y [rows first .. first + count - 1] += those tokens times a panel, from column `unit` on.
+INLINE void multiply_tokens(int halves, int is_signed, const linear_args *a, int64_t cols, int64_t first, int64_t count,
+                            int64_t unit, const code_panel *panel, int64_t units, float *c, int64_t c_stride, int fresh) {
+  int64_t i = 0, stride = padded_units(cols);
+#define TILE(rows)                                                                                             \
+  for (; i + (rows) <= count; i += (rows)) {                                                                   \
+    codes_of_x x = codes_from(a, cols, first + i, unit);                                                       \
+    multiply_codes(rows, halves, is_signed, &x, cols, stride, panel, units, c + i * c_stride, c_stride, fresh); \
+  }
+  TILE(CODE_ROWS)
+  TILE(2)
+  TILE(1)
+#undef TILE
+}
+
+// One panel of output features for all rows of x in codes.
+static void codes_panel(const linear_args *a, int64_t which, int64_t row) {
+  const matrix *w = &a->w[which];
+  float *y = a->y[which];
+  code_panel panel;
+  int64_t width = w->rows - row < NR ? w->rows - row : NR;
+  int plain = !a->bias[which] && !a->residual && width == NR;
+  if (!plain)
+    for (int64_t i = 0; i < a->num_rows; i++)
+      for (int64_t j = 0; j < width; j++) y[i * w->rows + row + j] = start_value(a, which, i, row + j);
+  for (int64_t first = 0; first < w->cols; first += KC) {
+    int64_t depth = w->cols - first < KC ? w->cols - first : KC;
+    pack_codes(w, row, first, depth, &panel);
+    int64_t at_once = width == NR ? a->num_rows : CODE_ROWS;
+    for (int64_t i = 0; i < a->num_rows; i += at_once) {
+      int64_t rows = a->num_rows - i < at_once ? a->num_rows - i : at_once;
+      float tile[CODE_ROWS * NR], *to = width == NR ? y + row : tile;
+      int64_t stride = width == NR ? w->rows : NR;
+      int fresh = width < NR || (plain && first == 0);
+#define MULTIPLY(halves, is_signed) \
+  multiply_tokens(halves, is_signed, a, w->cols, i, rows, first / UNIT, &panel, depth / UNIT, to, stride, fresh)
+      if (w->format == Q6_K) MULTIPLY(1, 0);
+      else if (w->format == Q8_0 || w->format == INT8) MULTIPLY(0, 1);
+      else MULTIPLY(0, 0);
+#undef MULTIPLY
+      if (width < NR)
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t j = 0; j < width; j++) y[(i + r) * w->rows + row + j] += tile[r * NR + j];
+    }
+  }
+}
+
+// Rows first .. last - 1 of W for x in codes; tokens that have none are multiplied in float32.
+static void linear_codes(const linear_args *a, int64_t which, int64_t first, int64_t last) {
+  if (a->num_rows > FEW_CODE_ROWS) codes_panel(a, which, first);
+  else codes_few_rows(a, which, first, last);
+  for (int64_t i = 0; i < a->num_rows; i++)
+    if (a->codes.unbounded[i]) linear_one_row(a, which, first, last, i);
+}
+
 // Whether W is decoded panel by panel.
 INLINE int by_panels(const linear_args *a, const matrix *w) {
+  if (in_codes(a, w)) return a->num_rows > FEW_CODE_ROWS;
   return a->num_rows > FEW_ROWS || (w->format == AWQ && a->num_rows > 1);
 }
 
@@ -230,9 +397,10 @@ static void run_linear(const void *args, pool *p, int64_t thread) {
     const matrix *w = &a->w[which];
     int64_t per_item = rows_per_item(a, w, p->num_threads), first = item * per_item;
     int64_t last = first + per_item < w->rows ? first + per_item : w->rows;
-    if (by_panels(a, w)) linear_panel(a, which, first);
+    if (in_codes(a, w)) linear_codes(a, which, first, last);
+    else if (by_panels(a, w)) linear_panel(a, which, first);
     else if (w->format == AWQ) linear_awq(a, which, first, last);
-    else if (a->num_rows == 1) linear_one_row(a, which, first, last);
+    else if (a->num_rows == 1) linear_one_row(a, which, first, last, 0);
     else linear_few_rows(a, which, first, last);
   }
 }
