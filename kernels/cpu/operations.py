@@ -79,6 +79,7 @@ class CpuKernels:
         self.pool = thread_pool(num_threads)
         self.activations = activations
         self._recording: Recording | None = None
+        self._kept: dict[str, Tensor] = {}
 
     @property
     def num_threads(self) -> int:
@@ -121,12 +122,18 @@ class CpuKernels:
         return out
 
     def linear(
-        self, x: Tensor, layers: Sequence[Affine], *, norm: Norm | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        layers: Sequence[Affine],
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        scratch: bool = False,
     ) -> tuple[Tensor, ...]:
         """Return x Wᵀ + b for each of up to four layers that read the same x.
 
         x [n, in_features] -> [n, out_features] each. `norm` is applied to x first; `residual` [n, out_features] is
-        added to the result of a single layer.
+        added to the result of a single layer. scratch: the results last until the next such call only.
         """
         assert 1 <= len(layers) <= MAX_MATRICES and (residual is None or len(layers) == 1)
         if norm is not None:
@@ -139,7 +146,10 @@ class CpuKernels:
             packed = layer.weight.packed()
             if x.ndim != 2 or x.shape[1] != packed.in_features:
                 raise ValueError(f"linear: x {tuple(x.shape)}: wanted [n, in_features {packed.in_features}]")
-            out = torch.empty(x.shape[0], packed.out_features)
+            if scratch:
+                out = self._scratch(f"linear {i}", x.shape[0] * packed.out_features).view(x.shape[0], -1)
+            else:
+                out = torch.empty(x.shape[0], packed.out_features)
             args.w[i], args.y[i] = Matrix.of(packed), out.data_ptr()
             if layer.bias is not None:
                 (bias,) = _checked("linear", layer.bias)
@@ -163,13 +173,25 @@ class CpuKernels:
             self.run("linear", args, *kept)
         return tuple(results)
 
+    def _scratch(self, name: str, floats: int) -> Tensor:
+        """Return memory [floats] that lasts until the next call for `name`; of its own inside a recording.
+
+        Fresh memory costs more than what is computed in it: the system clears it page by page.
+        """
+        if self._recording is not None:
+            return torch.empty(floats)
+        if name not in self._kept or self._kept[name].shape[0] < floats:
+            self._kept.pop(name, None)
+            self._kept[name] = torch.empty(floats)
+        return self._kept[name][:floats]
+
     def _quantized(self, x: Tensor) -> tuple[CodesOfX, Tensor]:
         """Quantize x [n, in_features] token by token; return where its codes, scales and sums are, and their memory."""
         num_rows, cols = x.shape
         units = -(-cols // 32 // 8) * 8  # as `padded_units`
         sizes = (cols, cols, 4 * units, 4 * units, 8 * units, units // 8, 4)  # bytes of a token: the fields of CodesOfX
         ends = list(itertools.accumulate(-(-num_rows * size // 64) * 64 for size in sizes))
-        buffer = torch.empty(ends[-1] // 4)
+        buffer = self._scratch("codes", ends[-1] // 4)
         at = [buffer.data_ptr() + start for start in (0, *ends[:-1])]
         codes = CodesOfX(*at)
         self.run("quantize_rows", QuantizeArgs(x.data_ptr(), codes, num_rows, cols), x, buffer)
@@ -177,7 +199,7 @@ class CpuKernels:
 
     def gated_linear(self, x: Tensor, gate: Affine, up: Affine, *, norm: Norm | None = None) -> Tensor:
         """Return silu(gate(x)) * up(x) [n, out_features]."""
-        return self.silu_mul(*self.linear(x, (gate, up), norm=norm))
+        return self.silu_mul(*self.linear(x, (gate, up), norm=norm, scratch=True))
 
     def rotate(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Rotate q and k, each [num_tokens, heads, head_dim]."""

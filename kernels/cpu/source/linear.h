@@ -256,14 +256,22 @@ static void pack_codes(const matrix *w, int64_t row, int64_t first, int64_t coun
   }
 }
 
-// dots [rows, NR] += a plane of codes of x times `steps` steps of a panel. `rows` and `steps` are constants wherever this is
-// inlined, and so in what follows.
-INLINE void dot_tile(int rows, int is_signed, const uint8_t *codes, int64_t cols, const uint8_t *panel, int steps,
-                     vi dots[CODE_ROWS][2]) {
+// acc [rows, NR] += one part (a unit, or half of one) of a plane of x, its codes or its rests, times a panel. All ints but
+// `part` are constants wherever this is inlined, so that the sums stay in registers.
+INLINE void multiply_part(int rows, int halves, int is_signed, int rests, const codes_of_x *x, int64_t cols, int64_t stride,
+                          const code_panel *panel, int64_t part, vf acc[CODE_ROWS][2]) {
+  const int steps = UNIT / 4 >> halves;
+  const uint8_t *w = panel->codes[part * steps][0], *codes = (rests ? x->rests : x->codes) + 4 * part * steps;
+  vi dots[CODE_ROWS][2];
+#pragma clang loop unroll(full)
+  for (int i = 0; i < rows; i++) {
+    vi offset = {0};
+    if (halves) offset += x->offsets[2 * i * stride + part];
+    dots[i][0] = dots[i][1] = rests ? offset & 127 : offset >> 7;
+  }
 #pragma clang loop unroll(full)
   for (int k = 0; k < steps; k++) {
-    const uint8_t *w = panel + 4 * NR * k;
-    vcodes w0 = *(const vcodes *)w, w1 = *(const vcodes *)(w + 4 * LANES);
+    vcodes w0 = *(const vcodes *)(w + 4 * NR * k), w1 = *(const vcodes *)(w + 4 * NR * k + 4 * LANES);
 #pragma clang loop unroll(full)
     for (int i = 0; i < rows; i++) {
       vi xi = *(const i32_u *)(codes + i * cols + 4 * k) - (vi){0};
@@ -271,41 +279,32 @@ INLINE void dot_tile(int rows, int is_signed, const uint8_t *codes, int64_t cols
       dots[i][1] = dot_lanes(dots[i][1], w1, xi, is_signed);
     }
   }
+#pragma clang loop unroll(full)
+  for (int j = 0; j < 2; j++) {
+    vf scale = load(panel->scales[part] + j * LANES), minimum = halves ? splat(0) : load(panel->minima[part] + j * LANES);
+    if (!rests) scale *= 128.0f;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < rows; i++) {
+      acc[i][j] += __builtin_convertvector(dots[i][j], vf) * (scale * x->scales[i * stride + (part >> halves)]);
+      if (!halves && !rests) acc[i][j] += minimum * x->sums[i * stride + part];
+    }
+  }
 }
 
 // c [rows, NR] += x [rows, units] times a panel of up to KC columns.
 INLINE void multiply_codes(int rows, int halves, int is_signed, const codes_of_x *x, int64_t cols, int64_t stride,
                            const code_panel *panel, int64_t units, float *c, int64_t c_stride, int fresh) {
-  const int steps = UNIT / 4 >> halves;
   unsigned fine = 0;
   vf acc[CODE_ROWS][2];
   for (int i = 0; i < rows; i++) {
     fine |= x->fine[i * stride / 8];
     for (int j = 0; j < 2; j++) acc[i][j] = fresh ? splat(0) : load(c + i * c_stride + j * LANES);
   }
-  for (int64_t part = 0; part < units << halves; part++) {
-    const uint8_t *w = panel->codes[part * steps][0];
-    int64_t unit = part >> halves;
-    vi dots[CODE_ROWS][2];
-    for (int i = 0; i < rows; i++) dots[i][0] = dots[i][1] = halves ? (x->offsets[2 * i * stride + part] - (vi){0}) >> 7 : (vi){0};
-    dot_tile(rows, is_signed, x->codes + 4 * part * steps, cols, w, steps, dots);
-    float factor = 128.0f;
-    if (fine >> unit & 1) {
-      factor = 1.0f;
-      for (int i = 0; i < rows; i++)
-        for (int j = 0; j < 2; j++) dots[i][j] = (dots[i][j] << 7) + (halves ? x->offsets[2 * i * stride + part] & 127 : 0);
-      dot_tile(rows, is_signed, x->rests + 4 * part * steps, cols, w, steps, dots);
-    }
-#pragma clang loop unroll(full)
-    for (int j = 0; j < 2; j++) {
-      vf scale = load(panel->scales[part] + j * LANES) * factor, minimum = halves ? splat(0) : load(panel->minima[part] + j * LANES);
-#pragma clang loop unroll(full)
-      for (int i = 0; i < rows; i++) {
-        acc[i][j] += __builtin_convertvector(dots[i][j], vf) * (scale * x->scales[i * stride + unit]);
-        if (!halves) acc[i][j] += minimum * x->sums[i * stride + part];
-      }
-    }
-  }
+  for (int64_t part = 0; part < units << halves; part++)
+    multiply_part(rows, halves, is_signed, 0, x, cols, stride, panel, part, acc);
+  for (; fine; fine &= fine - 1)
+    for (int64_t h = 0; h <= halves; h++)
+      multiply_part(rows, halves, is_signed, 1, x, cols, stride, panel, (__builtin_ctz(fine) << halves) + h, acc);
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < 2; j++) store(c + i * c_stride + j * LANES, acc[i][j]);
 }
@@ -317,6 +316,11 @@ INLINE void multiply_tokens(int halves, int is_signed, const linear_args *a, int
 #define TILE(rows)                                                                                             \
   for (; i + (rows) <= count; i += (rows)) {                                                                   \
     codes_of_x x = codes_from(a, cols, first + i, unit);                                                       \
+    for (int64_t r = i + (rows); r < i + 2 * (rows) && r < count; r++) { /* what the next tile reads */        \
+      for (int64_t at = 0; at < units * UNIT; at += 64)                                                        \
+        __builtin_prefetch(a->codes.codes + (first + r) * cols + unit * UNIT + at);                            \
+      for (int64_t at = 0; at < NR; at += 16) __builtin_prefetch(c + r * c_stride + at);                       \
+    }                                                                                                          \
     multiply_codes(rows, halves, is_signed, &x, cols, stride, panel, units, c + i * c_stride, c_stride, fresh); \
   }
   TILE(CODE_ROWS)
