@@ -113,9 +113,11 @@ def _compiled(s: _Shape, threads: int) -> int:
         s.hidden + 2 * s.queries + 3 * s.keys,  # x; q and k before and after RoPE, v
         2 * s.hidden + 2 * s.queries + 2 * s.keys,  # x, q, k, v, attended, projected
     )
-    mlp = 2 * s.hidden + max(s.hidden + 2 * s.inner, 3 * s.inner)  # x before and after attention; gate, up, product
-    # The states of the chunk before live on where a long prompt is generated from.
-    activations = s.chunk * (max(attention, mlp) + s.hidden) * 4
+    mlp = 2 * s.hidden + max(s.hidden, s.inner)  # x before and after attention; x normed, or the product of gate and up
+    # The states of the chunk before live on where a long prompt is generated from; gate, up and codes stay.
+    activations = s.chunk * (
+        (max(attention, mlp) + s.hidden + 2 * s.inner) * 4 + _codes(max(s.inner, s.hidden, s.queries))
+    )
     tile = min(max(1, TILE_ROWS // s.group), s.chunk) * s.group
     scratch = tile * (3 * s.dim + KEY_TILE + 2) + 3 * s.dim * KEY_TILE
     partial = s.kv_heads * (_SPANS_PER_THREAD * threads + 1) * s.group * (s.dim + 2)
@@ -124,7 +126,13 @@ def _compiled(s: _Shape, threads: int) -> int:
 
 def _recorded(s: _Shape) -> int:
     """Return what the recorded decode step keeps: every tensor of every layer, for one token."""
-    return s.layers * (4 * s.hidden + 3 * s.queries + 3 * s.keys + 3 * s.inner) * 4 + 4 * s.vocab
+    codes = 2 * _codes(s.hidden) + _codes(s.queries) + _codes(s.inner)
+    return s.layers * ((4 * s.hidden + 3 * s.queries + 3 * s.keys + 3 * s.inner) * 4 + codes) + 4 * s.vocab
+
+
+def _codes(cols: int) -> int:
+    """Return the bytes of a token's activations in integer codes (`CpuKernels`), with what aligns them."""
+    return 2 * cols + 17 * (-(-cols // 256) * 8) + 7 * 64
 
 
 def _torch(s: _Shape) -> int:
