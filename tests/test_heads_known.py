@@ -148,8 +148,8 @@ def test_one_damaged_half_is_fetched_again(server: Server, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("files", "fault", "error", "message"),
     [
-        ({}, None, DownloadError, "HTTP Error 404"),
-        (None, 503, DownloadError, "HTTP Error 503"),
+        ({}, None, DownloadError, "HTTP 404"),
+        (None, 503, DownloadError, "HTTP 503"),
         ({TSV: b"<html>"}, None, SettingsError, "line 1: '<html>' is not a number"),
         ({TSV: b"1\t1\n"}, None, SettingsError, "is for 1 layers × 2 KV heads, but Meta-Llama-3.1-8B-Instruct has 32"),
         ({TSV: b"1\n" * 2**22}, None, DownloadError, "more than 4 MiB"),

@@ -9,10 +9,10 @@ import platformdirs
 import pytest
 
 import duolocal
+from duolocal.downloads import UnreachableError
 from duolocal.errors import DownloadError, ModelNotFoundError, SettingsError
 from duolocal.models import default, fetch_hub, fetch_pypi, registry
 from duolocal.models.default import default_model
-from duolocal.models.fetching import UnreachableError
 from duolocal.models.names import DEFAULT_MODEL, MODELS, SMALL_MODEL
 from duolocal.models.registry import cached_path, list_models, resolve
 

@@ -179,7 +179,7 @@ def test_planning_with_a_published_pattern_fetches_nothing(monkeypatch: pytest.M
     monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delenv("DUOLOCAL_HEAD_PATTERNS", raising=False)
-    monkeypatch.setattr("duolocal.heads.known._download", lambda url: pytest.fail(f"asked for {url}"))
+    monkeypatch.setattr("duolocal.downloads.read_url", lambda url, **_: pytest.fail(f"asked for {url}"))
 
     def planned(heads: str) -> tuple[int, str]:
         found = plan_settings(LoadSettings("llama3-8b-awq", context=4096, kv="int4", heads=heads), card="h100")

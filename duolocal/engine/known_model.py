@@ -14,7 +14,7 @@ from duolocal.engine.head_choice import published_for, shape_of
 from duolocal.errors import ModelNotFoundError
 from duolocal.heads import KnownPattern, known_pattern
 from duolocal.models.config import ModelConfig
-from duolocal.models.fetch_hub import parse_hub_id
+from duolocal.models.hub import parse_hub_id
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.names import MODELS
 from duolocal.models.outer_weights import outer_note, quantize_outer

