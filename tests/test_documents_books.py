@@ -82,6 +82,19 @@ def test_books_that_are_packed_carelessly() -> None:
     assert (book(hidden).text, book(hidden).notes) == ("a\n\n10^6 softhyphen", ("hidden text is not read (1 place)",))
 
 
+def test_style_sheets_of_books_strike_and_raise() -> None:
+    chapter = "<p>fee <span class='old'>100</span> 10<span class='up'>6</span></p>"
+    sheet = ".old { text-decoration: line-through; } .up { vertical-align: super }"
+    data = epub({"a.xhtml": chapter, "s.css": ""}, more={"OEBPS/s.css": sheet})
+    assert "~~" not in book(data).text  # it is no page, and not listed as a style sheet
+    package = (
+        '<package><manifest><item id="a" href="a.xhtml" media-type="application/xhtml+xml"/>'
+        '<item id="s" href="s.css" media-type="text/css"/></manifest><spine><itemref idref="a"/></spine></package>'
+    )
+    read = book(zipped({"book.opf": package, "a.xhtml": chapter, "s.css": sheet}))
+    assert read.text == "fee ~~100~~ 10^6"
+
+
 # --- presentations -------------------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,12 @@ def test_cells_stay_in_their_columns(rows: tuple[str, ...], shown: tuple[str, ..
     assert lines == list(shown)
 
 
+def test_a_table_in_a_cell_leaves_the_columns_as_they_are() -> None:
+    inner = f"<w:tbl><w:tr>{cell('x')}{cell('y')}</w:tr><w:tr>{cell('z')}</w:tr></w:tbl>"
+    table = f"<w:tbl><w:tr>{cell('a')}<w:tc>{inner}</w:tc></w:tr><w:tr>{cell('b')}{cell('c' * 900)}</w:tr></w:tbl>"
+    assert read(docx(table)).text == f"| a | x, y; z |\n| --- | --- |\n| b | {'c' * 900} |"
+
+
 def box(text: str) -> str:
     return f"<w:txbxContent>{paragraph(text)}</w:txbxContent>"
 
@@ -178,6 +184,7 @@ CHECKED = (
     [
         (run("10") + run("6", '<w:vertAlign w:val="superscript"/>') + run(" N"), "10^6 N"),
         (run("CO") + run("2", '<w:vertAlign w:val="subscript"/>'), "CO_2"),
+        (run("10") + run("6", '<w:position w:val="8"/>') + run(" a", '<w:position w:val="0"/>'), "10^6 a"),
         (run("a ") + run("10", "<w:strike/>") + run("0", "<w:strike/>") + run(" b"), "a ~~100~~ b"),
         (run("a", "<w:dstrike/>") + run("b", '<w:strike w:val="0"/>'), "~~a~~b"),
         ("<w:fldSimple w:instr='AUTHOR'>" + run("a") + "</w:fldSimple>", "a"),
@@ -307,6 +314,8 @@ def test_notes_stand_at_the_end() -> None:
     [
         ("a.html", "<p>from <b>the</b> chunk"),
         ("a.txt", "from the chunk\n"),
+        ("a.rtf", "{\\rtf1 from the chunk}"),
+        ("a.mht", "MIME-Version: 1.0\nContent-Type: text/html\n\n<p>from the chunk"),
         ("a.docx", docx(paragraph("from the chunk"))),
     ],
 )

@@ -15,6 +15,7 @@ from duolocal.documents import decode_document, gather
 from duolocal.documents.child import convert_bytes
 from duolocal.documents.converted import ConversionError
 from duolocal.documents.converter import SPENT_BYTES, Converter
+from duolocal.documents.formats import format_of
 from duolocal.documents.zipped import MAX_MEMBERS, Archive, ArchiveError
 from duolocal.errors import DocumentError
 from tests.document_files import docx, epub, paragraph, pdf, pptx, zipped
@@ -136,6 +137,11 @@ def test_nested_and_broken_markup_ends(markup: str) -> None:
     assert "x" in text
     assert len(text) < 4 * len(markup)
     assert time.process_time() - began_s < 30  # quadratic work would take minutes
+
+
+@pytest.mark.parametrize("head", [b"<!---->" * 1170, b"<!--" * 2000, b"<?xml " + b" " * 8000, b"X-A: b\n" * 1000])
+def test_a_misnamed_file_is_judged_at_once(head: bytes) -> None:
+    assert format_of(head, "a.xls").kind == "text"  # to try every way to divide it would take years
 
 
 # --- PDF -----------------------------------------------------------------------------------------------------------

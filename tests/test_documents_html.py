@@ -82,6 +82,21 @@ def test_items_have_the_numbers_that_a_browser_shows(markup: str, shown: str) ->
         ("<ruby>東<rp>(</rp><rt>とう</rt><rp>)</rp>京<rt>きょう</ruby>で", "東(とう)京(きょう)で"),
         ("<ruby>東<rp>(<rt>とう<rp>)</ruby>で<ruby>行<rt></rt></ruby>", "東(とう)で行"),
         ("soft\xadhy&shy;phen", "softhyphen"),
+        ("<style>/* x */ .a, p.b { text-decoration:line-through }</style><span class='c a'>x</span> y", "~~x~~ y"),
+        (
+            "<style>.a{vertical-align:super} @media print{.b{text-decoration:line-through}}</style>"
+            "10<span class=a>6</span> <b class=b>x</b>",
+            "10^6 x",
+        ),
+        (
+            "<math><msup><mn>10</mn><mn>6</mn></msup><mo>+</mo><msub><mi>x</mi><mrow><mi>i</mi><mo>+</mo><mn>1</mn></mrow>"
+            "</msub><annotation>10^6</annotation></math>",
+            "10^6+x_{i+1}",
+        ),
+        (
+            "<math><mfrac><mrow><mi>a</mi><mo>+</mo><mi>b</mi></mrow><mn>2</mn></mfrac><msqrt><mn>3</mn></msqrt></math>",
+            "(a+b)/2√(3)",
+        ),
     ],
 )
 def test_what_marks_change_is_marked(markup: str, shown: str) -> None:

@@ -182,6 +182,22 @@ def test_embedded_pictures_become_a_note(name: str, text: str) -> None:
         assert document.notes[-1].startswith("1 embedded picture or file left out (")
 
 
+@pytest.mark.parametrize("start", [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"%PDF-1.7", b"PK\x03\x04"])
+def test_pictures_without_an_address_are_known_by_how_they_begin(start: bytes) -> None:
+    picture = base64.b64encode(start + bytes(range(256)) * 9).decode()
+    lines = "\n".join(picture[at : at + 76] for at in range(0, len(picture), 76))
+    for name, text in (
+        ("a.json", f'{{"before": "{picture}", "x": "after"}}'),
+        ("a.json", '{{"before": "{}", "x": "after"}}'.format(lines.replace("\n", "\\n"))),
+        ("a.fb2", f"<binary id='before'>{lines}</binary><p>after</p>"),
+    ):
+        document = decode_document(text.encode(), Path(name))
+        assert "before" in document.text and "after" in document.text and "left out: " in document.text
+        assert len(document.text) < 130
+    genes = "ACGT" * 900
+    assert decode_document(genes.encode(), Path("a.txt")).text == genes
+
+
 def test_what_is_short_or_no_picture_stays() -> None:
     text = "data:image/gif;base64,R0lGODlhAQABAAAAACw= and data:text/plain,hello " + "x" * 900 + "\n"
     document = decode_document(text.encode(), Path("a.md"))

@@ -75,8 +75,11 @@ class _Frame:
 class TextBuilder:
     """Takes text and its structure in the order of the document. A block is what stands on lines of its own."""
 
-    def __init__(self, *, max_cell: int) -> None:
-        """Build a text; a table with a cell of more than `max_cell` characters is a page layout."""
+    def __init__(self, *, max_cell: int | None = None) -> None:
+        """Build a text; a table with a cell of more than `max_cell` characters, or one inside it, is a page layout.
+
+        Without `max_cell` every table is one, and one inside a cell is written in a line.
+        """
         self.style: Style = PLAIN  # of the text that comes
         self.mark = ""  # before the first line of the block: "# ", "- "
         self.is_tight = False  # no blank line after the block
@@ -185,7 +188,7 @@ class TextBuilder:
         """Begin a table."""
         if len(self._tables) >= _MAX_TABLES:
             return
-        if self._tables:
+        if self._tables and self._max_cell is not None:
             self._tables[-1].is_layout = True
         self._tables.append(_Table())
 
@@ -219,7 +222,7 @@ class TextBuilder:
         frame = self._frames.pop()
         table = self._tables[-1]
         text = _joined(frame.blocks) if frame.is_shown else ""
-        if len(text) > self._max_cell:
+        if self._max_cell is not None and len(text) > self._max_cell:
             table.is_layout = True
         table.rows[-1][frame.column] = text
 
@@ -237,6 +240,10 @@ class TextBuilder:
                 for cell in row.values():
                     if cell:
                         self.add(cell)
+            return
+        if self._tables and self._max_cell is None:
+            written = (", ".join(" ".join(cell.split()) for cell in row.values() if cell) for row in rows)
+            self.add("; ".join(written))
             return
         lines = []
         for at, row in enumerate(rows):

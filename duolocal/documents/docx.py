@@ -23,7 +23,6 @@ from duolocal.documents.xml_tree import attribute, child, local
 from duolocal.documents.zipped import Archive, ArchiveError
 
 _MAX_XML_BYTES = 96 * 2**20  # a tree of it takes many times that size
-_MAX_CELL = 2**20  # characters; the tables of documents are tables
 _MAX_NESTED = 2  # documents within documents
 _PARAGRAPHS_PER_REPORT = 2000
 _ON = ("1", "true", "on")
@@ -80,7 +79,7 @@ class _Reader:
         self._by_key = {relation.key: relation for relation in self._relations}
         self._styles = Styles(self._part("styles"))
         self._numbering = Numbering(self._part("numbering"), self._styles.lists())
-        self._out = TextBuilder(max_cell=_MAX_CELL)
+        self._out = TextBuilder()
         self._told: Counter[str] = Counter()
         self._ignored: set[str] = set()
         self._fields: list[_Field] = []
@@ -453,7 +452,7 @@ class _Reader:
                     described = described or attribute(item, "title")
                 case "chart" if attribute(item, "id"):
                     self._told["chart"] += 1
-                case "OLEObject":
+                case "OLEObject" | "control":
                     self._told["object"] += 1
                     pictures = -1  # what is seen of it
                 case "relIds":

@@ -12,6 +12,20 @@ _DATA = re.compile(
     r"data:(?P<type>[A-Za-z0-9.+-]{1,60}/[A-Za-z0-9.+-]{1,80})?(?:;[A-Za-z0-9=._-]{1,60}){0,4};base64,"
     rf"(?P<data>{_BASE64}{{20,}}(?:{_NEXT_LINE}{_BASE64}{{60,}})*(?:{_NEXT_LINE}[A-Za-z0-9+/]{{1,75}}={{1,2}})?)"
 )
+# How the base64 of pictures, PDFs and zips begins, where no address says what it is: in JSON, in XML, in vCards.
+_KINDS = {
+    "iVBORw0KGgo": "image/png",
+    "/9j/": "image/jpeg",
+    "R0lGOD": "image/gif",
+    "UklGR": "image/webp",
+    "JVBERi0": "application/pdf",
+    "UEsDB": "application/zip",
+}
+_BARE = re.compile(
+    rf"(?<![A-Za-z0-9+/])(?P<type>{'|'.join(map(re.escape, _KINDS))})"
+    rf"(?P<data>[A-Za-z0-9+/]{{40,}}(?:(?:{_NEXT_LINE}|\\n)[A-Za-z0-9+/]{{60,}})*"
+    rf"(?:(?:{_NEXT_LINE}|\\n)[A-Za-z0-9+/]{{1,75}}(?:={{1,2}}|(?=[\s\"'<\\])))?={{0,2}})"
+)
 
 
 def size_of(num_base64: int) -> str:
@@ -35,9 +49,10 @@ def without_pictures(read: Converted) -> Converted:
         if len(match["data"]) < _LEAST:
             return match[0]
         count, length = count + 1, length + len(match["data"])
-        return left_out(match["type"] or "", len(match["data"]))
+        return left_out(_KINDS.get(match["type"], match["type"]) or "", len(match["data"]))
 
     text = _DATA.sub(note, read.text) if ";base64," in read.text else read.text
+    text = _BARE.sub(note, text) if any(start in text for start in _KINDS) else text
     return replace(read, text=text, notes=(*read.notes, *pictures_note(count, length)))
 
 

@@ -11,7 +11,8 @@ from urllib.parse import unquote
 from xml.etree.ElementTree import Element
 
 from duolocal.documents.converted import Assembler, ConversionError, Converted
-from duolocal.documents.html_text import Page, declared_encoding, hidden_note, read_page
+from duolocal.documents.html_text import Page, classes_of, declared_encoding, hidden_note, read_page
+from duolocal.documents.inline import Style
 from duolocal.documents.text import NotTextError, decode
 from duolocal.documents.xml_tree import DamagedXmlError, attribute, child, local, parse_xml
 from duolocal.documents.zipped import Archive, ArchiveError
@@ -23,6 +24,7 @@ _PAGES = ("application/xhtml+xml", "text/html", "application/xml", "text/xml", "
 # Fonts may be scrambled in a book that anyone can read; whatever else is encrypted is locked.
 _FONT_SCRAMBLING = ("http://www.idpf.org/2008/embedding", "http://ns.adobe.com/pdf/enc#RC")
 _PAGE_SUFFIXES = (".xhtml", ".html", ".htm", ".xml")
+_MAX_SHEETS, _MAX_CSS_BYTES = 50, 2**20
 _MAX_FALLBACKS = 10
 _SHOWN = 5  # chapters and pages that notes list
 _HEADING = re.compile(r"#{1,3} (.+)")
@@ -56,6 +58,7 @@ def _book(archive: Archive, report: Callable[[int, int], None]) -> Converted:
             f"is an EPUB book of {len(spine):,} chapters: "
             + ("it is damaged; save it anew" if not spine else f"more than {MAX_CHAPTERS:,} are not read; cut it up")
         )
+    classes = _classes(archive, items, names, folder)
     titles = _titles(archive, items, names, folder)
     assembler = Assembler()
     empty: list[int] = []
@@ -72,7 +75,7 @@ def _book(archive: Archive, report: Callable[[int, int], None]) -> Converted:
         elif _is_page(item, name):
             read.add(name)
             try:
-                page = _chapter(archive.read(name, most=_MAX_CHAPTER_BYTES))
+                page = _chapter(archive.read(name, most=_MAX_CHAPTER_BYTES), classes)
             except (NotTextError, ArchiveError) as error:
                 reason = f"{name[-80:]} {str(error)[:80]}"
         num_hidden += page.num_hidden
@@ -206,8 +209,21 @@ def _xml(archive: Archive, name: str) -> bytes:
     return archive.read(name, most=_MAX_XML_BYTES)
 
 
-def _chapter(data: bytes) -> Page:
-    return read_page(decode(data, declared=declared_encoding(data)).text if data.strip() else "")
+def _chapter(data: bytes, classes: dict[str, Style]) -> Page:
+    return read_page(decode(data, declared=declared_encoding(data)).text if data.strip() else "", classes)
+
+
+def _classes(archive: Archive, items: list[Element], names: "_Names", folder: str) -> dict[str, Style]:
+    """Return what the style sheets of the book do to text."""
+    classes: dict[str, Style] = {}
+    sheets = [item for item in items if item.get("media-type") == "text/css"]
+    for item in sheets[:_MAX_SHEETS]:
+        name = names.find(folder, item.get("href", ""))
+        try:
+            classes |= classes_of(archive.read(name, most=_MAX_CSS_BYTES).decode("utf-8", "replace")) if name else {}
+        except ArchiveError:
+            continue  # the text can be read without it
+    return classes
 
 
 def _titles(archive: Archive, items: list[Element], names: _Names, folder: str) -> dict[str, str]:

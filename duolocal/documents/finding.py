@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from duolocal.documents.converter import Converter, Progress
-from duolocal.documents.formats import HEAD, format_of
+from duolocal.documents.formats import HEAD, format_of, is_zipped_name
 from duolocal.documents.ignore import Ignored, ignored_above
 from duolocal.documents.load import MAX_BYTES, decode_document, load_document, nearest, read_bytes, why
 from duolocal.documents.model import Document
@@ -26,7 +26,7 @@ from duolocal.files import free_name
 MAX_FILES = 50_000  # seen, taken or not; no context holds so many
 _LONGEST_ARCHIVE = 40  # characters of its name
 _MAX_DEPTH = 64  # folders within folders
-_MAX_LOOKED_INTO = 16 * 2**20  # a zip in an archive; one that is larger is judged by its name
+_MAX_LOOKED_INTO = 64 * 2**20  # bytes of zips in archives whose names do not say what they are; of others they must
 _MADE = ("__pycache__", "node_modules")  # folders that nobody writes by hand
 _NESTED = "a zip archive inside another: unpack it first"
 _DIGITS = re.compile(r"([0-9]{1,18})")
@@ -137,6 +137,7 @@ class _Walk:
         self._count = 0
         self._converter = Converter()  # shared by all files; its process starts when one needs it
         self._archives = ArchiveCache()  # shared, too
+        self._looked_into = 0  # bytes
 
     def add(self, path: str | Path) -> None:
         word, path = str(path), Path(path).expanduser()
@@ -283,10 +284,13 @@ class _Walk:
             return
         try:
             inside = None
-            if info.file_size <= _MAX_LOOKED_INTO:
-                # Only a zip is looked into, and an Office file in an archive is one.
+            if not is_zipped_name(inner[-1]) and self._looked_into < _MAX_LOOKED_INTO:
+
                 def inside() -> Archive:
-                    return Archive(archive.read(name, most=_MAX_LOOKED_INTO))
+                    data = archive.read(name, most=_MAX_LOOKED_INTO - self._looked_into)
+                    self._looked_into += len(data)
+                    archive.renew()
+                    return Archive(data)
 
             reason = _unfit(archive.head(name, HEAD), inner[-1], num_bytes=info.file_size, archive=inside)
         except ArchiveError as error:

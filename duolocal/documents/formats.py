@@ -82,12 +82,14 @@ CONVERTED = ("html", "pdf", "docx", "epub", "xlsx", "pptx", "mail", "mhtml", "no
 _MISNAMED = frozenset(
     (*".doc .dot .xls .xlt .ppt .pot .pps .pdf .rtf .wps .csv .tsv".split(), *_ZIPPED, ".xlsb")  # noqa: SIM905
 )
+# Before the first tag; possessive, since comments could be divided in more ways than there is time.
+_BEFORE = r"\s*+(?:<\?xml[^>]{0,200}>\s*+)?+(?:<!--.{0,2000}?-->\s*+)*+"
 _HTML = re.compile(
-    r"\s*(?:<\?xml[^>]{0,200}>\s*)?(?:<!--.{0,2000}?-->\s*)*"
-    r"<(?:!doctype\s+html|(?:html|head|body|table|meta|style|title|div|p|h[1-6]|span|center|font|script|base)\b)",
+    _BEFORE
+    + r"<(?:!doctype\s+html|(?:html|head|body|table|meta|style|title|div|p|h[1-6]|span|center|font|script|base)\b)",
     re.IGNORECASE | re.DOTALL,
 )
-_PAGE = re.compile(r"\s*(?:<\?xml[^>]{0,200}>\s*)?(?:<!--.{0,2000}?-->\s*)*<(?:!doctype\s+html|html)\b", re.I | re.S)
+_PAGE = re.compile(_BEFORE + r"<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL)
 _HEADER = re.compile(r"(?:[A-Za-z][A-Za-z0-9-]{1,60}:[^\n]*\n(?:[ \t][^\n]*\n)*)+", re.MULTILINE)
 _WORKBOOK_2003 = "urn:schemas-microsoft-com:office:spreadsheet"
 
@@ -137,6 +139,11 @@ def format_of(head: bytes, name: str, archive: Callable[[], Archive] | None = No
     if head.startswith(b"{\\rtf"):
         return _converted("rtf", suffix, "rich text (RTF)", (".rtf",))
     return _text(head, suffix)
+
+
+def is_zipped_name(name: str) -> bool:
+    """Tell whether a name says which kind of zipped document a file is."""
+    return PurePath(name).suffix.lower() in _ZIPPED
 
 
 def _converted(kind: str, suffix: str, what: str, suffixes: tuple[str, ...] = ()) -> Format:

@@ -94,10 +94,13 @@ def guess_encoding(data: bytes) -> str:
 def guess_names(names: list[bytes]) -> str:
     """Name the codec of file names that are none in ASCII; where nothing speaks for another it is that of DOS."""
     together = b"\n".join(names)
-    for name in ("utf-8", _script(together)):
-        if name and _decodes(together, name):
-            return name
-    latin, share = _latin(together)
+    if _decodes(together, "utf-8"):
+        return "utf-8"
+    sample = _sample(together)
+    script = _script(sample)
+    if script and _decodes(together, script):
+        return script
+    latin, share = _latin(sample)
     return latin if share >= _ENOUGH and latin in ("cp1252", "cp1250", "cp852", "mac_roman") else "cp437"
 
 

@@ -1,7 +1,8 @@
 """HTML to text in the manner of Markdown (`blocks`).
 
 The parser is Python's own, which never fails on bad markup. What a reader sees is kept, menus and footers included;
-scripts, styles, hidden text and the addresses of links and pictures are not. What is hidden by style sheets is shown.
+scripts, hidden text and the addresses of links and pictures are not. Of style sheets it is heeded what strikes, raises
+or lowers text; what they hide is shown, since most of it is what a click shows.
 """
 
 import re
@@ -13,13 +14,15 @@ from typing import NamedTuple
 from duolocal.documents.blocks import SPACE, TextBuilder
 from duolocal.documents.converted import ConversionError, Converted
 from duolocal.documents.embedded import without_pictures
-from duolocal.documents.inline import Style
+from duolocal.documents.inline import PLAIN, Style
 from duolocal.documents.numbering import numbered
 from duolocal.documents.text import NotTextError, decode
 
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{2,40})""", re.IGNORECASE)
 _XML_ENCODING = re.compile(rb"""^\s*<\?xml[^>]{0,100}?encoding\s*=\s*["']([A-Za-z0-9_:.-]{2,40})""")
-_DROPPED = frozenset(("script", "style", "template", "svg", "object", "iframe", "canvas", "noembed", "noframes"))
+_DROPPED = frozenset(
+    """script style template svg object iframe canvas noembed noframes annotation annotation-xml""".split()  # noqa: SIM905
+)
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 _BLOCKS = frozenset(
     """
@@ -52,12 +55,20 @@ _MAX_OPEN, _MAX_SEARCH = 2000, 64  # elements
 _MAX_TITLE = 500  # characters
 _MAX_CELL = 600  # characters; a table with longer cells is a page layout
 _RAISED = {"sup": 1, "sub": -1}
+# Formulas: how the children of an element stand, in their order.
+_SCRIPTS = {"msup": (0, 1), "msub": (0, -1), "msubsup": (0, -1, 1), "mover": (0, 1), "munder": (0, -1)}
+_SCRIPTS["munderover"] = (0, -1, 1)
 _STYLE = re.compile(
     r"(?P<hidden>\bdisplay\s*:\s*none|\bvisibility\s*:\s*(?:hidden|collapse)|\bmso-hide\s*:\s*all)"
     r"|(?P<struck>\btext-decoration(?:-line)?\s*:[^;]*line-through)|vertical-align\s*:\s*(?P<level>super|sub)\b"
     r"|\blist-style(?:-type)?\s*:[^;]*?(?P<list>(?:lower|upper)-(?:roman|alpha|latin|greek)|decimal-leading-zero)",
     re.IGNORECASE,
 )
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_AT_RULE = re.compile(r"@[^{};]*+\{(?:[^{}]*+\{[^{}]*+\})*+[^{}]*+\}")  # for print, for narrow screens
+_RULE = re.compile(r"([^{}]*+)\{([^{}]*+)\}")
+_CLASS = re.compile(r"\s*[A-Za-z0-9]*\.([\w-]+)\s*")
+_MAX_CSS = 2**20  # characters
 _LIST_TYPES = {
     **{"a": "lowerAlpha", "A": "upperAlpha", "i": "lowerRoman", "I": "upperRoman"},
     **{"lower-roman": "lowerRoman", "upper-roman": "upperRoman", "lower-alpha": "lowerAlpha"},
@@ -96,6 +107,26 @@ def declared_encoding(data: bytes) -> str | None:
     return match[1].decode("ascii") if match else None
 
 
+def classes_of(css: str) -> dict[str, Style]:
+    """Return which classes of a style sheet strike, raise or lower text."""
+    found = {}
+    for selectors, properties in _RULE.findall(_AT_RULE.sub("", _COMMENT.sub("", css[:_MAX_CSS]))):
+        style = _styled(properties, PLAIN)
+        if style != PLAIN:
+            names = (_CLASS.fullmatch(selector) for selector in selectors.split(","))
+            found.update({name[1]: style for name in names if name})
+    return found
+
+
+def _styled(properties: str, style: Style) -> Style:
+    for match in _STYLE.finditer(properties[:2000]):
+        if match["struck"]:
+            style = style._replace(is_struck=True)
+        elif match["level"]:
+            style = style._replace(level=1 if match["level"].lower() == "super" else -1)
+    return style
+
+
 class Page(NamedTuple):
     """A page as text, and how many of its elements hide text."""
 
@@ -104,9 +135,9 @@ class Page(NamedTuple):
     num_hidden: int
 
 
-def read_page(markup: str) -> Page:
-    """Return a page as text."""
-    reader = _Reader()
+def read_page(markup: str, classes: dict[str, Style] | None = None) -> Page:
+    """Return a page as text; `classes` are those of its style sheets, if they are known."""
+    reader = _Reader(classes or {})
     reader.feed(markup)
     reader.close()
     return reader.finish()
@@ -131,11 +162,15 @@ class _Open:
     style: Style
     was_hidden: bool
     is_hidden: bool
+    closing: str = ""  # what ends it
+    count: int = 0  # elements in it
 
 
 class _Reader(HTMLParser):
-    def __init__(self) -> None:
+    def __init__(self, classes: dict[str, Style]) -> None:
         super().__init__(convert_charrefs=True)
+        self._classes = dict(classes)
+        self._css: list[str] = []
         self._out = TextBuilder(max_cell=_MAX_CELL)
         self._lists: list[_List] = []
         self._counted: dict[int, _List] = {}  # lists that count down from their length, which is known at the end
@@ -160,9 +195,11 @@ class _Reader(HTMLParser):
             return
         attributes = {name: value or "" for name, value in attrs}
         was_hidden, style = self._is_hidden, self._out.style
+        closing = self._in_formula(tag) if self._open else ""
         found = self._apply(tag, attributes)
         if tag not in _VOID and len(self._open) < _MAX_OPEN:
-            self._open.append(_Open(tag, style, was_hidden, self._is_hidden))
+            closing = ")" if tag in ("rt", "msqrt") else closing
+            self._open.append(_Open(tag, style, was_hidden, self._is_hidden, closing))
             style, was_hidden = self._out.style, self._is_hidden
         if not self._is_hidden:
             self._start(tag, attributes, found)
@@ -172,6 +209,9 @@ class _Reader(HTMLParser):
         if self._dropped:
             if tag == self._dropped[-1]:
                 self._dropped.pop()
+                if self._css:
+                    self._classes |= classes_of("".join(self._css))
+                    self._css = []
             return
         is_hidden = self._is_hidden
         for at in range(len(self._open) - 1, max(-1, len(self._open) - 1 - _MAX_SEARCH), -1):
@@ -184,6 +224,8 @@ class _Reader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._dropped:
+            if self._dropped[0] == "style":
+                self._css.append(data)
             return
         if "\0" in data:
             data = data.replace("\0", "\ufffd")
@@ -208,18 +250,33 @@ class _Reader(HTMLParser):
             out.style = out.style._replace(level=_RAISED[tag])
         if tag == "rp" or ("hidden" in attributes and attributes["hidden"] != "until-found"):
             self._is_hidden = True
+        if self._classes and "class" in attributes:
+            for name in attributes["class"].split()[:20]:
+                if (style := self._classes.get(name)) is not None:
+                    out.style = Style(out.style.is_struck or style.is_struck, style.level or out.style.level)
         if "style" not in attributes:
             return kind
+        out.style = _styled(attributes["style"], out.style)
         for match in _STYLE.finditer(attributes["style"][:2000]):
             if match["hidden"]:
                 self._is_hidden = True
-            elif match["struck"]:
-                out.style = out.style._replace(is_struck=True)
-            elif match["level"]:
-                out.style = out.style._replace(level=1 if match["level"].lower() == "super" else -1)
-            else:
+            elif match["list"]:
                 kind = match["list"].lower()
         return kind
+
+    def _in_formula(self, tag: str) -> str:
+        """Write what stands between the parts of a formula; return what closes the part that begins."""
+        parent = self._open[-1]
+        parent.count += 1
+        out = self._out
+        if (levels := _SCRIPTS.get(parent.tag)) and parent.count <= len(levels):
+            out.style = out.style._replace(level=levels[parent.count - 1] or out.style.level)
+        elif parent.tag == "mfrac" and not self._is_hidden:
+            out.push("/" if parent.count == 2 else "")
+            if tag == "mrow":
+                out.push("(")
+                return ")"
+        return ""
 
     def _end_implied(self, tag: str) -> None:
         """Close what a start tag ends although no end tag says so."""
@@ -238,7 +295,7 @@ class _Reader(HTMLParser):
     def _close(self, at: int) -> None:
         """Close the element at a place of the stack and all that were opened in it."""
         for item in reversed(self._open[at:]):
-            if item.tag == "rt" and not item.is_hidden:
+            if item.closing and not item.is_hidden:
                 self._out.close_bracket()
             if item.is_hidden and not item.was_hidden:
                 self._num_hidden += self._has_hidden
@@ -273,6 +330,9 @@ class _Reader(HTMLParser):
             case "code" | "kbd" | "samp" if not out.preformatted:
                 out.push("`")
             case "rt":
+                out.push("(")
+            case "msqrt":
+                out.push("√")
                 out.push("(")
             case "img":
                 alt = SPACE.sub(" ", attributes.get("alt", "")).strip()

@@ -19,7 +19,6 @@ from duolocal.documents.xml_tree import attribute, child, local, parse_xml
 from duolocal.documents.zipped import Archive, ArchiveError
 
 _MAX_XML_BYTES = 96 * 2**20
-_MAX_CELL = 2**20  # characters
 _MAX_CELLS = 5_000_000  # filled ones
 _MAX_REPEATED = 10_000  # filled rows or cells that are written once and stand for many
 _MAX_COLUMNS = 100_000
@@ -282,7 +281,7 @@ class _Reader:
         self.styles = _Styles(roots)
         self.report = report
         self.told: Counter[str] = Counter()
-        self._out = TextBuilder(max_cell=_MAX_CELL)
+        self._out = TextBuilder()
         self._style, self._is_hidden = PLAIN, False
         self._list: _List | None = None
         self._depth = 0  # lists within each other
@@ -316,7 +315,7 @@ class _Reader:
 
     def text_of(self, element: Element) -> str:
         """Return all text of an element, with its notes at the end."""
-        self._out = TextBuilder(max_cell=_MAX_CELL)
+        self._out = TextBuilder()
         self._blocks(element)
         done = 0
         while done < len(self._notes):
@@ -562,7 +561,7 @@ class _Reader:
             shown = attribute(cell, "boolean-value").upper()
         style, _ = self.styles.look(attribute(cell, "style-name"), PLAIN, is_hidden=False)
         if shown:
-            out = TextBuilder(max_cell=_MAX_CELL)
+            out = TextBuilder()
             out.style = style
             out.push(shown)
             return out.text()
@@ -575,7 +574,7 @@ class _Reader:
                 self.told["comment"] += 1
             else:
                 texts.append(item)
-        outer, self._out = self._out, TextBuilder(max_cell=_MAX_CELL)
+        outer, self._out = self._out, TextBuilder()
         before, self._style = self._style, style
         self._blocks(texts)
         text, self._out, self._style = self._out.text().replace("\n\n", "\n"), outer, before

@@ -19,7 +19,6 @@ _TOKEN = re.compile(
     r"|(?P<brace>[{}])|(?P<text>[^\\{}\r\n]+)|[\r\n]+|\\",
     re.DOTALL,
 )
-_MAX_CELL = 2**20  # characters
 _MAX_GROUPS = 5_000  # within each other
 _REPORT_TOKENS = 200_000
 # Groups without text that a reader sees. A group that begins with \* and is not among the known ones is skipped too.
@@ -93,7 +92,7 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
 class _Reader:
     def __init__(self, source: str, report: Callable[[int, int], None]) -> None:
         self._source, self._report = source, report
-        self._out = self._main = TextBuilder(max_cell=_MAX_CELL)
+        self._out = self._main = TextBuilder()
         self._state = _State()
         self._stack: list[_State] = []
         self._outer: list[tuple[int, TextBuilder, str]] = []  # groups that write elsewhere: depth, where, kind
@@ -217,7 +216,7 @@ class _Reader:
 
     def _write_elsewhere(self, kind: str) -> None:
         self._outer.append((len(self._stack), self._out, kind))
-        self._out = TextBuilder(max_cell=_MAX_CELL)
+        self._out = TextBuilder()
 
     # --- words and text --------------------------------------------------------------------------------------------
 
@@ -396,7 +395,7 @@ class _Reader:
             return self._out
         if self._in_table:
             if self._cell is None:
-                self._cell = self._out = TextBuilder(max_cell=_MAX_CELL)
+                self._cell = self._out = TextBuilder()
         elif self._cell is None and self._rows:
             self._end_table()
         return self._out

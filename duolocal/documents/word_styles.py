@@ -128,6 +128,8 @@ def run_format(properties: Element | None) -> RunFormat:
                 struck = bool(struck) or attribute(item, "val", "1") not in _OFF
             case "vertAlign":
                 level = _LEVELS.get(attribute(item, "val"), 0)
+            case "position" if level is None and (raised := attribute(item, "val").strip("0")):
+                level = -1 if raised.startswith("-") else 1
             case "vanish":
                 hidden = attribute(item, "val", "1") not in _OFF
             case "rFonts":
