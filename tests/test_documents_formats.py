@@ -127,7 +127,7 @@ def test_xlsx() -> None:
     }
     assert document.notes == (
         "1 of 3 sheets are empty: Nothing",
-        "1 formulas were never computed and stand as formulas: open and save it in Excel",
+        "1 formula never computed: what stands there is the formula; open and save it to have the value",
     )
     assert refusal(xlsx({"A": []}), "a.xlsx") == "is an Excel workbook without a filled cell: load another"
 

@@ -143,7 +143,7 @@ def test_notebooks() -> None:
         f"{note}\n\n```\n<Figure>\n```\n\n```\nValueError: no\n```\n\nsee\n\na.png: {note}"
     )
     assert document.notes[0].startswith("3 embedded pictures or files left out (")
-    assert document.notes[1] == "1 output or cell of an unknown kind not read"
+    assert document.notes[1] == "1 output or cell of unknown kinds not read"
 
 
 def test_old_and_broken_notebooks() -> None:

@@ -159,7 +159,10 @@ def test_ods() -> None:
     row = "2024-05-03,,TRUE,26:05:00,=A1+1"
     assert read.text == f'# S\n\n"a\nb",,,~~3~~\n{row}\n{row}'
     assert [part.label for part in read.parts] == ["sheet S", "sheet E (hidden)"]
-    assert read.notes == ("1 of 2 sheets are empty: E", "1 formula without a value stands as formula")
+    assert read.notes == (
+        "1 of 2 sheets are empty: E",
+        "1 formula never computed: what stands there is the formula; open and save it to have the value",
+    )
     cell = '<table:table-cell table:number-columns-repeated="9999"><text:p>x</text:p></table:table-cell>'
     wide = packed("spreadsheet", f"<table:table><table:table-row>{cell * 20}</table:table-row></table:table>")
     with pytest.raises(ConversionError, match="more than 100,000 columns"):

@@ -57,7 +57,7 @@ def test_a_row_with_a_far_gap_names_its_cells() -> None:
         xlsx({"S": '<sheetData><row r="7"><c r="A7"><v>1</v></c><c r="XFD7"><v>2</v></c></row></sheetData>'})
     )
     assert document.text == "# S\n\nA7: 1,XFD7: 2"
-    assert document.notes == ("1 row with a far gap is written cell by cell, each with its address",)
+    assert document.notes == ("1 row with far gaps written cell by cell, each with its address",)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ embedded files, hidden text and what tracked changes deleted. Needs nothing but 
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 from xml.etree.ElementTree import Element
@@ -17,9 +16,10 @@ from duolocal.documents.formulas import formula
 from duolocal.documents.inline import PLAIN
 from duolocal.documents.package import Package, Relation, alternative, has_text
 from duolocal.documents.symbols import in_symbols, is_symbol_font, symbol
+from duolocal.documents.told import Told
 from duolocal.documents.word_numbering import BULLET, Numbering
 from duolocal.documents.word_styles import RunFormat, Styles, paragraph_format, run_format
-from duolocal.documents.xml_tree import attribute, child, local
+from duolocal.documents.xml_tree import attribute, child, local, whole
 from duolocal.documents.zipped import Archive, ArchiveError
 
 _MAX_XML_BYTES = 96 * 2**20  # a tree of it takes many times that size
@@ -34,18 +34,6 @@ _SKIPPED = frozenset(
 _BLOCKS = frozenset(("p", "tbl", "altChunk"))
 # A reading above its base as old versions of Word write it: EQ \* jc2 … \o\ad(\s\up 9(reading),base).
 _READING = re.compile(r"\\s\\up\s*[\d.]+\s*\((.*?)\)\s*[,;]\s*(.*?)\)")
-_TOLD = {
-    "formula": "{} formula{s} not read",
-    "written": "{} formula{s} written in one line",
-    "picture": "{} picture{s} not read",
-    "chart": "{} chart{s} not read",
-    "object": "{} embedded file{s} not read",
-    "hidden": "hidden text is not read ({} place{s})",
-    "deleted": "text that tracked changes deleted is not read ({} place{s})",
-    "sign": "U+FFFD stands for {} sign{s} of a font of symbols",
-    "chunk": "{} document{s} inside this one not read",
-    "running": "{} header{s} or footer{s} not read",
-}
 
 
 def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
@@ -80,8 +68,7 @@ class _Reader:
         self._styles = Styles(self._part("styles"))
         self._numbering = Numbering(self._part("numbering"), self._styles.lists())
         self._out = TextBuilder()
-        self._told: Counter[str] = Counter()
-        self._ignored: set[str] = set()
+        self._told = Told()
         self._fields: list[_Field] = []
         self._boxes: list[Element] = []  # text boxes of the paragraph that is read
         self._notes: list[tuple[str, Element]] = []  # what stands at the end, with its mark
@@ -113,7 +100,7 @@ class _Reader:
                 words = "".join(item.text or "" for item in self._package.tree(relation.target).iter())
                 self._told["running"] += bool(re.search(r"[^\W\d]", words))
         text = self._out.text()
-        notes = self._described()
+        notes = self._told.notes()
         if not text:
             what = f" ({'; '.join(notes)[:200]})" if notes else ""
             raise ConversionError(
@@ -125,13 +112,6 @@ class _Reader:
                 )
             )
         return Converted(text, (), notes)
-
-    def _described(self) -> tuple[str, ...]:
-        return tuple(
-            text.replace("{s}", "" if self._told[kind] == 1 else "s").format(f"{self._told[kind]:,}")
-            for kind, text in _TOLD.items()
-            if self._told[kind]
-        )
 
     # --- blocks ----------------------------------------------------------------------------------------------------
 
@@ -229,7 +209,7 @@ class _Reader:
                 self._deleted(row)
                 continue
             self._out.open_row()
-            column = _whole(child(properties, "gridBefore"))
+            column = _value(child(properties, "gridBefore"))
             self._out.skip_columns(column)
             merged: set[int] = set()
             for cell in _flattened(row, "tc"):
@@ -241,7 +221,7 @@ class _Reader:
                     is_shown = False
                 if vertical is not None:
                     merged.add(column)
-                span = max(1, _whole(child(about, "gridSpan")))
+                span = max(1, _value(child(about, "gridSpan")))
                 self._out.open_cell(columns=span, is_shown=is_shown)
                 if is_shown:
                     self._blocks(cell)
@@ -381,7 +361,7 @@ class _Reader:
                 elif choices is not None:
                     names = [attribute(entry, "val") for entry in choices if local(entry.tag) == "listEntry"]
                     chosen = child(choices, "result")
-                    at = _whole(child(choices, "default") if chosen is None else chosen)
+                    at = _value(child(choices, "default") if chosen is None else chosen)
                     self._out.push(names[at] if at < len(names) else "")
                     field.is_done = True
             case "separate" if self._fields:
@@ -514,9 +494,8 @@ def _wrapped(item: Element) -> Element:
     return wrapper
 
 
-def _whole(item: Element | None) -> int:
-    text = attribute(item, "val") if item is not None else ""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0
+def _value(item: Element | None) -> int:
+    return whole(attribute(item, "val")) if item is not None else 0
 
 
 def _code(text: str) -> int:

@@ -11,9 +11,10 @@ from urllib.parse import unquote
 from xml.etree.ElementTree import Element
 
 from duolocal.documents.converted import Assembler, ConversionError, Converted
-from duolocal.documents.html_text import Page, classes_of, declared_encoding, hidden_note, read_page
+from duolocal.documents.html_text import Page, classes_of, declared_encoding, read_page
 from duolocal.documents.inline import Style
 from duolocal.documents.text import NotTextError, decode
+from duolocal.documents.told import Told
 from duolocal.documents.xml_tree import DamagedXmlError, attribute, child, local, parse_xml
 from duolocal.documents.zipped import Archive, ArchiveError
 
@@ -102,7 +103,7 @@ def _book(archive: Archive, report: Callable[[int, int], None]) -> Converted:
     if outside:
         shown = ", ".join(outside[:_SHOWN]) + (" …" if len(outside) > _SHOWN else "")
         notes.append(f"pages that stand outside the order of the book are not read ({len(outside):,}): {shown[:250]}")
-    notes += hidden_note(num_hidden)
+    notes += Told(hidden=num_hidden).notes()
     return Converted(assembler.text(), assembler.parts, tuple(notes))
 
 

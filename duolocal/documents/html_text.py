@@ -17,6 +17,7 @@ from duolocal.documents.embedded import without_pictures
 from duolocal.documents.inline import PLAIN, Style
 from duolocal.documents.numbering import numbered
 from duolocal.documents.text import NotTextError, decode
+from duolocal.documents.told import Told
 
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{2,40})""", re.IGNORECASE)
 _XML_ENCODING = re.compile(rb"""^\s*<\?xml[^>]{0,100}?encoding\s*=\s*["']([A-Za-z0-9_:.-]{2,40})""")
@@ -92,13 +93,8 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
         raise ConversionError("yields no text: it may be made by its scripts; open it in a browser and save the text")
     if page.title and page.title.casefold() not in text[: 4 * len(page.title) + 400].casefold():
         text = f"# {page.title}\n\n{text}"
-    notes = (*decoded.notes, *hidden_note(page.num_hidden))
+    notes = (*decoded.notes, *Told(hidden=page.num_hidden).notes())
     return without_pictures(Converted(text, (), notes, decoded.encoding, decoded.num_replaced))
-
-
-def hidden_note(count: int) -> tuple[str, ...]:
-    """Return what is told of text that is there and not shown."""
-    return (f"hidden text is not read ({count:,} {'place' if count == 1 else 'places'})",) if count else ()
 
 
 def declared_encoding(data: bytes) -> str | None:

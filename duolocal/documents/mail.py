@@ -13,8 +13,9 @@ from email.message import Message
 
 from duolocal.documents.converted import Assembler, ConversionError, Converted
 from duolocal.documents.embedded import size_of, without_pictures
-from duolocal.documents.html_text import declared_encoding, hidden_note, read_page
+from duolocal.documents.html_text import declared_encoding, read_page
 from duolocal.documents.text import NotTextError, decode
+from duolocal.documents.told import Told
 
 _HEADERS = ("From", "To", "Cc", "Date", "Subject")
 _MAX_PARTS = 2_000  # of one mail
@@ -47,28 +48,15 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     return read if parts else without_pictures(read)
 
 
-class _Told:
+class _Told(Told):
     """What is told of all mails of a file."""
 
-    def __init__(self) -> None:
-        self.attached = self.pictures = self.damaged = self.num_hidden = self.num_replaced = 0
-        self.locked = False
+    num_replaced = 0
+    is_locked = False
 
     def notes(self) -> tuple[str, ...]:
-        notes = []
-        if self.attached:
-            notes.append(f"{_count(self.attached, 'attached file')} listed, not read")
-        if self.pictures:
-            notes.append(f"{_count(self.pictures, 'picture or file')} of the page not read")
-        if self.damaged:
-            notes.append(f"{_count(self.damaged, 'part')} damaged or in an unknown encoding")
-        if self.locked:
-            notes.append("it is encrypted: save it decrypted to have its text")
-        return (*notes, *hidden_note(self.num_hidden))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+        locked = ("it is encrypted: save it decrypted to have its text",) if self.is_locked else ()
+        return (*super().notes(), *locked)
 
 
 def _mails(data: bytes) -> list[bytes]:
@@ -135,11 +123,11 @@ def _mail(message: Message, told: _Told, depth: int) -> str:
             if text:
                 bodies.append(text)
             continue
-        told.locked = told.locked or kind in ("application/pkcs7-mime", "application/x-pkcs7-mime")
-        told.locked = told.locked or message.get_content_type() == "multipart/encrypted"
+        told.is_locked = told.is_locked or kind in ("application/pkcs7-mime", "application/x-pkcs7-mime")
+        told.is_locked = told.is_locked or message.get_content_type() == "multipart/encrypted"
         attached.append(_listed(part))
     if attached:
-        told.attached += len(attached)
+        told["attached"] += len(attached)
         bodies.append("Attached, not read:\n" + "\n".join(f"- {name}" for name in attached))
     return "\n".join(headers) + "\n\n" + "\n\n".join(bodies)
 
@@ -200,12 +188,12 @@ def _payload(part: Message) -> bytes:
 
 def _text(part: Message, told: _Told) -> str:
     data = _payload(part)
-    told.damaged += bool(part.defects)
+    told["damaged"] += bool(part.defects)
     charset = part.get_content_charset()
     if part.get_content_subtype() == "html":
         text, num_replaced = _decoded(data, charset or declared_encoding(data))
         page = read_page(text)
-        told.num_hidden += page.num_hidden
+        told["hidden"] += page.num_hidden
         told.num_replaced += num_replaced
         return page.text
     text, num_replaced = _decoded(data, charset)
@@ -241,7 +229,7 @@ def _saved_page(message: Message, told: _Told) -> str:
             data = _payload(part)
             text, num_replaced = _decoded(data, part.get_content_charset() or declared_encoding(data))
             page = read_page(text)
-            told.num_hidden += page.num_hidden
+            told["hidden"] += page.num_hidden
             told.num_replaced += num_replaced
             title = page.title if page.title and page.title not in page.text[:400] and page.text else ""
             texts += [f"# {title}"] if title and not texts else []
@@ -249,5 +237,5 @@ def _saved_page(message: Message, told: _Told) -> str:
         elif part.get_content_type() == "text/plain":
             texts.append(_text(part, told))
         elif part.get_content_maintype() not in ("text", "application"):
-            told.pictures += 1
+            told["resource"] += 1
     return "\n\n".join(text for text in texts if text)

@@ -9,6 +9,7 @@ from duolocal.documents.converted import Assembler, ConversionError, Converted
 from duolocal.documents.embedded import left_out, pictures_note, without_pictures
 from duolocal.documents.html_text import read_page
 from duolocal.documents.text import NotTextError, decode
+from duolocal.documents.told import Told
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours of tracebacks
 _TEXTS = ("text/markdown", "text/latex", "text/plain", "text/html", "application/json")
@@ -32,7 +33,7 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
         if isinstance(cell, dict):
             reader.cell(cell, number)
         else:
-            reader.num_unknown += 1
+            reader.told["unknown"] += 1
         report(number, len(cells))
     if not reader.assembler.text().strip():
         raise ConversionError("is a notebook without text: load another")
@@ -52,18 +53,12 @@ def _language(content: dict[str, Any]) -> str:
 class _Reader:
     def __init__(self, language: str) -> None:
         self.assembler = Assembler()
-        self.num_unknown = 0  # cells and outputs of unknown kinds
+        self.told = Told()
         self._language = language
         self._num_pictures = self._length = 0
 
     def notes(self) -> tuple[str, ...]:
-        notes = pictures_note(self._num_pictures, self._length)
-        what = (
-            "1 output or cell of an unknown kind"
-            if self.num_unknown == 1
-            else (f"{self.num_unknown:,} outputs or cells of unknown kinds")
-        )
-        return (*notes, f"{what} not read") if self.num_unknown else notes
+        return (*pictures_note(self._num_pictures, self._length), *self.told.notes())
 
     def cell(self, cell: dict[str, Any], number: int) -> None:
         source = self._without_pictures(_text(cell.get("source", cell.get("input", ""))).strip("\n"))
@@ -128,7 +123,7 @@ class _Reader:
         elif best is not None:
             pieces.append(self._without_pictures(_text(data[best])))
         elif not pieces:
-            self.num_unknown += 1
+            self.told["unknown"] += 1
         return "\n\n".join(pieces)
 
     def _printed(self, text: str) -> str:

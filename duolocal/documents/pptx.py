@@ -4,7 +4,6 @@ Not read, and told: pictures, charts, comments, hidden shapes. Needs nothing but
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from xml.etree.ElementTree import Element
 
@@ -13,6 +12,7 @@ from duolocal.documents.formulas import formula
 from duolocal.documents.inline import PLAIN, Style, marked
 from duolocal.documents.numbering import numbered
 from duolocal.documents.package import Package, Relation, alternative
+from duolocal.documents.told import Told
 from duolocal.documents.xml_tree import attribute, child, local
 from duolocal.documents.zipped import Archive, ArchiveError
 
@@ -32,14 +32,6 @@ _STYLES |= {
 _AROUND = {"Period": "{}.", "ParenR": "{})", "ParenBoth": "({})", "Plain": "{}", "Minus": "{} -"}
 _BULLETS = ("buNone", "buChar", "buAutoNum", "buBlip")
 _NOT_SPOKEN = ("sldNum", "sldImg", "dt", "hdr", "ftr")  # placeholders of a page of notes
-_TOLD = {
-    "picture": "{} picture{s} not read",
-    "chart": "{} chart{s} not read",
-    "object": "{} embedded file{s} not read",
-    "hidden": "hidden shapes are not read ({} with text)",
-    "comment": "comments on {} slide{s} not read",
-    "written": "{} formula{s} written in one line",
-}
 
 
 def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
@@ -83,7 +75,7 @@ def _presentation(package: Package, report: Callable[[int, int], None]) -> Conve
         notes.append(f"{_of(missing, len(items))} missing from the file, which is damaged: {_listed(missing)}")
     if hidden:
         notes.append(f"hidden slides are read too: {_listed(hidden)}")
-    return Converted(assembler.text(), assembler.parts, (*notes, *reader.notes()))
+    return Converted(assembler.text(), assembler.parts, (*notes, *reader.told.notes()))
 
 
 def _of(numbers: list[str], total: int) -> str:
@@ -97,23 +89,16 @@ def _listed(numbers: list[str]) -> str:
 class _Reader:
     def __init__(self, package: Package) -> None:
         self._package = package
-        self._told: Counter[str] = Counter()
+        self.told = Told()
         self._above: dict[str, list[Element]] = {}  # of a slide: its layout and what that is based on
         self._relations: list[Relation] = []
-
-    def notes(self) -> tuple[str, ...]:
-        return tuple(
-            text.replace("{s}", "" if self._told[kind] == 1 else "s").format(f"{self._told[kind]:,}")
-            for kind, text in _TOLD.items()
-            if self._told[kind]
-        )
 
     def slide(self, name: str) -> tuple[str, bool]:
         """Return the text of a slide with its notes, and whether it is shown."""
         root = self._package.tree(name)
         relations = self._relations = self._package.relations(name)
         text = "\n".join(self._lines(root, self._layouts(relations)))
-        self._told["comment"] += any(relation.kind.lower().endswith(("comments", "comment")) for relation in relations)
+        self.told["commented"] += any(relation.kind.lower().endswith(("comments", "comment")) for relation in relations)
         for relation in relations:
             if relation.kind == "notesSlide" and relation.target in self._package:
                 self._relations = []
@@ -142,14 +127,14 @@ class _Reader:
                 case "AlternateContent":
                     yield from self._lines(alternative(item), above, is_notes=is_notes)
                 case "sp" | "pic" | "graphicFrame" | "grpSp" | "cxnSp" if _is_hidden(item):
-                    self._told["hidden"] += any(local(inner.tag) == "t" and inner.text for inner in item.iter())
+                    self.told["shape"] += any(local(inner.tag) == "t" and inner.text for inner in item.iter())
                 case "sp":
                     place = next((inner for inner in item.iter() if local(inner.tag) == "ph"), None)
                     if is_notes and place is not None and attribute(place, "type") in _NOT_SPOKEN:
                         continue
                     yield from self._shape(item, place, above)
                 case "pic":
-                    self._told["picture"] += 1
+                    self.told["picture"] += 1
                     about = next((inner for inner in item.iter() if local(inner.tag) == "cNvPr"), None)
                     described = " ".join(attribute(about, "descr").split()) if about is not None else ""
                     if described:
@@ -158,11 +143,11 @@ class _Reader:
                     cells = (inner for inner in item if local(inner.tag) == "tc")
                     yield "| " + " | ".join(" ".join(" ".join(self._body(cell, [])).split()) for cell in cells) + " |"
                 case "chart" if attribute(item, "id"):
-                    self._told["chart"] += 1
+                    self.told["chart"] += 1
                 case "relIds":
                     yield from self._diagram(attribute(item, "dm"))
                 case "oleObj":
-                    self._told["object"] += 1
+                    self.told["object"] += 1
                 case "txBody":
                     yield from self._body(item, [])
                 case _ if name not in ("extLst", "timing", "transition"):
@@ -225,7 +210,7 @@ class _Reader:
                 case "AlternateContent" | "m" | "oMath" | "oMathPara":
                     inner = alternative(item) if local(item.tag) == "AlternateContent" else item
                     text_of = formula(inner)
-                    self._told["written"] += bool(text_of)
+                    self.told["written"] += bool(text_of)
                     runs.append((f" {text_of} ", PLAIN))
         return marked(runs)
 

@@ -5,7 +5,6 @@ Not read, and told: pictures, embedded files, headers, footers, hidden and delet
 
 import codecs
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +12,7 @@ from duolocal.documents.blocks import TextBuilder
 from duolocal.documents.converted import ConversionError, Converted
 from duolocal.documents.inline import PLAIN, Style
 from duolocal.documents.symbols import in_symbols, is_symbol_font
+from duolocal.documents.told import Told
 
 _TOKEN = re.compile(
     r"\\(?P<word>[A-Za-z]{1,32})(?P<number>-?\d{1,10})? ?|\\'(?P<byte>[0-9A-Fa-f]{2})|\\(?P<sign>[^A-Za-z])"
@@ -48,14 +48,6 @@ _CHARSETS = {
     **{222: "cp874", 238: "cp1250", 255: "cp850"},
 }
 _HEADING = re.compile(r"heading ([1-9])", re.IGNORECASE)
-_TOLD = {
-    "picture": "{} picture{s} not read",
-    "object": "{} embedded file{s} not read",
-    "hidden": "hidden text is not read ({} place{s})",
-    "deleted": "text that tracked changes deleted is not read ({} place{s})",
-    "running": "{} header{s} or footer{s} not read",
-    "formula": "{} formula{s} not read",
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     text = reader.read()
     if not text:
         raise ConversionError("is a rich-text file without text: it may hold pictures only; run OCR over them first")
-    return Converted(text, (), reader.notes())
+    return Converted(text, (), reader.told.notes())
 
 
 class _Reader:
@@ -96,7 +88,7 @@ class _Reader:
         self._state = _State()
         self._stack: list[_State] = []
         self._outer: list[tuple[int, TextBuilder, str]] = []  # groups that write elsewhere: depth, where, kind
-        self._told: Counter[str] = Counter()
+        self.told = Told()
         self._codec = "cp1252"
         self._fonts: dict[int, tuple[str, str]] = {}  # codec and name
         self._named: list[str] = []  # text of the font or style that is being defined
@@ -115,13 +107,6 @@ class _Reader:
         self._boxes: list[str] = []  # text boxes of the paragraph
         self._box: dict[str, int] = {}  # of a form field
         self._starred = False
-
-    def notes(self) -> tuple[str, ...]:
-        return tuple(
-            text.replace("{s}", "" if self._told[kind] == 1 else "s").format(f"{self._told[kind]:,}")
-            for kind, text in _TOLD.items()
-            if self._told[kind]
-        )
 
     def read(self) -> str:
         position = count = 0
@@ -205,12 +190,12 @@ class _Reader:
         )
         if destination == "pict":
             # The same picture for old readers stands in a group that is skipped already.
-            self._told["picture"] += not state.is_skipped or state.destination in ("shpinst", "shppict")
+            self.told["picture"] += not state.is_skipped or state.destination in ("shpinst", "shppict")
             self._state = replace(self._state, is_skipped=True)
         elif destination == "object":
-            self._told["object"] += 1
+            self.told["object"] += 1
         elif destination == "mmath":
-            self._told["formula"] += 1
+            self.told["formula"] += 1
         elif destination == "formfield":
             self._box = {}
 
@@ -364,11 +349,11 @@ class _Reader:
             if semicolon:
                 self._end_definition()
         elif state.destination in _RUNNING:
-            self._told["running"] += bool(re.search(r"[^\W\d_]", text)) and not self._told["running"]
+            self.told["running"] += bool(re.search(r"[^\W\d_]", text)) and not self.told["running"]
         elif state.is_skipped:
             return
         elif state.is_hidden or state.is_deleted:
-            self._told["hidden" if state.is_hidden else "deleted"] += bool(text.strip())
+            self.told["hidden" if state.is_hidden else "deleted"] += bool(text.strip())
         else:
             out = self._place()
             _, name = self._fonts.get(state.font or 0, ("", "")) if state.font is not None else ("", "")

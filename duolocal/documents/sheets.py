@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from duolocal.documents.numbering import letters
 
@@ -40,7 +40,6 @@ class SheetWriter:
         return self._out.getvalue()
 
 
-def sparse_note(count: int) -> tuple[str, ...]:
-    """Return what is told of rows that were written cell by cell."""
-    what = "1 row with a far gap is" if count == 1 else f"{count:,} rows with far gaps are"
-    return (f"{what} written cell by cell, each with its address",) if count else ()
+def empty_note(empty: Sequence[str], total: int) -> tuple[str, ...]:
+    """Return what is told of sheets without a filled cell."""
+    return (f"{len(empty):,} of {total:,} sheets are empty: {', '.join(empty[:10])[:200]}",) if empty else ()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from xml.etree.ElementTree import Element
 
 from duolocal.documents.numbering import numbered
-from duolocal.documents.xml_tree import attribute, child, local
+from duolocal.documents.xml_tree import attribute, child, local, whole
 
 _PLACE = re.compile("%([1-9])")
 _MAX_LEVEL = 8
@@ -105,7 +105,7 @@ def _number(number: int, style: str) -> str:
 
 
 def _definition(item: Element) -> _Definition:
-    levels = {_whole(attribute(at, "ilvl")): _read_level(at) for at in item if local(at.tag) == "lvl"}
+    levels = {whole(attribute(at, "ilvl")): _read_level(at) for at in item if local(at.tag) == "lvl"}
     link = child(item, "numStyleLink")
     return _Definition(levels, attribute(link, "val") if link is not None else "")
 
@@ -116,12 +116,12 @@ def _list(item: Element) -> _List:
     for override in item:
         if local(override.tag) != "lvlOverride":
             continue
-        at = _whole(attribute(override, "ilvl"))
+        at = whole(attribute(override, "ilvl"))
         start, level = child(override, "startOverride"), child(override, "lvl")
         if level is not None:
             found.levels[at] = _read_level(level)
         if start is not None:
-            found.starts[at] = _whole(attribute(start, "val"))
+            found.starts[at] = whole(attribute(start, "val"))
     return found
 
 
@@ -137,14 +137,10 @@ def _read_level(item: Element) -> _Level:
         style = pattern[0] if pattern else attribute(formats[-1], "val", "decimal")
     legal = child(item, "isLgl")
     return _Level(
-        start=_whole(value("start")),
+        start=whole(value("start")),
         style=style,
         text=value("lvlText"),
         is_legal=legal is not None and attribute(legal, "val", "1") not in ("0", "false", "off"),
-        restart=_whole(value("lvlRestart")) if value("lvlRestart") else None,
+        restart=whole(value("lvlRestart")) if value("lvlRestart") else None,
         paragraph_style=value("pStyle"),
     )
-
-
-def _whole(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0

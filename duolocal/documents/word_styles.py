@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from duolocal.documents.inline import Style
-from duolocal.documents.xml_tree import attribute, child, local
+from duolocal.documents.xml_tree import attribute, child, local, whole
 
 _HEADING = re.compile(r"heading ?([1-9])")
 _MAX_CHAIN = 20  # styles based on each other
@@ -109,12 +109,12 @@ def paragraph_format(properties: Element | None, *, run: RunFormat = RunFormat()
     if properties is None:
         return ParagraphFormat(run=run)
     outline, number = child(properties, "outlineLvl"), child(properties, "numPr")
-    level = _whole(attribute(outline, "val")) if outline is not None else None
+    level = whole(attribute(outline, "val")) if outline is not None else None
     key, at = child(number, "numId"), child(number, "ilvl")
     return ParagraphFormat(
         None if level is None else level + 1 if level < 9 else 0,
         attribute(key, "val") if key is not None else None,
-        _whole(attribute(at, "val")) if at is not None else None,
+        whole(attribute(at, "val")) if at is not None else None,
         run,
     )
 
@@ -135,7 +135,3 @@ def run_format(properties: Element | None) -> RunFormat:
             case "rFonts":
                 font = attribute(item, "ascii") or attribute(item, "hAnsi") or None
     return RunFormat(struck, level, hidden, font)
-
-
-def _whole(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0

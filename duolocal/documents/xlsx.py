@@ -4,19 +4,19 @@ All cells that are filled count, whatever the sheet says of its size. Dates are 
 superscripts as `inline` does. Not read: pictures, charts, comments and other formats. Needs nothing but Python.
 """
 
-import datetime
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
-from xml.etree.ElementTree import Element
 
 from duolocal.documents.converted import MAX_TEXT, Assembler, ConversionError, Converted
 from duolocal.documents.inline import PLAIN, Style, marked
 from duolocal.documents.numbering import letters
 from duolocal.documents.package import Package, Relation
-from duolocal.documents.sheets import SheetWriter, sparse_note
-from duolocal.documents.xml_tree import DamagedXmlError, attribute, child, local, parse_xml, scan_xml
+from duolocal.documents.sheets import SheetWriter, empty_note
+from duolocal.documents.told import Told
+from duolocal.documents.xlsx_2003 import read_xml_workbook
+from duolocal.documents.xlsx_styles import LEVELS, CellStyles, date_of, duration
+from duolocal.documents.xml_tree import DamagedXmlError, attribute, child, local, parse_xml, scan_xml, whole
 from duolocal.documents.zipped import Archive, ArchiveError
 
 _MAX_XML_BYTES = 256 * 2**20  # sheets are read as a stream
@@ -25,11 +25,6 @@ _MAX_ELEMENTS = 4 * _MAX_CELLS
 _ROWS_PER_REPORT = 5_000
 _SHOWN = 5  # cells that a note lists
 
-Kind = Literal["number", "date", "duration"]
-_DATE_FORMATS = frozenset((*range(14, 23), *range(27, 37), 45, 47, *range(50, 59)))  # built in; 46 is [h]:mm:ss
-_DURATION_FORMAT = 46
-_LITERAL = re.compile(r'"[^"]*"|\\.|_.|\*.')  # of a number format
-_ELAPSED = re.compile(r"\[(h+|m+|s+)\]", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 _ADDRESS = re.compile(r"\$?([A-Za-z]{1,3})\$?(\d{1,7})")
@@ -39,7 +34,7 @@ _REFERENCE = re.compile(r"""("[^"]*"|'[^']*')|(?<![A-Za-z0-9_.])(\$?)([A-Z]{1,3}
 def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     """Convert a workbook; its parts are its sheets. Raises ConversionError."""
     if not data.startswith(b"PK"):
-        return _xml_workbook(parse_xml(data, "the workbook"), report)
+        return read_xml_workbook(parse_xml(data, "the workbook"), report)
     try:
         with Archive(data) as archive:
             return _workbook(Package(archive, most=_MAX_XML_BYTES), report)
@@ -68,27 +63,19 @@ class _Cells:
 class _Faults:
     """What is told of cells, over all sheets."""
 
-    computed: int = 0  # formulas without a value
+    told: Told = field(default_factory=Told)
     lost: _Cells = field(default_factory=_Cells)  # their text is missing
     unstyled: _Cells = field(default_factory=_Cells)
-    sparse: int = 0  # rows written cell by cell
     hidden: list[str] = field(default_factory=list)  # sheets with hidden rows or columns
     broken: list[str] = field(default_factory=list)  # what is said of sheets that cannot be read
     other: set[str] = field(default_factory=set)  # what sheets have besides cells
 
     def notes(self, empty: list[str], num_sheets: int) -> tuple[str, ...]:
-        notes = []
-        if empty:
-            notes.append(f"{len(empty):,} of {num_sheets:,} sheets are empty: {', '.join(empty[:10])[:200]}")
-        if self.computed:
-            notes.append(
-                f"{self.computed:,} formulas were never computed and stand as formulas: open and save it in Excel"
-            )
+        notes = [*empty_note(empty, num_sheets), *self.told.notes()]
         if self.lost.count:
             notes.append(f"U+FFFD stands for text that the file has lost: {self.lost}")
         if self.unstyled.count:
             notes.append(f"the format is broken, a date may stand as a number: {self.unstyled}")
-        notes += sparse_note(self.sparse)
         if self.hidden:
             names = ", ".join(name[:60] for name in self.hidden[:_SHOWN])
             more = f" and {len(self.hidden) - _SHOWN:,} more" if len(self.hidden) > _SHOWN else ""
@@ -107,7 +94,9 @@ def _workbook(package: Package, report: Callable[[int, int], None]) -> Converted
     relations = package.relations(main)
     faults = _Faults()
     strings = _strings(package, relations, faults)
-    styles = _Styles(package, relations, faults)
+    styles = CellStyles(package, relations)
+    if styles.fault:
+        faults.broken.append(styles.fault)
     properties = child(workbook, "workbookPr")
     is_1904 = properties is not None and attribute(properties, "date1904") in ("1", "true")
     sheets = [item for item in workbook.iter() if local(item.tag) == "sheet"]
@@ -203,7 +192,7 @@ class _Text:
         elif name == "strike":
             self._style = self._style._replace(is_struck=attributes.get("val", "1") not in ("0", "false"))
         elif name == "vertAlign":
-            self._style = self._style._replace(level=_LEVELS.get(attributes.get("val", ""), 0))
+            self._style = self._style._replace(level=LEVELS.get(attributes.get("val", ""), 0))
 
     def end(self, name: str) -> None:
         if name == "rPh":
@@ -225,65 +214,11 @@ class _Text:
         return text
 
 
-_LEVELS = {"superscript": 1, "subscript": -1}
-
-
 def _unescaped(text: str) -> str:
     """Return the text with what XML cannot hold, as Excel writes it: _x000D_ is a carriage return."""
     if "_x" in text:
         text = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-class _Styles:
-    """What the formats of cells say of their values; where they are broken, nothing."""
-
-    def __init__(self, package: Package, relations: list[Relation], faults: _Faults) -> None:
-        self.kinds: list[Kind] = []  # by number of the format
-        self.styles: list[Style] = []
-        self.is_broken = False
-        name = next((relation.target for relation in relations if relation.kind == "styles"), "")
-        if name not in package:
-            return
-        try:
-            self._read(package.tree(name))
-        except DamagedXmlError as error:
-            self.is_broken = True
-            faults.broken.append(f"its formats cannot be read, dates stand as numbers (days since 1899-12-30): {error}")
-
-    def _read(self, root: Element) -> None:
-        codes: dict[int, str] = {}
-        fonts: list[Style] = []
-        for item in root:
-            if local(item.tag) == "numFmts":
-                codes = {_whole(attribute(code, "numFmtId")): attribute(code, "formatCode") for code in item}
-            elif local(item.tag) == "fonts":
-                fonts = [_font(font) for font in item]
-        formats = child(root, "cellXfs")
-        for item in () if formats is None else formats:
-            number, font = _whole(attribute(item, "numFmtId")), _whole(attribute(item, "fontId"))
-            self.kinds.append(_kind(number, codes.get(number)))
-            self.styles.append(fonts[font] if 0 <= font < len(fonts) else PLAIN)
-
-
-def _font(font: Element) -> Style:
-    strike, level = child(font, "strike"), child(font, "vertAlign")
-    is_struck = strike is not None and attribute(strike, "val", "1") not in ("0", "false")
-    return Style(is_struck, _LEVELS.get(attribute(level, "val"), 0) if level is not None else 0)
-
-
-def _kind(number: int, code: str | None) -> Kind:
-    if code is None:
-        return "duration" if number == _DURATION_FORMAT else "date" if number in _DATE_FORMATS else "number"
-    code = _LITERAL.sub("", code).partition(";")[0]
-    if _ELAPSED.search(code):
-        return "duration"
-    code = re.sub(r"\[[^\]]*\]", "", code).lower()
-    return "date" if "general" not in code and re.search("[ymdhs]", code) else "number"
-
-
-def _whole(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 
 
 # --- a sheet ---------------------------------------------------------------------------------------------------------
@@ -293,7 +228,7 @@ class _Sheet:
     """Reads the cells of one sheet as a stream and writes its rows as CSV."""
 
     def __init__(
-        self, title: str, strings: list[str], styles: _Styles, faults: _Faults, *, is_1904: bool, num_cells: int
+        self, title: str, strings: list[str], styles: CellStyles, faults: _Faults, *, is_1904: bool, num_cells: int
     ) -> None:
         self.num_cells = num_cells  # filled, in this sheet and those before
         self._title, self._strings, self._styles, self._faults = title, strings, styles, faults
@@ -323,7 +258,7 @@ class _Sheet:
         except DamagedXmlError as error:
             self._end_row()
             self._faults.broken.append(f"sheet {self._title} is read only up to row {self._row:,}: it {error}")
-        self._faults.sparse += self._out.num_sparse
+        self._faults.told["sparse"] += self._out.num_sparse
         return self._out.text()
 
     def _start(self, tag: str, attributes: dict[str, str]) -> None:
@@ -342,7 +277,7 @@ class _Sheet:
                     self._formula, self._formula_attributes = [], attributes
             case "row":
                 self._cells, self._column = {}, 0
-                self._row = _whole(attributes.get("r", "")) or self._row + 1
+                self._row = whole(attributes.get("r", "")) or self._row + 1
                 if attributes.get("hidden") in ("1", "true"):
                     self._has_hidden()
             case "col" if attributes.get("hidden") in ("1", "true"):
@@ -383,14 +318,14 @@ class _Sheet:
             is_computed = self._value is not None and self._attributes.get("t", "n") == "str"
             if formula and not text and not is_computed:
                 text = formula
-                self._faults.computed += 1
+                self._faults.told["computed"] += 1
         if not text:
             return
-        style = _whole(self._attributes.get("s", "0"))
+        style = whole(self._attributes.get("s", "0"))
         styles = self._styles.styles
         if style < len(styles):
             text = marked([(text, styles[style])]) if styles[style] != PLAIN else text
-        elif (styles or style) and not self._styles.is_broken:
+        elif (styles or style) and not self._styles.fault:
             self._faults.unstyled.add(self._address())
         self._cells[self._column] = text
         self.num_cells += 1
@@ -424,12 +359,12 @@ class _Sheet:
     def _number(self, value: str) -> str:
         if not _NUMBER.fullmatch(value):
             return value
-        style = _whole(self._attributes.get("s", "0"))
+        style = whole(self._attributes.get("s", "0"))
         kind = self._styles.kinds[style] if style < len(self._styles.kinds) else "number"
         number = float(value)
         if kind == "duration":
-            return _duration(number)
-        if kind == "date" and (date := _date(number, is_1904=self._is_1904)):
+            return duration(number)
+        if kind == "date" and (date := date_of(number, is_1904=self._is_1904)):
             return date
         return repr(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
 
@@ -448,64 +383,6 @@ class _Sheet:
         if self._row % _ROWS_PER_REPORT == 0:
             self._on_row()
         self._out.write(self._row, cells)
-
-
-# --- workbooks as one XML file (Excel 2003) --------------------------------------------------------------------------
-
-
-def _xml_workbook(root: Element, report: Callable[[int, int], None]) -> Converted:
-    assembler = Assembler()
-    sheets = [item for item in root if local(item.tag) == "Worksheet"]
-    empty, sparse = [], 0
-    for number, sheet in enumerate(sheets, 1):
-        title = attribute(sheet, "Name") or f"Sheet{number}"
-        writer = SheetWriter()
-        row = 0
-        table = child(sheet, "Table")
-        for item in () if table is None else table:
-            if local(item.tag) == "Row":
-                row = _whole(attribute(item, "Index")) or row + 1
-                writer.write(row, _xml_cells(item))
-        sparse += writer.num_sparse
-        if not writer.length:
-            empty.append(title)
-        assembler.add(f"sheet {title}", f"# {title}\n\n{writer.text()}" if writer.length else "")
-        report(number, len(sheets))
-    if len(empty) == len(sheets):
-        raise ConversionError("is an Excel workbook without a filled cell: load another")
-    return Converted(assembler.text(), assembler.parts, _Faults(sparse=sparse).notes(empty, len(sheets)))
-
-
-def _xml_cells(row: Element) -> dict[int, str]:
-    cells: dict[int, str] = {}
-    column = 0
-    for cell in row:
-        if local(cell.tag) != "Cell":
-            continue
-        column = _whole(attribute(cell, "Index")) or column + 1
-        data = child(cell, "Data")
-        if data is not None:
-            text = marked(_xml_runs(data, PLAIN))
-            match attribute(data, "Type"):
-                case "DateTime":
-                    text = text.replace("T", " ").removesuffix(".000").removesuffix(" 00:00:00")
-                case "Boolean":
-                    text = {"1": "TRUE", "0": "FALSE"}.get(text, text)
-            cells |= {column: text} if text else {}
-        column += _whole(attribute(cell, "MergeAcross"))
-    return cells
-
-
-def _xml_runs(item: Element, style: Style) -> list[tuple[str, Style]]:
-    match local(item.tag).lower():
-        case "s":
-            style = style._replace(is_struck=True)
-        case "sup" | "sub":
-            style = style._replace(level=1 if local(item.tag).lower() == "sup" else -1)
-    runs = [(item.text or "", style)]
-    for inner in item:
-        runs += [*_xml_runs(inner, style), (inner.tail or "", style)]
-    return runs
 
 
 def _column(name: str) -> int:
@@ -530,31 +407,3 @@ def _moved(formula: str, rows: int, columns: int) -> str:
         return f"{match[2]}{column}{match[4]}{row}"
 
     return _REFERENCE.sub(moved, formula)
-
-
-def _date(number: float, *, is_1904: bool) -> str:
-    """Return a number of days as a date, a time of day, or both; "" for what is none."""
-    days = number + 1462 if is_1904 else number
-    if number < 0 or days >= 2958466:  # the year 10000
-        return ""
-    start = datetime.datetime(1899, 12, 31 if days < 60 else 30)  # Excel has a 29th of February 1900
-    moment = start + datetime.timedelta(milliseconds=round(days * 86_400_000))
-    if 0 < number < 1:
-        return _without_zeros(moment.time().isoformat())
-    if number == 0:
-        return ""
-    if moment.time() == datetime.time():
-        return moment.date().isoformat()
-    return _without_zeros(str(moment))
-
-
-def _duration(number: float) -> str:
-    """Return a number of days as hours, minutes and seconds."""
-    sign, milliseconds = "-" if number < 0 else "", round(abs(number) * 86_400_000)
-    seconds, rest = divmod(milliseconds, 1000)
-    text = f"{sign}{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-    return f"{text}.{rest:03}".rstrip("0") if rest else text
-
-
-def _without_zeros(text: str) -> str:
-    return text.rstrip("0") if "." in text else text

@@ -95,3 +95,8 @@ def child(item: Element | None, *names: str) -> Element | None:
             return None
         item = next((inner for inner in item if local(inner.tag) == name), None)
     return item
+
+
+def whole(text: str) -> int:
+    """Return a number as attributes write it; 0 for what is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
