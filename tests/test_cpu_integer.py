@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from duolocal.kernels.cpu.operations import INTEGER_PACKINGS, CpuKernels
+from duolocal.quant.awq import AWQWeight
 from duolocal.quant.gguf import GGUFWeight
 from duolocal.quant.weight import Linear
 from tests.compiled import GGUF_KINDS, THREADS, compiled, compiled_kernels, normal, poisoned, random_weight, surrounded
-from tests.test_cpu_linear import assert_near, matrices, matrix
+from tests.test_cpu_linear import Matrix, assert_near, matrices, matrix
 
 pytestmark = compiled_kernels
 
@@ -34,6 +35,12 @@ def activations(num_rows: int, cols: int, *, seed: int = 0) -> Tensor:
     return surrounded(x, offset=4)
 
 
+def inputs(m: Matrix, x: Tensor) -> Tensor:
+    """Return what meets the matrix: x as its codes have it, or x where there are none."""
+    straddles = isinstance(m.weight, AWQWeight) and m.weight.group_size % 32 > 0
+    return x if straddles else quantized(x)
+
+
 def quantized(x: Tensor) -> Tensor:
     """Return x [n, cols] as its codes have it, float64."""
     units = x.view(x.shape[0], -1, 32)
@@ -51,7 +58,7 @@ def test_products_equal_float64(packing: str) -> None:
         x = activations(num_rows, m.in_features, seed=num_rows)
         with poisoned():
             (got,) = integers().linear(x, (Linear(m.weight),))
-        assert_near(got, m.times(quantized(x)))
+        assert_near(got, m.times(inputs(m, x)))
 
 
 @pytest.mark.parametrize("packing", INTEGER_PACKINGS)
@@ -64,8 +71,8 @@ def test_bias_residual_and_layers_side_by_side(packing: str) -> None:
         with poisoned():
             (got,) = integers().linear(x, (Linear(m.weight, bias),), residual=residual)
             of_codes, of_floats = integers().linear(x, (Linear(m.weight), Linear(dense.weight)))
-        assert_near(got, m.times(quantized(x), bias, residual))
-        assert_near(of_codes, m.times(quantized(x)))
+        assert_near(got, m.times(inputs(m, x), bias, residual))
+        assert_near(of_codes, m.times(inputs(m, x)))
         assert_near(of_floats, dense.times(x))
 
 
@@ -95,7 +102,7 @@ def test_a_token_gives_the_same_integers_alone_and_among_others(packing: str) ->
         for start in range(0, 13 - count + 1, count):
             some = slice(start, start + count)
             got = integers().linear(x[some].contiguous(), (Linear(weight),))[0]
-            if packing == "INT8":  # its scale is a float32
+            if packing in ("INT8", "AWQ"):  # their scales are no powers of two
                 assert (got - together[some]).abs().max() <= 1e-5 * together.abs().max()
             else:
                 assert torch.equal(got, together[some]), (count, start)
@@ -113,10 +120,13 @@ def test_infinite_numbers_and_nan_come_out_as_in_float32(packing: str) -> None:
             (got,) = integers().linear(x, (Linear(m.weight),))
         one_by_one = [compiled(2).linear(x[i : i + 1], (Linear(m.weight),))[0] for i in range(num_rows)]
         for i in (0, 2) if num_rows > 1 else (0,):
-            assert torch.equal(got[i].nan_to_num(1.5, 2.5, -2.5), one_by_one[i][0].nan_to_num(1.5, 2.5, -2.5))
+            if packing == "AWQ":  # whose float32 products are of other sums for one token than for several
+                assert not got[i].isfinite().any()
+                continue
+            assert torch.equal(got[i].nan_to_num(1.5, 2.5, -2.5), one_by_one[i][0].nan_to_num(1.5, 2.5, -2.5)), i
         finite = [i for i in range(num_rows) if i not in (0, 2)]
         if finite:
-            assert_near(got[finite], m.times(quantized(x[finite])))
+            assert_near(got[finite], m.times(inputs(m, x[finite])))
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e34])
@@ -125,7 +135,7 @@ def test_tokens_of_any_size(size: float) -> None:
     m = matrix("Q4_K", 40, 256)
     x = normal(7, 256) * size
     (got,) = integers().linear(x, (Linear(m.weight),))
-    assert_near(got, m.times(quantized(x)))
+    assert_near(got, m.times(inputs(m, x)))
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 40])

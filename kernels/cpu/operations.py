@@ -59,8 +59,8 @@ class Recording:
         return self._ops
 
 
-# What has integer codes, which products with activations of 8 bits need.
-INTEGER_PACKINGS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "INT8")
+# What has integer codes, which products with activations of 8 bits need (AWQ: in groups of a multiple of 32).
+INTEGER_PACKINGS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "AWQ", "INT8")
 
 
 class CpuKernels:
@@ -167,8 +167,8 @@ class CpuKernels:
             kept.append(residual)
         if x.shape[0]:
             packings = {layer.weight.packed().packing for layer in layers}
-            if self.activations == "int8" and not packings.isdisjoint(INTEGER_PACKINGS):
-                args.codes, codes = self._quantized(x)
+            if self.activations == "int8" and not packings.isdisjoint(INTEGER_PACKINGS) and x.shape[1] % 32 == 0:
+                args.codes, codes = self._quantized(x, values="AWQ" in packings and x.shape[0] == 1)
                 kept.append(codes)
             self.run("linear", args, *kept)
         return tuple(results)
@@ -185,11 +185,15 @@ class CpuKernels:
             self._kept[name] = torch.empty(floats)
         return self._kept[name][:floats]
 
-    def _quantized(self, x: Tensor) -> tuple[CodesOfX, Tensor]:
-        """Quantize x [n, in_features] token by token; return where its codes, scales and sums are, and their memory."""
+    def _quantized(self, x: Tensor, *, values: bool) -> tuple[CodesOfX, Tensor]:
+        """Quantize x [n, in_features] token by token; return where its codes and what belongs to them are, and the memory.
+
+        values: x as the codes have it is wanted too.
+        """
         num_rows, cols = x.shape
         units = -(-cols // 32 // 8) * 8  # as `padded_units`
-        sizes = (cols, cols, 4 * units, 4 * units, 8 * units, units // 8, 4)  # bytes of a token: the fields of CodesOfX
+        sizes = [cols, cols, 4 * units, 4 * units, 8 * units, units // 8, 4]  # bytes of a token: the fields of CodesOfX
+        sizes += [4 * cols] if values else []
         ends = list(itertools.accumulate(-(-num_rows * size // 64) * 64 for size in sizes))
         buffer = self._scratch("codes", ends[-1] // 4)
         at = [buffer.data_ptr() + start for start in (0, *ends[:-1])]

@@ -98,6 +98,7 @@ class CodesOfX(ctypes.Structure):
         ("offsets", c_void_p),
         ("fine", c_void_p),
         ("unbounded", c_void_p),
+        ("values", c_void_p),
     )
 
 

@@ -197,6 +197,7 @@ typedef struct {
   int32_t *offsets;    // [num_rows, 2 * units]: -32 times the sum of half a unit's 128 * code + rest, for Q6_K
   uint8_t *fine;       // [num_rows, units / 8]: which units have rests, the first of eight in the lowest bit
   int32_t *unbounded;  // [num_rows]: 1 where x has an infinite number or NaN: its codes are 0
+  float *values;       // null, or [num_rows, cols]: x as the codes have it
 } codes_of_x;
 
 INLINE int64_t padded_units(int64_t cols) { return (cols / UNIT + 7) / 8 * 8; }
@@ -358,6 +359,11 @@ static void quantize_row(const quantize_args *a, int64_t row) {
     to->scales[at + u] = scale;
     to->sums[at + u] = scale * (float)(halves[0] + halves[1]);
     for (int i = 0; i < 2; i++) to->offsets[2 * (at + u) + i] = -32 * halves[i];
+    if (to->values && u < units)
+      for (int64_t i = 0; i < UNIT; i++) {
+        const int8_t *codes = (const int8_t *)to->codes + place, *rests = (const int8_t *)to->rests + place;
+        to->values[place + i] = unbounded ? x[u * UNIT + i] : scale * (float)(128 * codes[i] + rests[i]);
+      }
   }
 }
 

@@ -197,22 +197,26 @@ static void linear_few_rows(const linear_args *a, int64_t which, int64_t first, 
   }
 }
 
-// Output features first .. last - 1 of an AWQ matrix for one row of x.
-static void linear_awq(const linear_args *a, int64_t which, int64_t first, int64_t last) {
+// Output features first .. last - 1 of an AWQ matrix for the `token`-th row of x.
+static void linear_awq(const linear_args *a, int64_t which, int64_t first, int64_t last, const float *x, int64_t token) {
+  const matrix *w = &a->w[which];
   float y[AWQ_MOST];
-  awq_dot(&a->w[which], first, last - first, a->x, y);
-  for (int64_t out = first; out < last; out++) a->y[which][out] = y[out - first] + start_value(a, which, 0, out);
+  awq_dot(w, first, last - first, x + token * w->cols, y);
+  for (int64_t out = first; out < last; out++)
+    a->y[which][token * w->rows + out] = y[out - first] + start_value(a, which, token, out);
 }
 
 // Whether products with W are of integers.
-INLINE int in_codes(const linear_args *a, const matrix *w) { return a->codes.codes && row_dots[w->format]; }
+INLINE int in_codes(const linear_args *a, const matrix *w) {
+  return a->codes.codes && (w->format == AWQ ? w->group % UNIT == 0 : row_dots[w->format] != 0);
+}
 
 // x from its `row`-th token and `unit`-th unit on.
 INLINE codes_of_x codes_from(const linear_args *a, int64_t cols, int64_t row, int64_t unit) {
   int64_t padded = padded_units(cols), at = row * padded + unit;
   int64_t code = row * cols + unit * UNIT;
-  return (codes_of_x){a->codes.codes + code,       a->codes.rests + code,  a->codes.scales + at,      a->codes.sums + at,
-                      a->codes.offsets + 2 * at, a->codes.fine + at / 8, a->codes.unbounded + row};
+  return (codes_of_x){a->codes.codes + code,     a->codes.rests + code, a->codes.scales + at,     a->codes.sums + at,
+                      a->codes.offsets + 2 * at, a->codes.fine + at / 8, a->codes.unbounded + row, 0};
 }
 
 // Rows first .. last - 1 of W for a few rows of x in codes: W comes from memory once, then from the cache.
@@ -236,7 +240,30 @@ typedef struct {
   float scales[KC / 16][NR], minima[KC / 32][NR];  // of units; Q6_K: scales of half units, no minima
 } code_panel;
 
+// AWQ: a word holds an input feature of eight rows.
+static void pack_awq(const matrix *w, int64_t row, int64_t first, int64_t count, code_panel *panel) {
+  int64_t words = w->rows / 8;
+  for (int64_t c = 0; c < NR; c += LANES) {
+    int64_t at = (row + c) / 8, there = at < words ? words - at : 0;
+    const int32_t *q = (const int32_t *)w->data + first * words + at;
+    for (int64_t k = 0; k < count; k++, q += words) {
+      vi codes = (awq_bits(q, there) & 15) << (8 * (k % 4)), *to = (vi *)panel->codes[k / 4][c];
+      *to = k % 4 ? *to | codes : codes;
+    }
+    for (int64_t u = 0; u < count / UNIT; u++) {
+      int64_t group = (first + u * UNIT) / w->group;
+      vf scale = awq_scales(w->scales + 2 * (group * w->rows + row + c), there);
+      store(panel->scales[u] + c, scale);
+      store(panel->minima[u] + c, -awq_codes((const int32_t *)w->zeros + group * words + at, there) * scale);
+    }
+  }
+}
+
 static void pack_codes(const matrix *w, int64_t row, int64_t first, int64_t count, code_panel *panel) {
+  if (w->format == AWQ) {
+    pack_awq(w, row, first, count, panel);
+    return;
+  }
   uint8_t codes[8][KC] __attribute__((aligned(64)));
   float scales[8][KC / 16], minima[8][KC / 32];
   int64_t units = count / UNIT, num_scales = w->format == Q6_K ? 2 * units : units;
@@ -361,18 +388,28 @@ static void codes_panel(const linear_args *a, int64_t which, int64_t row) {
   }
 }
 
-// Rows first .. last - 1 of W for x in codes; tokens that have none are multiplied in float32.
-static void linear_codes(const linear_args *a, int64_t which, int64_t first, int64_t last) {
-  if (a->num_rows > FEW_CODE_ROWS) codes_panel(a, which, first);
-  else codes_few_rows(a, which, first, last);
-  for (int64_t i = 0; i < a->num_rows; i++)
-    if (a->codes.unbounded[i]) linear_one_row(a, which, first, last, i);
-}
-
 // Whether W is decoded panel by panel.
 INLINE int by_panels(const linear_args *a, const matrix *w) {
-  if (in_codes(a, w)) return a->num_rows > FEW_CODE_ROWS;
-  return a->num_rows > FEW_ROWS || (w->format == AWQ && a->num_rows > 1);
+  if (w->format == AWQ) return a->num_rows > 1;
+  return a->num_rows > (in_codes(a, w) ? FEW_CODE_ROWS : FEW_ROWS);
+}
+
+// Rows first .. last - 1 of W for x in codes; tokens that have none are multiplied in float32. One token meets AWQ's codes
+// as the float32 numbers that its own codes stand for: a word holds one input feature, not four to be summed.
+static void linear_codes(const linear_args *a, int64_t which, int64_t first, int64_t last) {
+  const matrix *w = &a->w[which];
+  int awq = w->format == AWQ;
+  if (awq && a->num_rows == 1) {
+    linear_awq(a, which, first, last, a->codes.values, 0);
+    return;
+  }
+  if (by_panels(a, w)) codes_panel(a, which, first);
+  else codes_few_rows(a, which, first, last);
+  for (int64_t i = 0; i < a->num_rows; i++) {
+    if (!a->codes.unbounded[i]) continue;
+    if (awq) linear_awq(a, which, first, last, a->x, i);
+    else linear_one_row(a, which, first, last, i);
+  }
 }
 
 // Rows of W that are one item of work.
@@ -403,7 +440,7 @@ static void run_linear(const void *args, pool *p, int64_t thread) {
     int64_t last = first + per_item < w->rows ? first + per_item : w->rows;
     if (in_codes(a, w)) linear_codes(a, which, first, last);
     else if (by_panels(a, w)) linear_panel(a, which, first);
-    else if (w->format == AWQ) linear_awq(a, which, first, last);
+    else if (w->format == AWQ) linear_awq(a, which, first, last, a->x, 0);
     else if (a->num_rows == 1) linear_one_row(a, which, first, last, 0);
     else linear_few_rows(a, which, first, last);
   }

@@ -251,25 +251,34 @@ static void decode_row(const matrix *w, int64_t row, int64_t first, int64_t coun
 #define AWQ_CHANNELS (AWQ_STRIP * LANES)
 #define AWQ_AHEAD 64           // input features between what is prefetched and what is read
 
-// The codes of LANES channels, in order, from AWQ_WORDS words; of `there` words if these are fewer, then zeros.
-INLINE vf awq_codes(const int32_t *words, int64_t there) {
+// LANES channels, in order, from AWQ_WORDS words; of `there` words if these are fewer, then zeros. The codes are the lowest
+// four bits.
+INLINE vi awq_bits(const int32_t *words, int64_t there) {
   int32_t some[AWQ_WORDS] = {0};
   if (there < AWQ_WORDS) {
     for (int64_t i = 0; i < there; i++) some[i] = words[i];
     words = some;
   }
 #if LANES == 16
-  const vf steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const vu bit = {0, 16, 4, 20, 8, 24, 12, 28, 0, 16, 4, 20, 8, 24, 12, 28};
   typedef uint32_t pair __attribute__((vector_size(8)));
   typedef pair pair_u __attribute__((aligned(4)));
   pair p = *(const pair_u *)words;
   vu spread = __builtin_shufflevector(p, p, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  return (vf)__builtin_ia32_permvarsf512(steps, (vi)(spread >> bit));  // the permutation reads the lowest four bits
 #else
   const vu bit = {0, 16, 4, 20, 8, 24, 12, 28};
   vu spread = (vu){0} + (uint32_t)*words;
-  return __builtin_convertvector((vi)(spread >> bit) & 15, vf);
+#endif
+  return (vi)(spread >> bit);
+}
+
+// The codes as numbers.
+INLINE vf awq_codes(const int32_t *words, int64_t there) {
+#if LANES == 16
+  const vf steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (vf)__builtin_ia32_permvarsf512(steps, awq_bits(words, there));  // the permutation reads the lowest four bits
+#else
+  return __builtin_convertvector(awq_bits(words, there) & 15, vf);
 #endif
 }
 
