@@ -175,7 +175,7 @@ def check_shapes(file: ContextFile, engine: Engine) -> None:
 
 def load_ring(file: ContextFile, ring: StoredRing, engine: Engine) -> Tensor:
     """Return a ring of a file as a tensor of its own, in host memory."""
-    data = file.arrays().ring(ring).copy()
+    data = file.arrays().ring(ring)
     return torch.from_numpy(data).view(engine.transformer.dtype).view(engine.cache.ring.data.shape)
 
 

@@ -207,10 +207,10 @@ def _read_slot(head: bytes, number: int) -> tuple[int, int, int, int, bytes] | N
 
 
 class Arrays:
-    """The arrays of an opened file through a memory map; every one is checked when it is read."""
+    """The arrays of an opened file, blocks through a memory map; every one is checked when it is read."""
 
     def __init__(self, file: BinaryIO, opened: Opened) -> None:
-        self._path, self._index = opened.path, opened.index
+        self._path, self._index, self._file = opened.path, opened.index, file
         try:
             # A private map: arrays made over it count as writable, which torch wants, and the file never changes.
             self._map = mmap.mmap(file.fileno(), opened.file_bytes, access=mmap.ACCESS_COPY)
@@ -240,11 +240,22 @@ class Arrays:
             at += len(extents)
 
     def ring(self, ring: StoredRing) -> np.ndarray:
-        """Return the bytes of a ring, uint8, a view of the map."""
-        return self._checked(ring.extent, "the recent tokens")
+        """Return the bytes of a ring, uint8, in memory of its own: through the map it would take as much again."""
+        data = np.empty(ring.extent.nbytes, np.uint8)
+        left = data.data
+        try:
+            self._file.seek(ring.extent.offset)
+            while left and (count := self._file.readinto(left)):  # type: ignore[attr-defined]
+                left = left[count:]
+        except OSError as error:
+            raise SessionError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+        return self._check(data, ring.extent, "the recent tokens")
 
     def _checked(self, extent: Extent, what: str) -> np.ndarray:
         data = np.frombuffer(self._map, np.uint8, extent.nbytes, extent.offset) if extent.nbytes else _EMPTY
+        return self._check(data, extent, what)
+
+    def _check(self, data: np.ndarray, extent: Extent, what: str) -> np.ndarray:
         if zlib.crc32(data.data) != extent.crc32:
             raise SessionError(f"{self._path}: {what} is damaged: {_HINT}")
         return data
