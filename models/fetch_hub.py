@@ -80,8 +80,14 @@ def cached_file(repo: str, file: PinnedFile) -> Path | None:
     found = try_to_load_from_cache(repo, file.name)
     if not isinstance(found, str):
         return None
-    path = Path(found)  # a link to a blob, which the library names by its SHA-256 where the hub knows that
-    return path if path.resolve().name == file.sha256 or file.difference(path) is None else None
+    path = Path(found)
+    return path if _difference(path, file) is None else None
+
+
+def _difference(path: Path, file: PinnedFile) -> str | None:
+    """Say how a file of the cache differs from the pinned one; None where it is that."""
+    # The blob that it leads to is named by its SHA-256 where the hub knows that, and was checked when it came.
+    return None if path.resolve().name == file.sha256 else file.difference(path)
 
 
 def fetch_file(repo: str, file: PinnedFile, *, token: str | None = None, on_progress: Progress | None = None) -> Path:
@@ -93,7 +99,7 @@ def fetch_file(repo: str, file: PinnedFile, *, token: str | None = None, on_prog
         return {file.name: file.nbytes}
 
     path = fetch(repo, choose, token=token, on_progress=on_progress) / file.name
-    wrong = file.difference(path)
+    wrong = _difference(path, file)
     if wrong is not None:
         remove(path)
         raise DownloadError(f"{file.name} of {repo} {wrong}; nothing of it is kept")
