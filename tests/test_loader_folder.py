@@ -72,7 +72,8 @@ def test_on_layer_counts_and_device_is_honoured(tmp_path: Path):
     seen: list[tuple[int, int]] = []
     weights = open_model(tmp_path).load(device="meta", on_layer=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 2), (2, 2)]
-    assert {tensor.device.type for tensor in loaded_state(weights).values()} == {"meta"}
+    on_host = {name for name, tensor in loaded_state(weights).items() if tensor.device.type != "meta"}
+    assert on_host == {"model.embed_tokens.weight"}  # untied: of it one row per token is read
 
 
 def test_fingerprint_names_the_weights(tmp_path: Path):

@@ -80,7 +80,8 @@ def test_vectors_get_the_compute_dtype_and_everything_the_device(tmp_path: Path)
     assert {weights.norm.dtype, weights.layers[0].k_proj.bias.dtype} == {torch.bfloat16}  # type: ignore[union-attr]
     seen: list[tuple[int, int]] = []
     on_meta = source.load(device="meta", on_layer=lambda done, total: seen.append((done, total)))
-    assert {tensor.device.type for tensor in loaded_state(on_meta).values()} == {"meta"}
+    on_host = {name for name, tensor in loaded_state(on_meta).items() if tensor.device.type != "meta"}
+    assert on_host == {"model.embed_tokens.weight"}  # untied: of it one row per token is read
     assert seen == [(1, 2), (2, 2)]
 
 
