@@ -54,6 +54,7 @@ USUAL = (level(0, "decimal", "%1."), level(1, "lowerLetter", "(%2)"), level(2, "
             "1. a\n  (a) x\n  (b) y\n2. b\n  (a) z\n    i. deep",
         ),
         (item("a", 1) + item("b", 2) + item("c", 2), numbering(*USUAL, lists=own_list(2, 7)), "1. a\n7. b\n8. c"),
+        (item("a", 1) + item("b", 2) + item("c", 1), numbering(*USUAL, lists=own_list(2, 7)), "1. a\n7. b\n2. c"),
         (item("a", 1) + item("b", 2), numbering(*USUAL, lists=own_list(2)), "1. a\n2. b"),
         (
             item("a", 2) + item("b", 2),

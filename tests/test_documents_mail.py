@@ -40,6 +40,9 @@ def test_a_mail_is_its_headers_its_text_and_what_is_attached() -> None:
         "Attached, not read:\n- Rechnung März.pdf (application/pdf, 3 KB)"
     )
     assert document.notes == ("1 attached file listed, not read",)
+    for name, notes in (("stdin", ()), ("mail.txt", ("named .txt, but by its content a mail: read as that",))):
+        named = decode_document(message.as_bytes(), Path(name))
+        assert (named.text, named.notes[: len(notes)]) == (document.text, notes)
 
 
 @pytest.mark.parametrize("encoding", ["base64", "quoted-printable", "8bit"])

@@ -160,7 +160,7 @@ def _text(head: bytes, suffix: str) -> Format:
         if suffix in _MISNAMED and _WORKBOOK_2003 in start:
             return _converted("xlsx", suffix, "an Excel workbook as XML")
         if (found := _mail(start)) is not None and (suffix in _MISNAMED or kind is None):
-            return _converted(found, suffix if suffix in _MISNAMED else "", "a saved web page or mail")
+            return _converted(found, suffix, "a mail" if found == "mail" else "a saved web page")
     kind = kind or "text"
     return Format(kind, "convert" if kind in CONVERTED else "decode")
 

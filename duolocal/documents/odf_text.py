@@ -51,11 +51,12 @@ class OpenReader:
             if local(item.tag) in ("checkbox", "radio", "text", "textarea", "listbox", "combobox")
             and attribute(item, "id")
         }
+        is_text = child(roots[0], "body", "text") is not None  # sheets have headers that no one wrote
         for root in roots:
             for item in root.iter():
                 if local(item.tag) == "changed-region":
                     self.told["deleted"] += any(local(inner.tag) == "deletion" for inner in item)
-                elif local(item.tag) in ("header", "footer", "header-left", "footer-left"):
+                elif is_text and local(item.tag) in ("header", "footer", "header-left", "footer-left"):
                     self.told["running"] += bool(re.search(r"[^\W\d_]", "".join(item.itertext())))
 
     def text_of(self, element: Element, *, style: Style = PLAIN) -> str:

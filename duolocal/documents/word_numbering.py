@@ -1,6 +1,7 @@
 """The numbers of a Word document's paragraphs, counted as Word counts them (numbering.xml).
 
-Paragraphs of one list definition count on, whatever stands between them; a list with a start of its own begins anew.
+Paragraphs of one list definition count on, whatever stands between them; a list with a start of its own counts for
+itself.
 """
 
 import re
@@ -35,7 +36,7 @@ class _Definition:
 class _List:
     definition: str
     levels: dict[int, _Level] = field(default_factory=dict)  # of its own
-    starts: dict[int, int] = field(default_factory=dict)  # where it begins anew when it is first used
+    starts: dict[int, int] = field(default_factory=dict)  # of its own
 
 
 class Numbering:
@@ -45,8 +46,7 @@ class Numbering:
         """Read numbering.xml; `list_of_style` says which list a style has."""
         self._definitions: dict[str, _Definition] = {}
         self._lists: dict[str, _List] = {}
-        self._counts: dict[str, dict[int, int]] = {}  # by definition
-        self._used: set[str] = set()
+        self._counts: dict[str, dict[int, int]] = {}  # by definition, or by list
         for item in () if root is None else root:
             if local(item.tag) == "abstractNum":
                 self._definitions[attribute(item, "abstractNumId")] = _definition(item)
@@ -70,11 +70,7 @@ class Numbering:
         if found is None or not 0 <= at <= _MAX_LEVEL:
             return None
         level = self._level(found, at)
-        counts = self._counts.setdefault(found.definition, {})
-        if key not in self._used:
-            self._used.add(key)
-            for other in found.starts:
-                counts.pop(other, None)
+        counts = self._counts.setdefault(key if found.starts else found.definition, {})
         counts[at] = counts[at] + 1 if at in counts else self._start(found, at)
         for deeper in [other for other in counts if other > at]:
             restart = self._level(found, deeper).restart
