@@ -30,7 +30,7 @@ from duolocal.sizes import parse_tokens
 AUTO_MODEL = "auto"  # what `duolocal.models.default` says; the command line settles it before anything else sees it
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 KERNELS = ("auto", "compiled", "torch")
-ACTIVATIONS = ("auto", "float32", "int8")
+ACTIVATIONS = ("auto", "float32", "int16", "int8")
 WEIGHTS = ("auto", "nf4", "int8")
 OUTER_WEIGHTS = ("auto", "int8", "int4")
 PREFILLS = ("exact", "sparse")
@@ -100,10 +100,11 @@ class LoadSettings:
     )
     activations: str = _computing(
         choice(*ACTIVATIONS),
-        "what compiled CPU kernels multiply with weights of integer codes: float32, or int8, quantized token by token",
+        "what compiled CPU kernels multiply with weights of integer codes: float32, or int16 or int8, quantized token by "
+        "token",
         default="auto",
         metavar="TYPE",
-        default_help="auto, int8",
+        default_help="auto, int8, or int16 where a model is small",
     )
     weights: str = _model(
         choice(*WEIGHTS),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duolocal.kernels.cpu.operations import INTEGER_PACKINGS, CpuKernels
+from duolocal.kernels.cpu.operations import FINE_FROM, INTEGER_PACKINGS, CpuKernels
 from duolocal.quant.awq import AWQWeight
 from duolocal.quant.gguf import GGUFWeight
 from duolocal.quant.weight import Linear
@@ -19,11 +19,10 @@ from tests.test_cpu_linear import Matrix, assert_near, matrices, matrix
 pytestmark = compiled_kernels
 
 NUM_ROWS = (1, 2, 5, 6, 7, 11, 13, 64)  # few rows, panels; multiples of what they take at once and others
-FINE_FROM = 5.0
 
 
-def integers(num_threads: int = 2) -> CpuKernels:
-    return CpuKernels(num_threads, activations="int8")
+def integers(num_threads: int = 2, activations: str = "int8") -> CpuKernels:
+    return CpuKernels(num_threads, activations=activations)
 
 
 def activations(num_rows: int, cols: int, *, seed: int = 0) -> Tensor:
@@ -35,30 +34,31 @@ def activations(num_rows: int, cols: int, *, seed: int = 0) -> Tensor:
     return surrounded(x, offset=4)
 
 
-def inputs(m: Matrix, x: Tensor) -> Tensor:
+def inputs(m: Matrix, x: Tensor, activations: str = "int8") -> Tensor:
     """Return what meets the matrix: x as its codes have it, or x where there are none."""
     straddles = isinstance(m.weight, AWQWeight) and m.weight.group_size % 32 > 0
-    return x if straddles else quantized(x)
+    return x if straddles else quantized(x, activations)
 
 
-def quantized(x: Tensor) -> Tensor:
+def quantized(x: Tensor, activations: str = "int8") -> Tensor:
     """Return x [n, cols] as its codes have it, float64."""
     units = x.view(x.shape[0], -1, 32)
     most = units.abs().amax(-1, keepdim=True)
     inverse = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
     codes = (units * inverse).round()
     rests = ((units * inverse - codes) * 128.0).round()
-    fine = most > FINE_FROM * x.double().square().mean(1).sqrt()[:, None, None]
+    fine = most > FINE_FROM[activations] * x.double().square().mean(1).sqrt()[:, None, None]
     return ((128 * codes + rests * fine).double() * (most.double() / (127 * 128))).view(x.shape)
 
 
+@pytest.mark.parametrize("kind", FINE_FROM)
 @pytest.mark.parametrize("packing", INTEGER_PACKINGS)
-def test_products_equal_float64(packing: str) -> None:
+def test_products_equal_float64(packing: str, kind: str) -> None:
     for m, num_rows in itertools.product(matrices(packing), NUM_ROWS):
         x = activations(num_rows, m.in_features, seed=num_rows)
         with poisoned():
-            (got,) = integers().linear(x, (Linear(m.weight),))
-        assert_near(got, m.times(inputs(m, x)))
+            (got,) = integers(activations=kind).linear(x, (Linear(m.weight),))
+        assert_near(got, m.times(inputs(m, x, kind)))
 
 
 @pytest.mark.parametrize("packing", INTEGER_PACKINGS)
@@ -147,11 +147,12 @@ def test_the_number_of_threads_changes_no_bit(num_rows: int) -> None:
         assert all(torch.equal(alone, other) for other in others), packing
 
 
-def test_what_a_code_loses() -> None:
+@pytest.mark.parametrize("kind", FINE_FROM)
+def test_what_a_code_loses(kind: str) -> None:
     """Half a step of 127 to the largest of 32 values; a 128th of that if it is far above the token's others."""
     x = activations(9, 512, seed=4)
-    lost = (quantized(x) - x.double()).abs().view(9, -1, 32)
+    lost = (quantized(x, kind) - x.double()).abs().view(9, -1, 32)
     most = x.view(9, -1, 32).abs().amax(-1, keepdim=True).double()
-    fine = most > FINE_FROM * x.double().square().mean(1).sqrt()[:, None, None]
-    assert fine.any() and not fine.all()
-    assert (lost <= most / 127 * torch.where(fine, 0.5 / 128, 0.5) * (1 + 1e-4)).all()
+    fine = most > FINE_FROM[kind] * x.double().square().mean(1).sqrt()[:, None, None]
+    assert fine.any() and (kind == "int16" or not fine.all())
+    assert (lost <= most / 127 * torch.where(fine, 0.5 / 128, 0.5) * (1 + 1e-2)).all()

@@ -42,8 +42,8 @@ go, and says which dial to turn. good: KL up to 0.02 nats per token, perplexity 
 """
 _WEIGHTS = """\
 All models read the same windows with a dense 16-bit KV cache; they must have one vocabulary, and fit into memory
-together. In --against, nf4 and int8 stand for --model itself, quantized while loading, and int8-activations
-for --model as a chat computes it on a CPU, with activations of 8 bits; all others have them in float32.
+together. In --against, nf4 and int8 stand for --model itself, quantized while loading, int8-activations
+and int16-activations for --model with activations as a chat may have them on a CPU; all others have them in float32.
 """
 _NEEDLE = """\
 Hides facts in a text of any length, reads it once with --reader retrieve, as the chat does, and asks for each of them.

@@ -25,6 +25,7 @@ from duolocal.quant.kv import kv_layout
 from duolocal.quant.weight import DenseWeight, Weight
 
 _UNGROUPED = GGUFWeight | AWQWeight | NF4Weight | Int8Weight  # what no Triton kernel decodes
+INT8_FROM = 1024  # hidden_size of models whose activations may be quantized to 8 bits
 MIN_CAPABILITY = (8, 0)  # Ampere: the oldest GPU whose kernels are compiled and checked in CI
 
 
@@ -58,16 +59,16 @@ def kernels_named(
     return "triton" if device.type == "cuda" else "compiled", None
 
 
-def activations_named(name: str, kernels: str) -> str:
-    """Return "float32" or "int8", which "auto" stands for with the kernels of `kernels_named`.
+def activations_named(name: str, kernels: str, config: ModelConfig) -> str:
+    """Return "float32", "int16" or "int8", which "auto" stands for with the kernels of `kernels_named`.
 
-    int8: KL from float32 is below 0.001 nats per token (docs/quality.md). Raises SettingsError where int8 is asked for
-    and the kernels have no such products.
+    The KL from float32 is below 0.001 nats per token: of int8 for a model of 1.5B parameters, not for one of 135M,
+    which gets int16 (docs/quality.md). Raises SettingsError where integers are asked for and the kernels have none.
     """
     if kernels == "compiled":
-        return "int8" if name == "auto" else name
-    if name == "int8":
-        raise SettingsError(f"--activations int8 is for compiled CPU kernels, these are {kernels}: leave it out")
+        return ("int16" if config.hidden_size < INT8_FROM else "int8") if name == "auto" else name
+    if name not in ("auto", "float32"):
+        raise SettingsError(f"--activations {name} is for compiled CPU kernels, these are {kernels}: leave it out")
     return "float32"
 
 

@@ -52,7 +52,7 @@ class Resolved:
     context: int  # tokens
     chunk_size: int  # tokens
     kernels: str  # "compiled", "torch" or "triton"
-    activations: str  # "float32" or "int8": what CPU kernels multiply with integer codes
+    activations: str  # "float32", "int16" or "int8": what CPU kernels multiply with integer codes
     threads: int  # of the CPU
     heads: HeadChoice
     kv: str  # a name of KV_FORMATS
@@ -154,7 +154,7 @@ def resolve(settings: LoadSettings, model: KnownModel, *, on_card: bool = False,
         context=context,
         chunk_size=chunk_size,
         kernels=kernels,
-        activations=activations_named(settings.activations, kernels),
+        activations=activations_named(settings.activations, kernels, config),
         threads=settings.threads or (default_threads() if device.type == "cpu" else 1),
         heads=_heads(HeadsSpec.parse(settings.heads), model, settings, context, fetch=fetch),
         kv=kv,

@@ -21,14 +21,14 @@ from duolocal.terminal.eval_parts import eval_consoles, haystack, open_source
 from duolocal.terminal.progress import bar
 from duolocal.terminal.tables import new_table
 
-INT8_ACTIVATIONS = "int8-activations"
+ACTIVATION_NAMES = ("int8-activations", "int16-activations")
 
 
 def eval_weights(options: Weights, read: Reading, settings: LoadSettings) -> int:
     """Print perplexity and KL of every other model beside the one of `settings`, over windows of a text.
 
-    The others are names, paths, a format of `--weights` that stands for the model of `settings` in it, or
-    INT8_ACTIVATIONS for that model with activations of 8 bits, which all others have in float32.
+    The others are names, paths, a format of `--weights` that stands for the model of `settings` in it, or one of
+    ACTIVATION_NAMES for that model with quantized activations, which all others have in float32.
     """
     settings = replace(settings, activations="float32")
     console, progress = eval_consoles()
@@ -37,8 +37,9 @@ def eval_weights(options: Weights, read: Reading, settings: LoadSettings) -> int
     for name in options.against:
         if name in WEIGHTS:
             asked.append((f"{settings.model} {name}", replace(settings, weights=name)))
-        elif name == INT8_ACTIVATIONS:
-            asked.append((f"{settings.model} {name}", replace(settings, activations="int8")))
+        elif name in ACTIVATION_NAMES:
+            chosen = replace(settings, activations=name.removesuffix("-activations"))
+            asked.append((f"{settings.model} {name}", chosen))
         else:
             asked.append((name, replace(settings, model=name)))
     models = [(name, open_source(chosen, progress)) for name, chosen in asked]

@@ -55,7 +55,7 @@ def rates_for(planned: Planned, settings: LoadSettings, progress: Console, *, me
         return card_rates(planned.card)
     request = planned.request
     config, weights, layout = request.config, request.weights, request.layout
-    activations = activations_named(settings.activations, request.kernels)
+    activations = activations_named(settings.activations, request.kernels, config)
     key = rates_key(
         shape=[config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim],
         layers=config.num_layers,

@@ -59,6 +59,9 @@ class Recording:
         return self._ops
 
 
+# A group gets a second code where its largest value is beyond this many root mean squares of its token: always, or
+# where the error of the first would be the largest of the token's (docs/quality.md).
+FINE_FROM = {"int16": 0.0, "int8": 5.0}
 # What has integer codes, which products with activations of 8 bits need (AWQ: in groups of a multiple of 32).
 INTEGER_PACKINGS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "AWQ", "INT8")
 
@@ -66,8 +69,8 @@ INTEGER_PACKINGS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_
 class CpuKernels:
     """The compiled kernels on a number of threads.
 
-    activations: "float32", or "int8": what meets a matrix of integer codes is quantized, token by token, in groups of
-    32 features, and the products are of integers (source/integer.h).
+    activations: "float32", or a key of FINE_FROM: what meets a matrix of integer codes is quantized, token by token, in
+    groups of 32 features, and the products are of integers (source/integer.h).
     """
 
     name = "compiled"
@@ -75,7 +78,7 @@ class CpuKernels:
     angle_dtype = torch.float32
 
     def __init__(self, num_threads: int, *, activations: str = "float32") -> None:
-        assert activations in ("float32", "int8")
+        assert activations == "float32" or activations in FINE_FROM
         self.pool = thread_pool(num_threads)
         self.activations = activations
         self._recording: Recording | None = None
@@ -167,7 +170,7 @@ class CpuKernels:
             kept.append(residual)
         if x.shape[0]:
             packings = {layer.weight.packed().packing for layer in layers}
-            if self.activations == "int8" and not packings.isdisjoint(INTEGER_PACKINGS) and x.shape[1] % 32 == 0:
+            if self.activations in FINE_FROM and not packings.isdisjoint(INTEGER_PACKINGS) and x.shape[1] % 32 == 0:
                 args.codes, codes = self._quantized(x, values="AWQ" in packings and x.shape[0] == 1)
                 kept.append(codes)
             self.run("linear", args, *kept)
@@ -186,7 +189,7 @@ class CpuKernels:
         return self._kept[name][:floats]
 
     def _quantized(self, x: Tensor, *, values: bool) -> tuple[CodesOfX, Tensor]:
-        """Quantize x [n, in_features] token by token; return where its codes and what belongs to them are, and the memory.
+        """Quantize x [n, in_features] token by token; return where its codes are and the memory of it all.
 
         values: x as the codes have it is wanted too.
         """
@@ -198,7 +201,8 @@ class CpuKernels:
         buffer = self._scratch("codes", ends[-1] // 4)
         at = [buffer.data_ptr() + start for start in (0, *ends[:-1])]
         codes = CodesOfX(*at)
-        self.run("quantize_rows", QuantizeArgs(x.data_ptr(), codes, num_rows, cols), x, buffer)
+        args = QuantizeArgs(x.data_ptr(), codes, num_rows, cols, FINE_FROM[self.activations])
+        self.run("quantize_rows", args, x, buffer)
         return codes, buffer
 
     def gated_linear(self, x: Tensor, gate: Affine, up: Affine, *, norm: Norm | None = None) -> Tensor:

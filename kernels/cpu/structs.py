@@ -108,6 +108,7 @@ class QuantizeArgs(ctypes.Structure):
         ("codes", CodesOfX),
         ("num_rows", c_int64),
         ("cols", c_int64),
+        ("fine_from", c_double),
     )
 
 

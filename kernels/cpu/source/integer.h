@@ -296,13 +296,11 @@ static const unpack_fn unpackers[NUM_FORMATS] = {
     [Q8_0] = unpack_q8_0, [Q4_0] = unpack_q4_0, [Q4_1] = unpack_q4_1, [Q5_0] = unpack_q5_0, [Q5_1] = unpack_q5_1,
     [Q4_K] = unpack_q4_k, [Q5_K] = unpack_q5_k, [Q6_K] = unpack_q6_k, [INT8] = unpack_int8};
 
-// Units whose largest value is beyond this many root mean squares of their token have rests (docs/quality.md).
-#define FINE_FROM 5.0f
-
 typedef struct {
   const float *x;  // [num_rows, cols], cols a multiple of 32
   codes_of_x to;
   int64_t num_rows, cols;
+  double fine_from;  // units whose largest value is beyond this many root mean squares of their token have rests
 } quantize_args;
 
 // The nearest whole numbers, even ones between two.
@@ -341,7 +339,7 @@ static void quantize_row(const quantize_args *a, int64_t row) {
     squares += load(x + i) * load(x + i);
   }
   int unbounded = sum(finite) != 0.0f;
-  float fine_from = FINE_FROM * __builtin_sqrtf(sum(squares) / (float)a->cols);
+  float fine_from = (float)a->fine_from * __builtin_sqrtf(sum(squares) / (float)a->cols);
   to->unbounded[row] = unbounded;
   if (unbounded) {
     __builtin_memset(to->codes + row * a->cols, 0, a->cols);
