@@ -194,9 +194,11 @@ def _target(kind: str, *, read: Callable[[Path], None] = _read_document, least_r
     return Target(kind, f"documents/{kind}", _damage, read, least_refused)
 
 
-# Any bytes are some web page, most are some text, and of an archive the other members are still read.
+# A book is read with the chapters that it has left, an archive with its other members; any bytes are some web page, and
+# most are some text.
 DOCUMENTS = (
-    *map(_target, ("pdf", "docx", "epub", "xlsx", "pptx", "odf", "packed")),
+    *map(_target, ("pdf", "docx", "xlsx", "pptx", "odf", "packed")),
+    _target("epub", least_refused=0.1),
     *(_target(kind, least_refused=0.01) for kind in ("mail", "notebook", "rtf")),
     _target("html", least_refused=0.01),
     _target("text", least_refused=0.05),
