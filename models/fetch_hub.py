@@ -148,8 +148,11 @@ def _choose(listing: Listing) -> dict[str, int]:
 def _check_config(listing: Listing) -> None:
     """Raise ConfigError where the model is one that duolocal does not run."""
     from duolocal.models.hf_config import awq_settings, config_from_hf
+    from duolocal.models.native import is_native
     from duolocal.models.safetensors_folder import read_json
 
-    raw, where = read_json(listing.small_file("config.json")), f"{listing.repo}: config.json"
-    awq_settings(raw, where)
-    config_from_hf(raw, where)
+    path, where = listing.small_file("config.json"), f"{listing.repo}: config.json"
+    raw = read_json(path)
+    if not is_native(path.parent):  # written by duolocal, of a model that it runs
+        awq_settings(raw, where)
+        config_from_hf(raw, where)

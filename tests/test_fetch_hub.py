@@ -25,6 +25,7 @@ import duolocal
 from duolocal.downloads import PinnedFile
 from duolocal.errors import ConfigError, DownloadError, ModelFileError, ModelNotFoundError
 from duolocal.models.fetch_hub import cached_file, cached_repo, fetch_file, fetch_repo, missing_files
+from duolocal.models.native import MODEL_TYPE
 from duolocal.models.registry import cached_path, resolve
 from tests.small_disk import run_on_small_disk
 
@@ -396,6 +397,11 @@ def test_a_model_that_is_not_run_is_refused_before_its_weights(hub: Hub, changes
     with pytest.raises(ConfigError, match=r"is not JSON"):
         resolve("org/tiny", revision="v2")
     assert not any(name.startswith("model-") for name in hub.downloaded)
+
+
+def test_a_model_in_the_native_format_is_fetched(hub: Hub) -> None:
+    hub.files["config.json"] = json.dumps({"model_type": MODEL_TYPE, "version": 1, "config": {}}).encode()
+    assert contents(resolve("org/tiny")) == WANTED | {"config.json": hub.files["config.json"]}
 
 
 @pytest.mark.parametrize(
