@@ -82,6 +82,11 @@ def test_items_have_the_numbers_that_a_browser_shows(markup: str, shown: str) ->
         ("<ruby>東<rp>(</rp><rt>とう</rt><rp>)</rp>京<rt>きょう</ruby>で", "東(とう)京(きょう)で"),
         ("<ruby>東<rp>(<rt>とう<rp>)</ruby>で<ruby>行<rt></rt></ruby>", "東(とう)で行"),
         ("soft\xadhy&shy;phen", "softhyphen"),
+        ("a <svg><title>icon</title><path d='M'/></svg>b", "a b"),
+        (
+            "a<svg><style>x</style><g><text x=1>one <tspan>two</tspan></text><text>three</text></g></svg>b",
+            "a\n\none two\n\nthree\n\nb",
+        ),
         ("<style>/* x */ .a, p.b { text-decoration:line-through }</style><span class='c a'>x</span> y", "~~x~~ y"),
         (
             "<style>.a{vertical-align:super} @media print{.b{text-decoration:line-through}}</style>"
@@ -113,6 +118,7 @@ def test_what_marks_change_is_marked(markup: str, shown: str) -> None:
         "a <span style='visibility:hidden'>x<b>x</b></span>b",
         "a <table><tr hidden><td>x<td>x</table>b",
         "a b<p hidden>x",
+        "a <div hidden>x<svg><text>x</text></svg></div>b",
     ],
 )
 def test_hidden_text_is_told_and_not_read(markup: str) -> None:

@@ -22,7 +22,7 @@ from duolocal.documents.told import Told
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{2,40})""", re.IGNORECASE)
 _XML_ENCODING = re.compile(rb"""^\s*<\?xml[^>]{0,100}?encoding\s*=\s*["']([A-Za-z0-9_:.-]{2,40})""")
 _DROPPED = frozenset(
-    """script style template svg object iframe canvas noembed noframes annotation annotation-xml""".split()  # noqa: SIM905
+    """script style template object iframe canvas noembed noframes annotation annotation-xml""".split()  # noqa: SIM905
 )
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 _BLOCKS = frozenset(
@@ -52,6 +52,7 @@ _ENDED = {
     "rp": ("rt", "rb", "rp"),
 }
 _BARRIERS = frozenset(("ul", "ol", "menu", "dl", "table", "select", "ruby"))
+_SILENT = frozenset(("rp", "svg"))  # what is for browsers that know no ruby; drawings, but for the text in them
 _MAX_OPEN, _MAX_SEARCH = 2000, 64  # elements
 _MAX_TITLE = 500  # characters
 _MAX_CELL = 600  # characters; a table with longer cells is a page layout
@@ -226,8 +227,8 @@ class _Reader(HTMLParser):
         if "\0" in data:
             data = data.replace("\0", "\ufffd")
         if self._is_hidden:
-            is_bracket = bool(self._open) and self._open[-1].tag == "rp"  # for browsers that know no ruby
-            self._has_hidden = self._has_hidden or (bool(data.strip()) and not is_bracket)
+            is_silent = any(item.tag in _SILENT for item in self._open[-_MAX_SEARCH:])
+            self._has_hidden = self._has_hidden or (bool(data.strip()) and not is_silent)
         elif self._title is not None:
             self._title.append(data)
         elif self._out.preformatted:
@@ -244,7 +245,10 @@ class _Reader(HTMLParser):
             out.style = out.style._replace(is_struck=True)
         elif tag in _RAISED:
             out.style = out.style._replace(level=_RAISED[tag])
-        if tag == "rp" or ("hidden" in attributes and attributes["hidden"] != "until-found"):
+        if tag in ("text", "foreignobject"):
+            drawing = next((item for item in reversed(self._open[-_MAX_SEARCH:]) if item.tag == "svg"), None)
+            self._is_hidden = self._is_hidden if drawing is None else drawing.was_hidden
+        if tag in _SILENT or ("hidden" in attributes and attributes["hidden"] != "until-found"):
             self._is_hidden = True
         if self._classes and "class" in attributes:
             for name in attributes["class"].split()[:20]:
@@ -325,6 +329,8 @@ class _Reader(HTMLParser):
                 out.preformatted += 1
             case "code" | "kbd" | "samp" if not out.preformatted:
                 out.push("`")
+            case "text" | "foreignobject":  # of a drawing
+                out.end()
             case "rt":
                 out.push("(")
             case "msqrt":
@@ -376,6 +382,8 @@ class _Reader(HTMLParser):
                 out.preformatted -= 1
             case "code" | "kbd" | "samp" if not out.preformatted:
                 out.push("`")
+            case "text" | "foreignobject":
+                out.end()
             case "td" | "th" | "tr" if out.in_table:
                 out.close_cell()
             case "thead" | "tbody" | "tfoot" if out.in_table:
