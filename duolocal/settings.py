@@ -100,7 +100,7 @@ class LoadSettings:
     )
     activations: str = _computing(
         choice(*ACTIVATIONS),
-        "what compiled CPU kernels multiply with weights of integer codes: float32, or int16 or int8, quantized token by "
+        "what compiled CPU kernels multiply with integer codes of weights: float32, int16 or int8, quantized token by "
         "token",
         default="auto",
         metavar="TYPE",
