@@ -46,6 +46,18 @@ def test_office_files_are_known_by_their_directory(data: bytes, suffixes: tuple[
             assert decode_document(content, Path(f"a.{suffix}")).kind == kind
 
 
+def test_slashes_of_either_kind() -> None:
+    for data, kind in (
+        (docx(paragraph("x")), "docx"),
+        (xlsx({"A": [["x"]]}), "xlsx"),
+        (epub({"a.xhtml": "x"}), "epub"),
+    ):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {name.replace("/", "\\"): archive.read(name) for name in archive.namelist()}
+        document = decode_document(zipped(members), Path("a.zip"))
+        assert (document.kind, document.text[-1]) == (kind, "x")
+
+
 def test_an_archive_that_holds_office_files_is_an_archive(tmp_path: Path) -> None:
     inner: dict[str, str | bytes] = {
         "report.docx": docx(paragraph("in the report")),

@@ -111,6 +111,20 @@ def test_numbers_that_styles_bring() -> None:
     assert document.text == "# 1 One\n\n## 1.1 Sub\n\ntext\n\n# 2 Two\n\n# plain"
 
 
+def test_a_list_whose_levels_stand_in_a_style() -> None:
+    lists = (
+        '<w:abstractNum w:abstractNumId="0">'
+        + level(0, "upperLetter", "%1.")
+        + '<w:styleLink w:val="S"/></w:abstractNum>'
+        '<w:abstractNum w:abstractNumId="1"><w:numStyleLink w:val="S"/></w:abstractNum>'
+        '<w:num w:numId="1"><w:abstractNumId w:val="0"/></w:num><w:num w:numId="2"><w:abstractNumId w:val="1"/></w:num>'
+    )
+    styles = (
+        '<w:style w:type="numbering" w:styleId="S"><w:pPr><w:numPr><w:numId w:val="1"/></w:numPr></w:pPr></w:style>'
+    )
+    assert read(docx(item("a", 2) + item("b", 2), more={"numbering": lists, "styles": styles})).text == "A. a\nB. b"
+
+
 def cell(text: str, properties: str = "") -> str:
     return f"<w:tc><w:tcPr>{properties}</w:tcPr>{paragraph(text)}</w:tc>"
 

@@ -223,7 +223,7 @@ def _zipped(head: bytes, suffix: str, archive: Callable[[], Archive] | None) -> 
     if archive is not None:
         try:
             with archive() as opened:
-                names = {name.lower() for name in opened.names()}
+                names = {name.lower().replace("\\", "/") for name in opened.names()}
                 if "mimetype" in opened:
                     stored = b"mimetype" + opened.head("mimetype", 100).strip()
         except ArchiveError:

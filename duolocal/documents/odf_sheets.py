@@ -36,6 +36,9 @@ def read_sheets(body: Element, reader: OpenReader) -> Converted:
 
 
 def _write_sheet(table: Element, reader: OpenReader, writer: SheetWriter, num_cells: int) -> int:
+    reader.told["collapsed"] += sum(
+        attribute(item, "visibility") in ("collapse", "filter") for item in table.iter() if _is_line(item)
+    )
     row = 0
     for item in rows_of(table):
         cells: dict[int, str] = {}
@@ -62,6 +65,10 @@ def _write_sheet(table: Element, reader: OpenReader, writer: SheetWriter, num_ce
             writer.write(row + at + 1, cells)
         row += times
     return num_cells
+
+
+def _is_line(item: Element) -> bool:
+    return local(item.tag) in ("table-row", "table-column")
 
 
 def _cell(cell: Element, reader: OpenReader) -> str:

@@ -20,13 +20,13 @@ class Relation(NamedTuple):
 
 
 class Package:
-    """The parts of an open archive, by name; the case of a name does not matter."""
+    """The parts of an open archive, by name; case and the kind of slashes do not matter."""
 
     def __init__(self, archive: Archive, *, most: int) -> None:
         self._archive = archive
         self._most = most  # bytes of XML in all
         self._left = most
-        self._names = {name.lower(): name for name in reversed(archive.names())}
+        self._names = {name.lower().replace("\\", "/"): name for name in reversed(archive.names())}
 
     def __contains__(self, name: str) -> bool:
         return name.lower() in self._names

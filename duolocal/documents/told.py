@@ -9,6 +9,7 @@ _TEXTS = {
     "chart": "{} chart{s} not read",
     "object": "{} embedded file{s} not read",
     "hidden": "hidden text is not read ({} place{s})",
+    "collapsed": "{} hidden row{s} or column{s} read too",
     "shape": "hidden shapes are not read ({} with text)",
     "deleted": "text that tracked changes deleted is not read ({} place{s})",
     "sign": "U+FFFD stands for {} sign{s} of a font of symbols",
