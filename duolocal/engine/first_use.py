@@ -25,6 +25,7 @@ from duolocal.settings import FirstUse
 
 LONGEST_S = 20.0  # that a first answer waits for a measurement
 READING_SHARE = 0.1  # of the time that the documents take anyway
+WORTH_SAYING = 0.1  # of the memory, from which on a saving is told
 _CHUNK = 128  # tokens that are timed
 _TIMED_ELEMENTS = 64_000_000  # of matrices of layers: a whole large model would take seconds itself
 _DRIFT_TEXTS, _ECHO_DRAWS = 2, 3  # as in duolocal.identify, which is not imported until it is needed
@@ -83,10 +84,13 @@ def settle_first_use(
     what = [f"{fitted.kv} KV"] if resolved.unmeasured else []
     if resolved.heads.unranked:
         what.insert(0, "every KV head with the whole context")
+    saved = _saved(resolved)
+    gain = (
+        f" and may make {needed / GIB:.1f} GiB {(needed - saved) / GIB:.1f}" if saved >= WORTH_SAYING * needed else ""
+    )
     events.announce(
-        f"this model is not measured: it starts with {' and '.join(what)}; `duolocal tune --model "
-        f"{resolved.settings.model}` ({duration}, once) may save up to {_saved(resolved) / GIB:.1f} of "
-        f"{needed / GIB:.1f} GiB"
+        f"this model is not measured: it starts with {' and '.join(what)}; "
+        f"`duolocal tune --model {resolved.settings.model}` measures it, {duration}, once{gain}"
     )
     return settled
 
