@@ -92,6 +92,7 @@ def test_when_it_is_measured_first(
     assert (found.kv, found.heads.plan.num_streaming, found.undecided) == ("int8", 0, False)
     (line,) = heard.lines
     assert "`duolocal tune --model m` (about " in line and line not in found.notes  # it is said once
+    assert " measures it" in line
 
 
 def test_what_memory_makes_necessary_is_done_and_said(

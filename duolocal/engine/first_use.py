@@ -85,12 +85,12 @@ def settle_first_use(
     if resolved.heads.unranked:
         what.insert(0, "every KV head with the whole context")
     saved = _saved(resolved)
-    gain = (
-        f" and may make {needed / GIB:.1f} GiB {(needed - saved) / GIB:.1f}" if saved >= WORTH_SAYING * needed else ""
+    worth = (
+        f": {needed / GIB:.1f} GiB may become {(needed - saved) / GIB:.1f}" if saved >= WORTH_SAYING * needed else ""
     )
     events.announce(
         f"this model is not measured: it starts with {' and '.join(what)}; "
-        f"`duolocal tune --model {resolved.settings.model}` measures it, {duration}, once{gain}"
+        f"`duolocal tune --model {resolved.settings.model}` ({duration}, once) measures it{worth}"
     )
     return settled
 
