@@ -224,4 +224,25 @@ def test_other_contents_under_office_names() -> None:
     )
     document = decode_document(workbook.encode(), Path("a.xls"))
     assert (document.kind, document.text) == ("xlsx", "# S\n\na,,1\n,2024-05-03")
-    assert document.notes == ("named .xls, but by its content an Excel workbook as XML: read as that",)
+    assert document.notes == ("named .xls, but by its content an Office file as XML: read as that",)
+
+
+def test_office_files_that_were_saved_as_one_xml_file() -> None:
+    for data, program, kind in (
+        (docx(paragraph("Grüße")), "Word.Document", "docx"),
+        (xlsx({"A": [["Grüße"]]}), "Excel.Sheet", "xlsx"),
+        (pptx(["Grüße"]), "PowerPoint.Show", "pptx"),
+    ):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            parts = {name: archive.read(name).decode().rpartition("?>")[2] for name in archive.namelist()}
+        inner = "".join(
+            f'<pkg:part pkg:name="/{name}"><pkg:xmlData>{content}</pkg:xmlData></pkg:part>'
+            for name, content in parts.items()
+        )
+        flat = (
+            f'<?xml version="1.0"?><?mso-application progid="{program}"?><pkg:package '
+            f'xmlns:pkg="http://schemas.microsoft.com/office/2006/xmlPackage">{inner}</pkg:package>'
+        )
+        document = decode_document(flat.encode(), Path("a.xml"))
+        assert (document.kind, document.text.split()[-1]) == (kind, "Grüße")
+        assert document.notes == ("named .xml, but by its content an Office file as XML: read as that",)

@@ -163,6 +163,9 @@ def test_ods() -> None:
         "1 of 2 sheets are empty: E",
         "1 formula never computed: what stands there is the formula; open and save it to have the value",
     )
+    row = '<table:table-row table:visibility="collapse"><table:table-cell><text:p>x</text:p></table:table-cell>'
+    collapsed = convert_bytes(packed("spreadsheet", f"<table:table>{row}</table:table-row></table:table>"), "ods")
+    assert (collapsed.text, collapsed.notes) == ("# Sheet1\n\nx", ("1 hidden row or column read too",))
     cell = '<table:table-cell table:number-columns-repeated="9999"><text:p>x</text:p></table:table-cell>'
     wide = packed("spreadsheet", f"<table:table><table:table-row>{cell * 20}</table:table-row></table:table>")
     with pytest.raises(ConversionError, match="more than 100,000 columns"):

@@ -14,7 +14,7 @@ from duolocal.documents.blocks import TextBuilder
 from duolocal.documents.converted import ConversionError, Converted
 from duolocal.documents.formulas import formula
 from duolocal.documents.inline import PLAIN
-from duolocal.documents.package import Package, Relation, alternative, has_text
+from duolocal.documents.package import Package, Relation, alternative, has_text, unflattened
 from duolocal.documents.symbols import in_symbols, is_symbol_font, symbol
 from duolocal.documents.told import Told
 from duolocal.documents.word_numbering import BULLET, Numbering
@@ -43,7 +43,7 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
 
 def _convert(data: bytes, report: Callable[[int, int], None], nested: int) -> Converted:
     try:
-        with Archive(data) as archive:
+        with Archive(unflattened(data)) as archive:
             package = Package(archive, most=_MAX_XML_BYTES)
             reader = _Reader(package, package.main("word/document.xml"), report, nested)
             return reader.convert()

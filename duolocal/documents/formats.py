@@ -91,7 +91,9 @@ _HTML = re.compile(
 )
 _PAGE = re.compile(_BEFORE + r"<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL)
 _HEADER = re.compile(r"(?:[A-Za-z][A-Za-z0-9-]{1,60}:[^\n]*\n(?:[ \t][^\n]*\n)*)+", re.MULTILINE)
-_WORKBOOK_2003 = "urn:schemas-microsoft-com:office:spreadsheet"
+WORKBOOK_2003 = b"urn:schemas-microsoft-com:office:spreadsheet"
+_FLAT = "http://schemas.microsoft.com/office/2006/xmlPackage"
+_PROGRAMS = {"Word.Document": "docx", "Excel.Sheet": "xlsx", "PowerPoint.Show": "pptx"}
 
 
 @dataclass(frozen=True)
@@ -153,16 +155,25 @@ def _converted(kind: str, suffix: str, what: str, suffixes: tuple[str, ...] = ()
 
 def _text(head: bytes, suffix: str) -> Format:
     kind = _BY_SUFFIX.get(suffix)
+    if b"progid=" in head[:400] and (flat := _flat(_as_text(head))) is not None:
+        return _converted(flat, suffix, "an Office file as XML")
     if kind is None or suffix in _MISNAMED:
         start = _as_text(head)
         if (suffix in _MISNAMED and _HTML.match(start)) or (not suffix and _PAGE.match(start)):
             return _converted("html", suffix, "a web page")
-        if suffix in _MISNAMED and _WORKBOOK_2003 in start:
-            return _converted("xlsx", suffix, "an Excel workbook as XML")
         if (found := _mail(start)) is not None and (suffix in _MISNAMED or kind is None):
             return _converted(found, suffix, "a mail" if found == "mail" else "a saved web page")
     kind = kind or "text"
     return Format(kind, "convert" if kind in CONVERTED else "decode")
+
+
+def _flat(start: str) -> str | None:
+    """Return the kind of an Office file that was saved as one XML file."""
+    program = re.search(r"""<\?mso-application\s+progid=["']([A-Za-z.]+)""", start[:400])
+    kind = _PROGRAMS.get(program[1]) if program else None
+    if kind == "xlsx" and WORKBOOK_2003.decode() in start:
+        return kind
+    return kind if _FLAT in start else None
 
 
 def _as_text(head: bytes) -> str:

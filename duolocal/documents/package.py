@@ -1,12 +1,14 @@
 """The parts of an Office file (OOXML) and how they refer to each other; transitional and strict files alike."""
 
+import io
 import posixpath
+import zipfile
 from typing import NamedTuple
 from urllib.parse import unquote
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, tostring
 
 from duolocal.documents.converted import ConversionError
-from duolocal.documents.xml_tree import local, parse_xml
+from duolocal.documents.xml_tree import attribute, child, local, parse_xml
 from duolocal.documents.zipped import Archive
 
 
@@ -17,6 +19,19 @@ class Relation(NamedTuple):
     kind: str
     target: str  # the name of a member; of what is outside the file its address
     is_external: bool
+
+
+def unflattened(data: bytes) -> bytes:
+    """Return an Office file that was saved as one XML file (xmlPackage) as a zip, and any other as it is."""
+    if data.startswith(b"PK"):
+        return data
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for part in parse_xml(data, "the document"):
+            content = child(part, "xmlData")
+            if local(part.tag) == "part" and content is not None and len(content):
+                archive.writestr(attribute(part, "name").lstrip("/"), tostring(content[0]))
+    return out.getvalue()
 
 
 class Package:

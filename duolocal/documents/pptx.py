@@ -11,7 +11,7 @@ from duolocal.documents.converted import Assembler, ConversionError, Converted
 from duolocal.documents.formulas import formula
 from duolocal.documents.inline import PLAIN, Style, marked
 from duolocal.documents.numbering import numbered
-from duolocal.documents.package import Package, Relation, alternative
+from duolocal.documents.package import Package, Relation, alternative, unflattened
 from duolocal.documents.told import Told
 from duolocal.documents.xml_tree import attribute, child, local
 from duolocal.documents.zipped import Archive, ArchiveError
@@ -37,7 +37,7 @@ _NOT_SPOKEN = ("sldNum", "sldImg", "dt", "hdr", "ftr")  # placeholders of a page
 def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     """Convert a presentation; its parts are its slides. Raises ConversionError."""
     try:
-        with Archive(data) as archive:
+        with Archive(unflattened(data)) as archive:
             return _presentation(Package(archive, most=_MAX_XML_BYTES), report)
     except ArchiveError as error:
         raise ConversionError(str(error)) from error

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from duolocal.documents.converted import MAX_TEXT, Assembler, ConversionError, Converted
+from duolocal.documents.formats import HEAD, WORKBOOK_2003
 from duolocal.documents.inline import PLAIN, Style, marked
 from duolocal.documents.numbering import letters
-from duolocal.documents.package import Package, Relation
+from duolocal.documents.package import Package, Relation, unflattened
 from duolocal.documents.sheets import SheetWriter, empty_note
 from duolocal.documents.told import Told
 from duolocal.documents.xlsx_2003 import read_xml_workbook
@@ -33,10 +34,10 @@ _REFERENCE = re.compile(r"""("[^"]*"|'[^']*')|(?<![A-Za-z0-9_.])(\$?)([A-Z]{1,3}
 
 def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     """Convert a workbook; its parts are its sheets. Raises ConversionError."""
-    if not data.startswith(b"PK"):
+    if not data.startswith(b"PK") and WORKBOOK_2003 in data[:HEAD]:
         return read_xml_workbook(parse_xml(data, "the workbook"), report)
     try:
-        with Archive(data) as archive:
+        with Archive(unflattened(data)) as archive:
             return _workbook(Package(archive, most=_MAX_XML_BYTES), report)
     except ArchiveError as error:
         raise ConversionError(str(error)) from error
