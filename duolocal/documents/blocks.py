@@ -35,6 +35,8 @@ class _Table:
         self.rows.append({})
         self.column = 0
         self.area += len(self.reaching)
+        if self.area > _MAX_AREA:
+            self.is_layout, self.reaching = True, {}
         self.reaching = {column: left - 1 for column, left in self.reaching.items() if left > 0}
 
     def open_cell(self, columns: int, rows: int) -> int:
