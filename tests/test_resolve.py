@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 
+from duolocal.engine import resolve as resolve_module
 from duolocal.engine.engine import Engine
 from duolocal.engine.known_model import ModelByArithmetic, OpenedModel
+from duolocal.engine.measured import Measured
 from duolocal.engine.planning import plan_settings
 from duolocal.engine.resolve import DEFAULT_CONTEXT, Resolved, default_context, resolve, settings_with
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.evaluate import Lineup, Setting
 from duolocal.models.loader import ModelSource, open_model
+from duolocal.plan.dials import Cost
 from duolocal.plan.memory import GIB
 from duolocal.plan.request import Request
 from duolocal.plan.weights import NAMED_FORMATS
@@ -196,3 +199,13 @@ def test_planning_with_a_published_pattern_fetches_nothing(monkeypatch: pytest.M
     (folder / "full_attention_heads.tsv").write_text(("\t".join(["1.0", "0.25"] * 4) + "\n") * 32)
     count, notes = planned("published")
     assert count == 128 and f"head pattern of {name} from github.com" in notes and "not on this machine (" not in notes
+
+
+def test_a_kv_format_that_ruins_the_model_is_warned_of(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"int4": Cost(2.9, 15.9, measured=True), "k8v4": Cost(0.001, 0.0, measured=True)}
+    monkeypatch.setattr(resolve_module, "measured", lambda _: Measured("k8v4", costs))
+    model = OpenedModel(source, "m")
+    (note,) = [n for n in resolve(LoadSettings("m", kv="int4"), model).notes if "int4" in n]
+    assert "KL 2.9, perplexity +1,590%" in note and "--kv auto" in note
+    for harmless in ("k8v4", "int8", "16"):
+        assert not any("ruin" in n for n in resolve(LoadSettings("m", kv=harmless), model).notes)

@@ -124,7 +124,7 @@ def _read(entry: dict[str, Any]) -> Measured:
         return {name: Cost(kl, rise, measured=True) for name, (kl, rise) in rows.items()}
 
     heads = {float(share): cost for share, cost in costs(entry["heads"]).items()}
-    return Measured(entry["kv"], costs(entry["kv_formats"]), heads, costs(entry["outer_weights"]))
+    return Measured(entry["kv"], costs(entry["kv_formats"]), heads, costs(entry.get("outer_weights", {})))
 
 
 def _stand_in(cost: Cost) -> Cost:

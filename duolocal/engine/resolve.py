@@ -17,6 +17,7 @@ from duolocal.engine.head_choice import can_rank
 from duolocal.engine.kernels import activations_named, kernels_named
 from duolocal.engine.known_model import KnownModel
 from duolocal.engine.kv_choice import known_kv
+from duolocal.engine.measured import measured
 from duolocal.engine.place import device_named, dtype_named
 from duolocal.engine.prefill_choice import prefill_note, prefill_policy
 from duolocal.engine.select_choice import selection_budget, selection_note
@@ -35,6 +36,7 @@ from duolocal.settings import LoadSettings
 DEFAULT_CONTEXT = 32 * 1024  # tokens; a million are asked for
 DEFAULT_CHUNK_SIZE = {"cpu": 512, "cuda": 4096}  # tokens
 MIN_CONTEXT = 16  # tokens
+RUINOUS_KL = 0.2  # nats per token, from which on a KV format is warned of
 SAFE_KV = "int8"  # of a model that nobody measured: indistinguishable from 16 bits (docs/kv-formats.md)
 
 
@@ -217,10 +219,21 @@ def _heads(spec: HeadsSpec, model: KnownModel, settings: LoadSettings, context: 
     return replace(choice, plan=plan)  # until they are ranked: it costs memory, and no quality
 
 
+def _harm(kv: str, model: KnownModel) -> str | None:
+    """Return a warning of a KV format that is known to ruin what this model says."""
+    cost = measured(None if model.source is None else model.source.fingerprint).kv_costs.get(kv)
+    if cost is None or cost.kl < RUINOUS_KL:
+        return None
+    return (
+        f"KV format {kv} was measured to ruin what this model says: KL {cost.kl:.1f}, perplexity "
+        f"{cost.perplexity_rise:+,.0%}; --kv auto takes one that does not"
+    )
+
+
 def _kv(wanted: str, model: KnownModel) -> tuple[str, str | None, bool]:
     if wanted not in ("auto", *KV_FORMATS):
         raise SettingsError(f"unknown KV format {wanted!r}: choose auto or one of {', '.join(KV_FORMATS)}")
     if wanted != "auto":
-        return wanted, None, False
+        return wanted, _harm(wanted, model), False
     known = None if model.source is None else known_kv(model.source.fingerprint)
     return (SAFE_KV, None, True) if known is None else (*known, False)
