@@ -100,7 +100,7 @@ def read(argv: Sequence[str]) -> tuple[Command, tuple[Any, ...]] | None:
         elif rest and not rest[0].startswith("-"):
             raise SettingsError(f"unknown command {f'{first} {rest[0]}'!r}: {_hint(rest[0], below)}")
         elif first not in COMMANDS:
-            raise SettingsError(f"the following arguments are required: {group.metavar}")
+            raise SettingsError(f"`duolocal {first}` needs a command after it: give one of {', '.join(below)}")
     command = COMMANDS[first]
     parser = parser_of(command)
     words, unknown = parser.parse_known_args(rest)

@@ -14,6 +14,7 @@ from rich.console import Console
 from duolocal import __version__, cli, settings
 from duolocal.documents import Document
 from duolocal.models.names import DEFAULT_MODEL, SMALL_MODEL
+from duolocal.models.registry import list_models
 from duolocal.settings import CHAT_SAMPLING, LoadSettings, Sampling
 from duolocal.terminal import bench_view, fetching
 from duolocal.terminal.chat_start import history_file
@@ -95,7 +96,7 @@ def test_empty_stdin_is_no_question() -> None:
         ),
         (["models", "fetch"], "the following arguments are required: name"),
         (["models", "fetch", "smollm2-135n"], None),
-        (["bench"], "the following arguments are required: WHAT"),
+        (["sessions"], "`duolocal sessions` needs a command after it: give one of list, info, rm"),
         (["bench", "memory", "--contxt", "1"], "unknown option --contxt: did you mean --context?"),
     ],
 )
@@ -193,6 +194,17 @@ def test_models_lists_every_name(
     ):
         assert name in text
     assert max(map(len, text.splitlines())) <= int(columns)
+
+
+def test_models_shows_the_path_of_a_cached_model_on_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path("/cache", "x" * 80, "model.gguf")
+    cached = replace(list_models()[0], path=path)
+    monkeypatch.setattr("duolocal.terminal.models_view.list_models", lambda: [cached])
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(["models"]) == 0
+    assert f"  in {path}\n" in capsys.readouterr().out
 
 
 def asked(*words: str) -> tuple[Any, ...]:

@@ -116,7 +116,7 @@ def test_list_names_source_and_licence(capsys: pytest.CaptureFixture[str]) -> No
         ("identify --out notes.txt", "--out notes.txt exists and is no head pattern: name another file, or remove it"),
         ("identify --out full/", "--out full/ exists and is no head pattern: name another folder, or remove it"),
         ("identify --out full --format json", "--out full is a folder: give a file, or leave out --format json"),
-        ("", "the following arguments are required: WHAT"),
+        ("", "`duolocal heads` needs a command after it: give one of show, identify, list"),
     ],
 )
 def test_refused_before_any_work(

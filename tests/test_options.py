@@ -228,7 +228,7 @@ def test_the_last_of_two_counts_and_an_equals_sign_takes_any_value() -> None:
     [
         (["--contxt"], "unknown option --contxt: `duolocal --help` lists the options"),
         (["bench", "decde"], "unknown command 'bench decde': did you mean decode?"),
-        (["bench", "--kv", "16"], "the following arguments are required: WHAT"),
+        (["heads", "--kv", "16"], "`duolocal heads` needs a command after it: give one of show, identify, list"),
         (["models", "--kv", "16"], "unknown option --kv: `duolocal models --help` lists the options"),
         (["eval", "check"], "the following arguments are required: --doc"),
         (["chat", "--reader", "quick"], "--reader is 'quick': give one of full, retrieve"),

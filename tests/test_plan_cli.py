@@ -100,6 +100,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["--memory", "lots"], "--memory is 'lots': give a size such as 24GiB, 500MB or 1073741824"),
         (["--memory", "0"], "--memory is '0': give a size such as 24GiB"),
         (["--card", "voodoo"], "--card 'voodoo' is not in the table: give one of rtx3090, rtx4080"),
+        (["--card", "RTX4099"], "--card 'RTX4099' is not in the table: did you mean rtx4090?"),
         (["--measure", "--no-measure"], "--measure and --no-measure were both given: leave one of them out"),
         (["--model", "./nowhere"], "./nowhere: is not on this machine; check the path, or name a folder with its"),
         (["--kv-device-memory", "x"], "--kv-device-memory is 'x': give a size"),

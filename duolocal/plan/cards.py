@@ -4,6 +4,7 @@ The figures are those of NVIDIA's data sheets: memory bandwidth, and dense (not 
 in 32 bits. None was measured here. What share of them a program reaches is assumed below, for want of measurements.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -53,10 +54,12 @@ CARDS: Mapping[str, Card] = MappingProxyType({card.name: card for card in _CARDS
 
 
 def card_named(name: str) -> Card:
-    """Return a card of the table; raises SettingsError naming them all."""
+    """Return a card of the table; raises SettingsError naming the nearest, or all."""
     card = CARDS.get(name.lower().replace(" ", "").replace("_", "-"))
     if card is None:
-        raise SettingsError(f"--card {name!r} is not in the table: give one of {', '.join(CARDS)}")
+        close = difflib.get_close_matches(name.lower(), CARDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(CARDS)}"
+        raise SettingsError(f"--card {name!r} is not in the table: {hint}")
     return card
 
 

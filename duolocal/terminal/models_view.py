@@ -18,7 +18,7 @@ _WIDE = 150  # columns; below, source and place go under the table instead of be
 def models() -> int:
     """Print the named models; return the exit code."""
     console = new_console()
-    console.print(models_view(list_models(), console.width), soft_wrap=False)
+    console.print(models_view(list_models(), console.width), crop=False)
     return 0
 
 
@@ -44,6 +44,6 @@ def models_view(statuses: Sequence[ModelStatus], columns: int) -> RenderableType
             details.append(Text.assemble("\n", (status.name, "bold"), f": {clean_line(model.description)}"))
             details.append(Text(f"  from {clean_line(status.source)}", style="dim"))
             if place:
-                details.append(Text(f"  in {place}", style="dim"))
+                details.append(Text(f"  in {place}", "dim", no_wrap=True, overflow="ignore"))  # a path to copy, whole
         table.add_row(*row)
     return Group(table, *details)
