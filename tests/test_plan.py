@@ -449,7 +449,7 @@ def test_the_headline_fits_a_card_as_typed(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("DUOLOCAL_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delenv("DUOLOCAL_HEAD_PATTERNS", raising=False)
-    monkeypatch.setattr("duolocal.heads.known._download", lambda url: pytest.fail(f"asked for {url}"))
+    monkeypatch.setattr("duolocal.heads.known.fetch_small", lambda urls, *_, **__: pytest.fail(f"asked for {urls}"))
     monkeypatch.setattr("psutil.virtual_memory", lambda: pytest.fail("looked at this machine's memory"))
     found = planned("llama3-8b-awq", context=MILLION, memory=24 * GIB, card="rtx4090")
     assert found.fits and not found.plan.offloaded and found.plan.with_process <= 24 * GIB
