@@ -32,6 +32,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 KERNELS = ("auto", "compiled", "torch")
 ACTIVATIONS = ("auto", "float32", "int16", "int8")
 WEIGHTS = ("auto", "nf4", "int8")
+SPECULATE = ("auto", "off")
 OUTER_WEIGHTS = ("auto", "int8", "int4")
 PREFILLS = ("exact", "sparse")
 
@@ -105,6 +106,13 @@ class LoadSettings:
         default="auto",
         metavar="TYPE",
         default_help="auto, int8, or int16 where a model is small",
+    )
+    speculate: str = _computing(
+        choice(*SPECULATE),
+        "on a CPU, try what the context says may follow, a few tokens in one step: auto, or off; answers are the same",
+        default="auto",
+        metavar="HOW",
+        default_help="auto, where it is faster",
     )
     weights: str = _model(
         choice(*WEIGHTS),

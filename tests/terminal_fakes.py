@@ -10,6 +10,7 @@ from rich.console import Console
 from duolocal.cache import CacheMemory
 from duolocal.engine.engine import EngineMemory
 from duolocal.engine.session import ContextItem, Event, Finished, Prefilled, Text
+from duolocal.engine.speculation import Speculation
 from duolocal.errors import ContextOverflowError
 from duolocal.settings import LoadSettings, Sampling
 from duolocal.terminal.chat import Chat
@@ -38,6 +39,7 @@ FACTS = Facts(
 @dataclass
 class FakeEngine:
     position: int = 0
+    speculation: Speculation | None = field(default_factory=Speculation)
 
     def memory(self) -> EngineMemory:
         return EngineMemory(weights=50 * 2**20, cache=CacheMemory(3 * 2**20, 2**20, 2 * 2**20), dense_16bit=24 * 2**20)

@@ -297,6 +297,7 @@ def test_once_as_json(capsys: pytest.CaptureFixture[str]) -> None:
             "prefill_tokens_per_s": 5.71,
             "decode_tokens_per_s": 12.0,
         },
+        "speculation": {"steps": 0, "tried": 0, "accepted": 0},
         "kv": {
             "format": "int8",
             "retrieval_bytes": 4 * 2**20,

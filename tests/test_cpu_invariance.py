@@ -152,7 +152,7 @@ def cache_for(model: Transformer, kv: str) -> DuoCache:
 def recording(cache: DuoCache) -> Recording | None:
     """Return the decode step as it was recorded; None before the first."""
     assert isinstance(cache.backend, CompiledBackend)
-    return cache.backend.recorder.recording
+    return cache.backend.recorder.recordings.get(1)
 
 
 def token_ids(count: int, seed: int = 0) -> Tensor:

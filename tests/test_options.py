@@ -31,7 +31,17 @@ from duolocal.options import (
     values_in,
     words_of,
 )
-from duolocal.settings import ACTIVATIONS, DTYPES, KERNELS, OUTER_WEIGHTS, PREFILLS, WEIGHTS, LoadSettings, Sampling
+from duolocal.settings import (
+    ACTIVATIONS,
+    DTYPES,
+    KERNELS,
+    OUTER_WEIGHTS,
+    PREFILLS,
+    SPECULATE,
+    WEIGHTS,
+    LoadSettings,
+    Sampling,
+)
 from tests.terminal_fakes import FakeSession
 from tests.test_terminal_chat import make_chat
 
@@ -52,6 +62,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "threads": st.integers(1, 256),
     "kernels": st.sampled_from(KERNELS),
     "activations": st.sampled_from(ACTIVATIONS),
+    "speculate": st.sampled_from(SPECULATE),
     "weights": st.sampled_from(WEIGHTS),
     "outer_weights": st.sampled_from(OUTER_WEIGHTS),
     "kv_device_memory": st.integers(0, 2**50),

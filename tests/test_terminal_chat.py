@@ -1,6 +1,7 @@
 """The chat's commands over a session without a model."""
 
 import base64
+import re
 import signal
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from duolocal.documents import Document
 from duolocal.engine.session import Finished
+from duolocal.engine.speculation import Counts, Speculation
 from duolocal.errors import DocumentError, SettingsError
 from duolocal.terminal import commands, views
 from duolocal.terminal.docs_chat import add_documents
@@ -240,6 +242,8 @@ def test_stats_name_both_head_classes_and_the_dense_figure() -> None:
     chat, output = make_chat(columns=100)
     chat.handle("hello")
     shown(output)
+    chat.state.session.engine.speculation = speculation = Speculation()
+    speculation.counts = Counts(steps=3, tried=12, accepted=5)
     chat.handle("/stats")
     listed = shown(output)
     for text in (
@@ -250,8 +254,12 @@ def test_stats_name_both_head_classes_and_the_dense_figure() -> None:
         "int8",
         "RoPE scaling: yarn, factor 4",
         "1 token, 2.0 tokens/s",
+        "looked ahead 3 times, 5 of 12 tokens right",
     ):
         assert text in listed
+    chat.state.session.engine.speculation = None
+    chat.handle("/stats")
+    assert re.search(r"speculation +off", shown(output))
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,7 @@ def profile_decode(engine: Engine, token_id: int, *, repeats: int) -> StepProfil
         sampler(engine.transformer.logits(hidden)[0], [])
         whole_s.append(time.perf_counter() - began_s)
     assert isinstance(engine.cache.backend, CompiledBackend)
-    step = engine.cache.backend.recorder.recording
-    assert step is not None
+    step = engine.cache.backend.recorder.recordings[1]
     with kernels.record() as head:
         engine.transformer.logits(hidden)
     # In turn, as in real steps: what one reads drives the other's weights out of the cache.

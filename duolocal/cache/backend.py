@@ -55,7 +55,8 @@ class CacheState:
 class Step:
     """An open transaction: tokens start..end-1, and the ring slots it overwrites as they were.
 
-    decodes: it is one token that goes through the decode kernels, and reads selected blocks where blocks are selected.
+    decodes: it is one token that goes through the decode kernels, and reads selected blocks where blocks are selected;
+    ahead: as many tokens that may follow it are computed along, and stored one by one if they do.
     """
 
     start: int
@@ -63,6 +64,7 @@ class Step:
     decodes: bool
     slots: slice | Tensor
     saved: Tensor
+    ahead: int = 0
     k: Tensor | None = None  # of the layer between its append and its attend
     v: Tensor | None = None
 

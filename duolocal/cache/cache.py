@@ -130,6 +130,7 @@ class DuoCache:
         )
         self.backend = _backend(state, kernels)
         self._step: Step | None = None
+        self._ahead: Step | None = None  # the last step, where it looked ahead
         self._restorable: WeakSet[Snapshot] = WeakSet()  # those on the way that led here
 
     @property
@@ -138,29 +139,62 @@ class DuoCache:
         assert self._step is not None, "no transaction is open"
         return self.backend.traits(self._step)
 
-    def begin(self, q_len: int, *, decode: bool = False) -> None:
+    @property
+    def most_ahead(self) -> int:
+        """How many tokens a decode step can look ahead with; 0: none."""
+        return self.backend.most_ahead if isinstance(self.backend, CompiledBackend) else 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the last step computed tokens that may still follow."""
+        return self._ahead is not None and self.num_tokens - self._ahead.start <= self._ahead.ahead
+
+    def begin(self, q_len: int, *, decode: bool = False, ahead: int = 0) -> None:
         """Start to append `q_len` tokens; the caller has checked that they fit into the context.
 
         decode: it is one token of an answer, which reads selected blocks; a prompt reads all, however it is cut.
+        ahead: `append` and `attend` are given as many tokens more, which may follow; nothing of them is stored until
+        `advance` says that they do.
         """
         assert self._step is None, "a transaction is open"
         assert q_len == 1 or not decode, q_len
+        assert 0 <= ahead <= self.most_ahead and (decode or not ahead), ahead
         start, end = self.num_tokens, self.num_tokens + q_len
-        assert end <= self.context, (start, q_len, self.context)
-        slots = self.ring.overwritten(start=start, count=q_len)
+        assert end + ahead <= self.context, (start, q_len, ahead, self.context)
+        self._ahead = None
+        # A step that looks ahead writes nothing before it is committed.
+        slots = slice(0) if ahead else self.ring.overwritten(start=start, count=q_len)
         if not decode:
             self._forget_lists()
         decodes = decode or (q_len == 1 and self.selection is None)  # what is sparse in a prompt is longer
         self.start.fill_(start)
-        self._step = Step(start, end, decodes, slots, self.ring.data[:, :, :, slots].clone())
+        self._step = Step(start, end, decodes, slots, self.ring.data[:, :, :, slots].clone(), ahead)
         self.pool.grow(end // self.layout.block_size)
 
     def commit(self) -> None:
         """Make the appended tokens part of the context."""
-        assert self._step is not None
+        step = self._step
+        assert step is not None
+        if step.ahead:
+            self._accept(step)
+            self._ahead = step
         self.pool.settle(self.num_tokens // self.layout.block_size)
-        self.num_tokens = self._step.end
+        self.num_tokens = step.end
         self._step = None
+
+    def advance(self) -> None:
+        """Make the next token that the last step computed ahead part of the context."""
+        step = self._ahead
+        assert self._step is None and self.looks_ahead and step is not None
+        self.start.fill_(self.num_tokens)
+        self.pool.grow((self.num_tokens + 1) // self.layout.block_size)
+        self._accept(step)
+        self.pool.settle(self.num_tokens // self.layout.block_size)
+        self.num_tokens += 1
+
+    def _accept(self, step: Step) -> None:
+        assert isinstance(self.backend, CompiledBackend)
+        self.backend.accept(step, self.num_tokens - step.start)
 
     def rollback(self) -> None:
         """Forget the open transaction; the cache is as it was before `begin`."""
@@ -178,7 +212,7 @@ class DuoCache:
         """
         step = self._step
         assert step is not None, "append outside begin and commit"
-        wanted = (step.end - step.start, self.plan.num_kv_heads, self.layout.head_dim)
+        wanted = (step.end - step.start + step.ahead, self.plan.num_kv_heads, self.layout.head_dim)
         assert tuple(k.shape) == tuple(v.shape) == wanted, (k.shape, v.shape, wanted)
         assert (rotation is not None) == self.traits.rotates
         self.backend.append(layer, step, k, v)
@@ -262,6 +296,7 @@ class DuoCache:
         assert num_tokens <= self.num_tokens, (num_tokens, self.num_tokens)
         self.pool.shrink(num_tokens // self.layout.block_size)
         self._forget_lists()
+        self._ahead = None
         self.num_tokens = num_tokens
         self._restorable = WeakSet(each for each in self._restorable if each.num_tokens <= num_tokens)
 

@@ -9,6 +9,7 @@ from duolocal.cache.pool import BlockPool
 from duolocal.cache.selection import Selection
 from duolocal.kernels.cpu.attention import CpuAttention, SelectedBlocks, Tiers
 from duolocal.kernels.cpu.operations import CpuKernels, StepRecorder
+from duolocal.kernels.cpu.structs import MOST_AHEAD
 from duolocal.kernels.interface import Rotation, StepTraits
 from duolocal.kernels.sparse import Chosen, choose
 
@@ -35,6 +36,13 @@ class CompiledBackend:
         )
         self.recorder = StepRecorder(kernels)
         self._state = state
+        # Keys and values of every layer in the recorded steps that look ahead, by how far.
+        self._ahead: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    @property
+    def most_ahead(self) -> int:
+        """Tokens that a decode step can look ahead."""
+        return 0 if self._state.selection is not None else MOST_AHEAD - 1
 
     def traits(self, step: Step) -> StepTraits:
         """Return that the model rotates, and what repeats a decode step."""
@@ -43,6 +51,11 @@ class CompiledBackend:
     def append(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
         """Take k and v [q_len, num_kv_heads, head_dim] of the step's tokens."""
         step.k, step.v = k, v
+        if step.ahead:
+            if layer == 0:
+                self._ahead[step.ahead] = []
+            self._ahead[step.ahead].append((k, v))
+            return
         self.attention.close_blocks(layer, k, v)
         if self._state.selection is not None:
             self.attention.digest(layer, k.shape[0])
@@ -55,13 +68,17 @@ class CompiledBackend:
         assert k is not None and v is not None
         step.k = step.v = None
         if step.decodes:
-            return self.attention.decode(layer, q)
+            return self.attention.decode(layer, q, (k, v) if step.ahead else None)
         if self._state.prefill is None or not self._state.plan.retrieval_heads[layer]:
             out = self.attention.prefill(layer, q, k, v)
         else:
             out = self._sparse(layer, step, q, k, v)
         self.attention.write_ring(layer, k, v)
         return out
+
+    def accept(self, step: Step, row: int) -> None:
+        """Store token number `row` of a step that looked ahead: its position is the one in `start`."""
+        self.attention.accept(self._ahead[step.ahead], row)
 
     def choose(self, layer: int, q: Tensor, k: Tensor, *, start: int, end: int) -> Chosen:
         """Choose the blocks that a chunk's queries at positions start..end-1 read, by the cache's policy."""

@@ -7,7 +7,8 @@ Lengths, block table and position are read from device memory, so the graph stay
 A decoder computes; that its token becomes part of the context, or does not, is the engine's business.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -15,16 +16,25 @@ from torch import Tensor
 
 from duolocal.cache import DuoCache
 from duolocal.device_sampling import DeviceSampler
+from duolocal.engine.speculation import PromptLookup, Speculation
 from duolocal.models.transformer import Transformer
 from duolocal.sampling import Sampler
 from duolocal.settings import Sampling
 
 
 class Decoder(Protocol):
-    """Samples one answer: `first`, then `step` and `sample` in turn."""
+    """Samples one answer: `first`, then in turn `look_ahead`, `step` (or `take_ahead`) and `sample`."""
 
     def first(self, hidden: Tensor) -> int:
         """Return the first id, given the last hidden state [1, hidden_size] of the prompt."""
+        ...
+
+    def take_ahead(self, token: int) -> bool:
+        """Return whether the last step tried the id that was sampled last, in its place, so that no step is needed."""
+        ...
+
+    def look_ahead(self, token: int, most: int) -> int:
+        """Return how many tokens, at most `most`, the step of the id that was sampled last tries along with it."""
         ...
 
     def step(self, token: int, before_layer: Callable[[int], None]) -> None:
@@ -40,27 +50,80 @@ class Decoder(Protocol):
 
 
 class HostDecoder:
-    """Samples on the host."""
+    """Samples on the host, and looks ahead where `speculation` finds that worth it.
 
-    def __init__(self, transformer: Transformer, cache: DuoCache, sampling: Sampling) -> None:
+    context: all tokens before the answer, read when its first id is drawn; speculation: None to compute token by token.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        cache: DuoCache,
+        sampling: Sampling,
+        *,
+        context: Sequence[int] = (),
+        speculation: Speculation | None = None,
+    ) -> None:
         self._transformer, self._cache = transformer, cache
         self._sampler = Sampler(sampling)
         # The penalty looks at the answer only: over a long document it would forbid the document's own words.
         self._answer: list[int] = []
+        self._context, self._speculation = context, speculation
+        self._lookup: PromptLookup | None = None
+        self._logits = torch.empty(0)  # of the last step: [1 + tokens ahead, vocab_size]
+        self._ahead: list[int] = []  # the tokens that it tried and that are still to be drawn
 
     def first(self, hidden: Tensor) -> int:
         """Return the first id, given the last hidden state [1, hidden_size] of the prompt."""
-        return self._sampler(self._transformer.logits(hidden)[0], self._answer)
+        if self._speculation is not None:
+            self._speculation.restart()
+            self._lookup = PromptLookup(self._context)
+        self._logits = self._transformer.logits(hidden)
+        return self.sample()
+
+    def look_ahead(self, token: int, most: int) -> int:
+        """Take the id that was sampled last; return how many that may follow it the step tries, at most `most`."""
+        self._answer.append(token)
+        self._ahead = []
+        lookup, speculation = self._lookup, self._speculation
+        if lookup is not None and speculation is not None:
+            self._learn(token)
+            if lookup.length:
+                self._ahead = lookup.proposal(speculation.ahead(lookup.length, min(most, self._cache.most_ahead)))
+                speculation.counts.steps += bool(self._ahead)
+                speculation.counts.tried += len(self._ahead)
+        return len(self._ahead)
 
     def step(self, token: int, before_layer: Callable[[int], None]) -> None:
         """Append the id that was sampled last."""
+        speculation, count = self._speculation, 1 + len(self._ahead)
+        with nullcontext() if speculation is None else speculation.timing(count - 1):
+            positions = self._cache.start if count == 1 else self._cache.start + torch.arange(count)
+            token_ids = torch.tensor([token, *self._ahead])
+            hidden = self._transformer.hidden(token_ids, positions, self._cache, before_layer=before_layer)
+            self._logits = self._transformer.logits(hidden)
+
+    def take_ahead(self, token: int) -> bool:
+        """Return whether the last step tried the id that was sampled last in its place: `sample` goes on from there."""
+        if self._speculation is None or not self._ahead or self._ahead[0] != token:
+            return False
+        del self._ahead[0]
+        self._logits = self._logits[1:]
         self._answer.append(token)
-        token_ids = torch.tensor([token])
-        self._hidden = self._transformer.hidden(token_ids, self._cache.start, self._cache, before_layer=before_layer)
+        self._learn(token)
+        self._speculation.counts.accepted += 1
+        return True
 
     def sample(self) -> int:
         """Return the id after the one just appended."""
-        return self.first(self._hidden)
+        return self._sampler(self._logits[0], self._answer)
+
+    def _learn(self, token: int) -> None:
+        lookup, speculation = self._lookup, self._speculation
+        assert lookup is not None and speculation is not None
+        if lookup.length:
+            speculation.drawn(lookup.length, as_found=lookup.proposal(1) == [token])
+        lookup.add(token)
 
 
 class GpuDecoder:
@@ -88,6 +151,14 @@ class GpuDecoder:
         """Begin an answer."""
         self._sampler.restart(sampling)
         return self
+
+    def take_ahead(self, _token: int) -> bool:
+        """Return that no step has looked ahead: on a GPU none does."""
+        return False
+
+    def look_ahead(self, _token: int, _most: int) -> int:
+        """Return that the step does not look ahead."""
+        return 0
 
     @torch.inference_mode()
     def first(self, hidden: Tensor) -> int:

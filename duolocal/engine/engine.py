@@ -29,8 +29,10 @@ from duolocal.engine.known_model import OpenedModel
 from duolocal.engine.loading import decide, load_notes, load_weights, selection_policy
 from duolocal.engine.place import tier_note
 from duolocal.engine.resolve import resolve, settings_with
+from duolocal.engine.speculation import Speculation
 from duolocal.errors import ContextOverflowError, TokenizerError
 from duolocal.heads import HeadPlan
+from duolocal.kernels.cpu.operations import CpuKernels
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models import registry
 from duolocal.models.config import ModelConfig
@@ -76,6 +78,7 @@ class Engine:
         kv: str,
         chunk_size: int,
         notes: Sequence[str] = (),
+        speculate: bool = True,
     ) -> None:
         self.transformer = transformer
         self.cache = cache
@@ -85,6 +88,7 @@ class Engine:
         self.notes = list(notes)
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.speculation = Speculation() if speculate and self._decodes_exactly() else None
         self._cancel = threading.Event()
         self._gpu_decoder: GpuDecoder | None = None
 
@@ -130,6 +134,7 @@ class Engine:
             placement=Placement(placed.kv_device_memory, placed.outer, cache_folder() / "kv"),
             select=selection_policy(resolved, transformer, events),
             prefill=resolved.sparse,
+            speculate=resolved.settings.speculate == "auto",
         )
         if engine.cache.pool.tiered:
             engine.notes.append(tier_note(engine.cache))
@@ -152,6 +157,7 @@ class Engine:
         placement: Placement = ON_DEVICE,
         select: SelectionPolicy | None = None,
         prefill: SparsePrefill | None = None,
+        speculate: bool = True,
     ) -> "Engine":
         """Give a Transformer a cache under `plan` and KV format `kv`, for `context` tokens or all it was made for."""
         config = transformer.config
@@ -168,7 +174,7 @@ class Engine:
             select=select,
             prefill=prefill,
         )
-        return cls(transformer, cache, source=source, kv=kv, chunk_size=chunk_size, notes=notes)
+        return cls(transformer, cache, source=source, kv=kv, chunk_size=chunk_size, notes=notes, speculate=speculate)
 
     @property
     def config(self) -> ModelConfig:
@@ -279,9 +285,14 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def append(self, token_ids: Sequence[int], compute: Callable[[], Result], *, decode: bool = False) -> Result:
-        """Run `compute`, which appends these tokens to the cache; where it raises, none is appended."""
-        self.cache.begin(len(token_ids), decode=decode)
+    def append(
+        self, token_ids: Sequence[int], compute: Callable[[], Result], *, decode: bool = False, ahead: int = 0
+    ) -> Result:
+        """Run `compute`, which appends these tokens to the cache; where it raises, none is appended.
+
+        ahead: it looks as many tokens ahead (`DuoCache.begin`).
+        """
+        self.cache.begin(len(token_ids), decode=decode, ahead=ahead)
         try:
             result = compute()
         except BaseException:
@@ -381,14 +392,30 @@ class Engine:
             yield token_ids[start:stop]
             start, stop = stop, stop + size
 
+    def _decodes_exactly(self) -> bool:
+        """Whether a step that looks ahead computes, bit by bit, what steps of one token do."""
+        weights, kernels = self.transformer.weights, self.transformer.kernels
+        if not isinstance(kernels, CpuKernels) or not self.cache.most_ahead:
+            return False
+        looked_up = None if weights.lm_head is weights.embedding else weights.embedding
+        return all(matrix is looked_up or kernels.same_bits(matrix) for matrix in weights.matrices())
+
     def _decoder(self, sampling: Sampling) -> Decoder:
         if not self.transformer.kernels.capturable:
-            return HostDecoder(self.transformer, self.cache, sampling)
+            return HostDecoder(
+                self.transformer, self.cache, sampling, context=self.token_ids, speculation=self.speculation
+            )
         if self._gpu_decoder is None:
             self._gpu_decoder = GpuDecoder(self.transformer, self.cache)  # kept: it holds the graphs
         return self._gpu_decoder.restart(sampling)
 
     def _decode(self, decoder: Decoder, token: int) -> int:
         """Append an id that was sampled, and return the next one."""
-        self.append([token], lambda: decoder.step(token, self.raise_if_cancelled), decode=True)
+        if self.cache.looks_ahead and decoder.take_ahead(token):
+            self.raise_if_cancelled()
+            self.cache.advance()
+            self.token_ids.append(token)
+        else:
+            ahead = decoder.look_ahead(token, self.context - self.position - 1)
+            self.append([token], lambda: decoder.step(token, self.raise_if_cancelled), decode=True, ahead=ahead)
         return decoder.sample()

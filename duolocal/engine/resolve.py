@@ -21,8 +21,10 @@ from duolocal.engine.measured import measured
 from duolocal.engine.place import device_named, dtype_named
 from duolocal.engine.prefill_choice import prefill_note, prefill_policy
 from duolocal.engine.select_choice import selection_budget, selection_note
+from duolocal.engine.speculation import LOOK_AHEAD
 from duolocal.errors import SettingsError
 from duolocal.heads import HeadChoice, HeadPlan, HeadsSpec, choose_heads, uniform_plan
+from duolocal.kernels.cpu.operations import SAME_BITS
 from duolocal.kernels.cpu.threads import default_threads
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
@@ -102,7 +104,15 @@ class Resolved:
             outer="memory" if self.device.type == "cuda" else "disk",
             select=self.select,
             sparse=self.sparse is not None,
+            ahead=LOOK_AHEAD if self._looks_ahead else (),
         )
+
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether decode steps look ahead, as far as the formats of most weights tell (`Engine.speculation`)."""
+        formats = {self.weights.layer_format, self.weights.outer_format}
+        wanted = self.settings.speculate == "auto" and self.activations != "float32" and self.select is None
+        return wanted and formats.issubset(SAME_BITS)
 
     def with_formats(self, weights: str, outer_weights: str) -> "Resolved":
         """Return it with these `--weights` and `--outer-weights`. Raises SettingsError where they cannot be applied."""

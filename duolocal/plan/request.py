@@ -17,7 +17,8 @@ class Request:
 
     weights: as they will be loaded. kernels: "compiled", "torch" or "triton". kv_device_memory: bytes for records of
     blocks and their tables on the device, None for all of them; the others go to `outer`. select: the token budget of
-    selected decode, None for dense decode. sparse: whether prefill chooses blocks.
+    selected decode, None for dense decode. sparse: whether prefill chooses blocks. ahead: how many tokens decode steps
+    look ahead with, each number being a recorded step of its own.
     """
 
     config: ModelConfig
@@ -34,6 +35,7 @@ class Request:
     outer: Outer = "disk"
     select: int | None = None
     sparse: bool = False
+    ahead: tuple[int, ...] = ()
 
     @property
     def max_blocks(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from duolocal.cache.cache import exact_recent_size
 from duolocal.kernels.attention import KEY_SPAN, QUERY_TILE
 from duolocal.kernels.cpu.attention import TILE_ROWS
-from duolocal.kernels.cpu.structs import KEY_TILE
+from duolocal.kernels.cpu.structs import KEY_TILE, MOST_AHEAD
 from duolocal.kernels.sparse import SparsePrefill, tiles_at_once
 from duolocal.kernels.torch_kernels import VOCAB_TILE
 from duolocal.plan.request import Request
@@ -49,7 +49,8 @@ def working_bytes(request: Request) -> Working:
     if request.kernels == "triton":
         prefill, decode = _triton(shape), 0
     elif request.kernels == "compiled":
-        prefill, decode = _compiled(shape, request.threads), _recorded(shape)
+        recorded = _recorded(shape, request.ahead)
+        prefill, decode = _compiled(shape, request.threads) + recorded, recorded
     else:
         prefill, decode = _torch(shape), 0
     if request.sparse:
@@ -120,14 +121,16 @@ def _compiled(s: _Shape, threads: int) -> int:
     )
     tile = min(max(1, TILE_ROWS // s.group), s.chunk) * s.group
     scratch = tile * (3 * s.dim + KEY_TILE + 2) + 3 * s.dim * KEY_TILE
-    partial = s.kv_heads * (_SPANS_PER_THREAD * threads + 1) * s.group * (s.dim + 2)
-    return activations + 4 * (threads * scratch + partial) + _recorded(s)
+    partial = MOST_AHEAD * s.kv_heads * (_SPANS_PER_THREAD * threads + 1) * s.group * (s.dim + 2)
+    return activations + 4 * (threads * scratch + partial)
 
 
-def _recorded(s: _Shape) -> int:
-    """Return what the recorded decode step keeps: every tensor of every layer, for one token."""
-    codes = 2 * _codes(s.hidden) + _codes(s.queries) + _codes(s.inner)
-    return s.layers * ((4 * s.hidden + 3 * s.queries + 3 * s.keys + 3 * s.inner) * 4 + codes) + 4 * s.vocab
+def _recorded(s: _Shape, ahead: tuple[int, ...]) -> int:
+    """Return what the recorded decode steps keep: most tensors of every layer, for each token of each step."""
+    counts = 1, *(1 + tokens for tokens in ahead)
+    layers = s.layers * (4 * s.hidden + 3 * s.queries + 3 * s.keys + s.inner) * 4
+    scratch = 2 * s.inner * 4 + _codes(s.hidden) + _codes(s.queries) + _codes(s.inner)
+    return sum(counts) * (layers + scratch) + max(counts) * 4 * s.vocab
 
 
 def _codes(cols: int) -> int:

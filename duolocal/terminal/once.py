@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -174,7 +174,7 @@ def _report(session: ChatSession, facts: Facts, answer: _Tally, num_prompt: int,
     finished = answer.finished
     assert finished is not None
     documents = [item for item in session.context_items() if item.kind == "document"]
-    memory = session.engine.memory()
+    memory, speculation = session.engine.memory(), session.engine.speculation
 
     def rate(count: int, elapsed_s: float) -> float | None:
         return round(count / elapsed_s, 2) if elapsed_s > 0 else None
@@ -196,6 +196,7 @@ def _report(session: ChatSession, facts: Facts, answer: _Tally, num_prompt: int,
             "prefill_tokens_per_s": rate(num_prompt, prefill_s),
             "decode_tokens_per_s": rate(finished.completion_tokens, finished.decode_s),
         },
+        "speculation": None if speculation is None else asdict(speculation.counts),
         "kv": {
             "format": facts.kv_format,
             "retrieval_bytes": retrieval_bytes(memory),

@@ -23,7 +23,11 @@ def stats(host: CommandHost, rest: str) -> None:
     no_words("stats", rest)
     state = host.state
     engine = state.session.engine
-    host.show(views.stats_view(state.facts, engine.position, engine.memory(), state.last_answer, state.last_load))
+    host.show(
+        views.stats_view(
+            state.facts, engine.position, engine.memory(), state.last_answer, state.last_load, engine.speculation
+        )
+    )
 
 
 @COMMANDS.add(

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from duolocal.engine.engine import EngineMemory
 from duolocal.engine.session import ContextItem, Finished
+from duolocal.engine.speculation import Speculation
 from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
@@ -123,7 +124,12 @@ def share_bar(part: int, whole: int) -> str:
 
 
 def stats_view(
-    facts: Facts, position: int, memory: EngineMemory, last: Finished | None, load: Finished | None
+    facts: Facts,
+    position: int,
+    memory: EngineMemory,
+    last: Finished | None,
+    load: Finished | None,
+    speculation: Speculation | None,
 ) -> RenderableType:
     """Show speeds, memory by head class beside the dense 16-bit figure, head plan, KV format, notes."""
     table = fact_table()
@@ -136,6 +142,12 @@ def stats_view(
     if last is not None:
         wrote = figures.speed(last.completion_tokens, last.decode_s)
         table.add_row("last answer", f"{figures.tokens(last.completion_tokens)}, {wrote}")
+        if speculation is not None:
+            counts = speculation.counts
+            right = f"{counts.accepted:,} of {counts.tried:,} tokens right"
+            table.add_row("", f"looked ahead {counts.steps:,} times, {right}")
+    if speculation is None:
+        table.add_row("speculation", "off")
     table.add_row("context", f"{position:,} of {facts.context:,} tokens")
     table.add_row("KV format", facts.kv_format)
     if facts.num_retrieval == facts.num_heads:

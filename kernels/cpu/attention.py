@@ -19,7 +19,9 @@ from duolocal.kernels.cpu.structs import (
     MAX_CHANNELS,
     MAX_DIM,
     MAX_GROUP,
+    MOST_AHEAD,
     PLANE_KINDS,
+    AcceptArgs,
     DecodeArgs,
     DigestArgs,
     EstimateArgs,
@@ -145,7 +147,8 @@ class CpuAttention:
             for layer in range(num_layers)
         ]
         self._max_spans = _SPANS_PER_THREAD * kernels.num_threads
-        self._partial = torch.empty(num_kv_heads * (self._max_spans + 1) * query_group * (layout.head_dim + 2))
+        sums = num_kv_heads * (self._max_spans + 1) * query_group * (layout.head_dim + 2)
+        self._partial = torch.empty(MOST_AHEAD * sums)
         self._scratch = torch.empty(0)
 
     def close_blocks(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -160,16 +163,31 @@ class CpuAttention:
         """Make the digests of the blocks that `count` new tokens complete, or, for none, of blocks first..last-1."""
         self._kernels.run("digest_blocks", DigestArgs(self._address(layer), count, first, last), self)
 
-    def decode(self, layer: int, q: Tensor) -> Tensor:
-        """Attend from one new token, whose key is in the ring; q [1, num_heads, head_dim] -> the same."""
-        self._check(q, 1, self._heads * self._group)
+    def decode(self, layer: int, q: Tensor, new: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Attend from one new token, whose key is in the ring; q [1, num_heads, head_dim] -> the same.
+
+        new: keys and values [q_len, num_kv_heads, head_dim] of a few tokens that are not in the ring; q is theirs then,
+        and the result, bit by bit, what they give when they come one by one.
+        """
+        count = 1 if new is None else q.shape[0]
+        self._check(q, count, self._heads * self._group)
+        assert count <= MOST_AHEAD and (new is None or self._selection is None)
         out = torch.empty_like(q)
         if self._selection is not None:
             select = SelectArgs(self._address(layer), q.data_ptr())
             for operation in ("score_blocks", "choose_candidates", "weigh_blocks", "choose_blocks"):
                 self._kernels.run(operation, select, q, self)
-        args = DecodeArgs(self._address(layer), q.data_ptr(), out.data_ptr(), self._partial.data_ptr(), self._max_spans)
-        self._kernels.run("decode_attention", args, q, out, self)
+        args = DecodeArgs(
+            self._address(layer),
+            q.data_ptr(),
+            None if new is None else new[0].data_ptr(),
+            None if new is None else new[1].data_ptr(),
+            out.data_ptr(),
+            self._partial.data_ptr(),
+            count,
+            self._max_spans,
+        )
+        self._kernels.run("decode_attention", args, q, new, out, self)
         self._kernels.run("merge", args, q, out, self)
         return out
 
@@ -255,6 +273,13 @@ class CpuAttention:
         found = out[self._rows[layer] >= 0].transpose(1, 2)  # [heads, group, queries, blocks + 1, 2]
         lse = found[..., 1].log_().add_(found[..., 0])
         return lse[..., :-1], lse[..., -1]
+
+    def accept(self, new: Sequence[tuple[Tensor, Tensor]], row: int) -> None:
+        """Store token number `row` of `new`, keys and values [q_len, num_kv_heads, head_dim] of every layer."""
+        layers = (StoreArgs * len(new))(
+            *(StoreArgs(self._address(layer), k.data_ptr(), v.data_ptr(), 1) for layer, (k, v) in enumerate(new))
+        )
+        self._kernels.run("accept", AcceptArgs(ctypes.addressof(layers), len(new), row), new, layers)
 
     def _store(self, name: str, layer: int, k: Tensor, v: Tensor) -> None:
         self._check(k, k.shape[0], self._heads)

@@ -37,6 +37,7 @@ class Recording:
     def __init__(self, pool: ThreadPool) -> None:
         self._pool = pool
         self.calls: list[tuple[str, ctypes.Structure]] = []
+        self.scratch: dict[str, Tensor] = {}
         self._kept: list[object] = []
         self._ops: ctypes.Array | None = None
 
@@ -64,6 +65,8 @@ class Recording:
 FINE_FROM = {"int16": 0.0, "int8": 5.0}
 # What has integer codes, which products with activations of 8 bits need (AWQ: in groups of a multiple of 32).
 INTEGER_PACKINGS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "AWQ", "INT8")
+# Those whose products with few tokens are made token by token.
+SAME_BITS = tuple(packing for packing in INTEGER_PACKINGS if packing != "AWQ")
 
 
 class CpuKernels:
@@ -87,6 +90,11 @@ class CpuKernels:
     @property
     def num_threads(self) -> int:
         return self.pool.num_threads
+
+    def same_bits(self, weight: AnyMatrix) -> bool:
+        """Whether products of up to MOST_AHEAD tokens with a matrix have the bits that each token's alone has."""
+        packed = weight.packed()
+        return self.activations in FINE_FROM and packed.packing in SAME_BITS and packed.in_features % 32 == 0
 
     @contextmanager
     def record(self) -> Iterator[Recording]:
@@ -177,16 +185,15 @@ class CpuKernels:
         return tuple(results)
 
     def _scratch(self, name: str, floats: int) -> Tensor:
-        """Return memory [floats] that lasts until the next call for `name`; of its own inside a recording.
+        """Return memory [floats] that lasts until the next call for `name`; of a recording inside of one.
 
         Fresh memory costs more than what is computed in it: the system clears it page by page.
         """
-        if self._recording is not None:
-            return torch.empty(floats)
-        if name not in self._kept or self._kept[name].shape[0] < floats:
-            self._kept.pop(name, None)
-            self._kept[name] = torch.empty(floats)
-        return self._kept[name][:floats]
+        kept = self._kept if self._recording is None else self._recording.scratch
+        if name not in kept or kept[name].shape[0] < floats:
+            kept.pop(name, None)
+            kept[name] = torch.empty(floats)
+        return kept[name][:floats]
 
     def _quantized(self, x: Tensor, *, values: bool) -> tuple[CodesOfX, Tensor]:
         """Quantize x [n, in_features] token by token; return where its codes are and the memory of it all.
@@ -242,7 +249,7 @@ class CpuKernels:
 
 
 class StepRecorder:
-    """The decode step of one cache: recorded at a model's first token, repeated in one call at the others.
+    """The decode steps of one cache: recorded at a model's first of so many tokens, repeated in one call at the others.
 
     What it holds of the cache is its memory, so that it is dropped with the cache.
     """
@@ -250,22 +257,27 @@ class StepRecorder:
     def __init__(self, kernels: CpuKernels) -> None:
         self._kernels = kernels
         self._model: HasKernels | None = None
-        self.recording: Recording | None = None
+        self.recordings: dict[int, Recording] = {}  # by the number of tokens
+        self._buffers: dict[int, tuple[list[Tensor], Tensor]] = {}  # what each reads, and its result
 
     def __call__(self, compute: Callable[..., Tensor], *inputs: Tensor, model: HasKernels) -> Tensor:
         """Return `compute(*inputs)`; see `Repeat`."""
         assert model.kernels is self._kernels
-        if self.recording is None or self._model is not model:
+        if self._model is not model:
+            self.recordings, self._buffers, self._model = {}, {}, model
+        count = inputs[0].shape[0]
+        if count not in self.recordings:
             with torch.inference_mode(False):  # later steps write into these, in whatever mode
                 kept = [x.clone() for x in inputs]
             with self._kernels.record() as recording:
                 result = compute(*kept)
-            self.recording, self._model, self._inputs, self._result = recording, model, kept, result
+            self.recordings[count], self._buffers[count] = recording, (kept, result)
         else:
-            for x, new in zip(self._inputs, inputs, strict=True):
+            kept, result = self._buffers[count]
+            for x, new in zip(kept, inputs, strict=True):
                 x.copy_(new)
-            self.recording.run()
-        return self._result.clone()
+            self.recordings[count].run()
+        return result.clone()
 
 
 @dataclass(frozen=True)

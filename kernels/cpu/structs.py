@@ -10,6 +10,7 @@ MAX_THREADS = 256
 MAX_DIM = 256
 MAX_GROUP = 32
 KEY_TILE = 64
+MOST_AHEAD = 5  # tokens of a decode step
 MAX_CHANNELS = 64
 CACHE_LINE = 128
 
@@ -31,6 +32,7 @@ OPERATIONS = (
     "choose_blocks",
     "estimate_blocks",
     "quantize_rows",
+    "accept",
 )
 PLANE_KINDS = ("f32", "f16", "bf16", "fp8", "int8", "int4")
 
@@ -200,12 +202,19 @@ class StoreArgs(ctypes.Structure):
     _fields_ = (("cache", c_void_p), ("k", c_void_p), ("v", c_void_p), ("count", c_int64))
 
 
+class AcceptArgs(ctypes.Structure):
+    _fields_ = (("layers", c_void_p), ("num_layers", c_int64), ("row", c_int64))
+
+
 class DecodeArgs(ctypes.Structure):
     _fields_ = (
         ("cache", c_void_p),
         ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
         ("out", c_void_p),
         ("partial", c_void_p),
+        ("count", c_int64),
         ("max_spans", c_int64),
     )
 
@@ -292,6 +301,7 @@ _ALL = (
     SelectArgs,
     EstimateArgs,
     QuantizeArgs,
+    AcceptArgs,
 )
 
 

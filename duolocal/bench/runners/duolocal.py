@@ -19,8 +19,8 @@ class DuoLocalRunner:
         return self.engine.position
 
     def load(self, *, path: str, **options: Any) -> dict[str, Any]:
-        """Load with the options of `Engine.load`."""
-        self.engine = Engine.load(path, **options)
+        """Load with the options of `Engine.load`; no peer speculates, so we do not."""
+        self.engine = Engine.load(path, speculate="off", **options)
         plan = self.engine.plan
         return {
             "kv": self.engine.kv,

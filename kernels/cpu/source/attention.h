@@ -15,61 +15,86 @@ typedef struct {
   int64_t count;
 } store_args;
 
-// Encode every block whose last token is among the new ones. Runs before the ring is written.
+// Encode a head's block whose last token is among the new ones. Runs before the ring is written.
+static void close_block(const store_args *a, int64_t head, int64_t block) {
+  const layer_cache *c = a->cache;
+  int64_t start = *c->start;
+  if (c->rows[head] < 0) return;
+  uint8_t *record = c->records + c->table[c->rows[head] * c->table_stride + block] * c->record_bytes;
+  for (int64_t t = 0; t < c->block_size; t++) {
+    int64_t position = block * c->block_size + t;
+    int64_t old = (head * (c->sink + c->recent) + slot_of(c, position)) * c->dim;
+    int64_t new = ((position - start) * c->kv_heads + head) * c->dim;
+    float x[MAX_DIM];
+    const float *k = position < start ? c->keys + old : a->k + new, *v = position < start ? c->values + old : a->v + new;
+    for (int64_t d = 0; d < c->dim; d++) x[d] = k[d];
+    encode_token(record, &c->key, c->dim, t, x);
+    for (int64_t d = 0; d < c->dim; d++) x[d] = v[d];
+    encode_token(record, &c->value, c->dim, t, x);
+  }
+}
+
 static void run_close_blocks(const void *args, pool *p, int64_t thread) {
   const store_args *a = args;
   const layer_cache *c = a->cache;
-  int64_t start = *c->start, first = start / c->block_size, last = (start + a->count) / c->block_size;
-  int64_t blocks = last - first;
+  int64_t start = *c->start, first = start / c->block_size, blocks = (start + a->count) / c->block_size - first;
   if (blocks <= 0) return;
-  for (int64_t item; (item = next_item(p)) < blocks * c->kv_heads;) {
-    int64_t head = item / blocks, block = first + item % blocks;
-    if (c->rows[head] < 0) continue;
-    uint8_t *record = c->records + c->table[c->rows[head] * c->table_stride + block] * c->record_bytes;
-    for (int64_t t = 0; t < c->block_size; t++) {
-      int64_t position = block * c->block_size + t;
-      int64_t old = (head * (c->sink + c->recent) + slot_of(c, position)) * c->dim;
-      int64_t new = ((position - start) * c->kv_heads + head) * c->dim;
-      float x[MAX_DIM];
-      const float *k = position < start ? c->keys + old : a->k + new, *v = position < start ? c->values + old : a->v + new;
-      for (int64_t d = 0; d < c->dim; d++) x[d] = k[d];
-      encode_token(record, &c->key, c->dim, t, x);
-      for (int64_t d = 0; d < c->dim; d++) x[d] = v[d];
-      encode_token(record, &c->value, c->dim, t, x);
-    }
-  }
+  for (int64_t item; (item = next_item(p)) < blocks * c->kv_heads;) close_block(a, item / blocks, first + item % blocks);
 }
 
-// Keep in the ring what stays of the new tokens.
-static void run_write_ring(const void *args, pool *p, int64_t thread) {
-  const store_args *a = args;
+// Keep in a head's ring what stays of the new tokens.
+static void write_head(const store_args *a, int64_t head) {
   const layer_cache *c = a->cache;
   int64_t start = *c->start, end = start + a->count;
-  for (int64_t head; (head = next_item(p)) < c->kv_heads;) {
-    for (int64_t position = start; position < end; position++) {
-      if (position >= c->sink && position < end - c->recent) {
-        position = most(position, end - c->recent - 1);
-        continue;
-      }
-      int64_t to = (head * (c->sink + c->recent) + slot_of(c, position)) * c->dim;
-      int64_t from = ((position - start) * c->kv_heads + head) * c->dim;
-      for (int64_t d = 0; d < c->dim; d++) {
-        c->keys[to + d] = a->k[from + d];
-        c->values[to + d] = a->v[from + d];
-      }
+  for (int64_t position = start; position < end; position++) {
+    if (position >= c->sink && position < end - c->recent) {
+      position = most(position, end - c->recent - 1);
+      continue;
+    }
+    int64_t to = (head * (c->sink + c->recent) + slot_of(c, position)) * c->dim;
+    int64_t from = ((position - start) * c->kv_heads + head) * c->dim;
+    for (int64_t d = 0; d < c->dim; d++) {
+      c->keys[to + d] = a->k[from + d];
+      c->values[to + d] = a->v[from + d];
     }
   }
 }
 
-// ---- one new token ----
+static void run_write_ring(const void *args, pool *p, int64_t thread) {
+  const store_args *a = args;
+  for (int64_t head; (head = next_item(p)) < a->cache->kv_heads;) write_head(a, head);
+}
+
+typedef struct {
+  const store_args *layers;  // [num_layers]: of all tokens of a step that looked ahead
+  int64_t num_layers, row;   // which of them is the next token of the context
+} accept_args;
+
+// Store one token in all layers.
+static void run_accept(const void *args, pool *p, int64_t thread) {
+  const accept_args *a = args;
+  int64_t heads = a->layers->cache->kv_heads;
+  for (int64_t item; (item = next_item(p)) < a->num_layers * heads;) {
+    store_args one = a->layers[item / heads];
+    const layer_cache *c = one.cache;
+    one.k += a->row * heads * c->dim, one.v += a->row * heads * c->dim, one.count = 1;
+    if ((*c->start + 1) % c->block_size == 0) close_block(&one, item % heads, *c->start / c->block_size);
+    write_head(&one, item % heads);
+  }
+}
+
+// ---- one new token, or a few whose attention is computed as if they came one by one ----
 
 typedef struct {
   const layer_cache *cache;
-  const float *q;    // [kv_heads * query_group, dim]
+  const float *q;    // [count, kv_heads * query_group, dim]
+  const float *k, *v;  // [count, kv_heads, dim], not in the ring; null for one token that is in it
   float *out;        // like q
-  float *partial;    // [kv_heads, max_spans + 1, query_group, dim + 2]: sums, then maximum and total weight
-  int64_t max_spans;  // of the blocks of a head; the window comes after them
+  float *partial;    // [count, kv_heads, max_spans + 1, query_group, dim + 2]: sums, then maximum and total weight
+  int64_t count, max_spans;  // spans of the blocks of a head; the window comes before them
 } decode_args;
+
+#define MOST_AHEAD 5  // tokens of a step
 
 // What of the blocks is read: positions, or, where blocks are selected, the tokens of the listed ones counted through.
 INLINE span read_tokens(const layer_cache *c, span seen) {
@@ -155,75 +180,131 @@ INLINE void prefetch_scales(const layer_cache *c, const uint8_t *record) {
   for (int64_t at = c->key.scales_at; at < c->record_bytes; at += 64) __builtin_prefetch(record + at);
 }
 
-INLINE void attend_slots(const layer_cache *c, int64_t head, const float *q, int64_t slot, int64_t count, float *sums,
-                         int64_t stride) {
-  int64_t at = (head * (c->sink + c->recent) + slot) * c->dim;
-  for (int64_t i = 0; i < count; i += TILE)
-    attend_tile_any(c->query_group, c->dim, q, c->keys + at + i * c->dim, c->values + at + i * c->dim,
-                    least(TILE, count - i), sums, stride);
+// The window's keys of `count` positions from `position` on, which the ring holds side by side from `slot` on, but for
+// those that are not in it yet.
+INLINE void attend_slots(const decode_args *a, int64_t head, const float *q, int64_t slot, int64_t position, int64_t count,
+                         float *sums, int64_t stride) {
+  const layer_cache *c = a->cache;
+  int64_t at = (head * (c->sink + c->recent) + slot) * c->dim, held = a->k ? *c->start - position : count;
+  float k[TILE * MAX_DIM], v[TILE * MAX_DIM];
+  for (int64_t i = 0; i < count; i += TILE) {
+    const float *keys = c->keys + at + i * c->dim, *values = c->values + at + i * c->dim;
+    int64_t tile = least(TILE, count - i);
+    if (i + tile > held) {
+      for (int64_t t = 0; t < tile; t++) {
+        int64_t new = ((i + t - held) * c->kv_heads + head) * c->dim;
+        const float *key = i + t < held ? keys + t * c->dim : a->k + new, *value = i + t < held ? values + t * c->dim : a->v + new;
+        for (int64_t d = 0; d < c->dim; d++) k[t * c->dim + d] = key[d], v[t * c->dim + d] = value[d];
+      }
+      keys = k, values = v;
+    }
+    attend_tile_any(c->query_group, c->dim, q, keys, values, tile, sums, stride);
+  }
+}
+
+// Where the sums of one token, head and span are; span 0 is the window.
+INLINE float *partial_sums(const decode_args *a, int64_t token, int64_t head, int64_t which) {
+  const layer_cache *c = a->cache;
+  return a->partial + ((token * c->kv_heads + head) * (a->max_spans + 1) + which) * c->query_group * (c->dim + 2);
+}
+
+INLINE float *fresh_sums(const decode_args *a, int64_t token, int64_t head, int64_t which) {
+  const layer_cache *c = a->cache;
+  int64_t dim = c->dim, stride = dim + 2;
+  float *sums = partial_sums(a, token, head, which);
+  for (int64_t g = 0; g < c->query_group; g++) {
+    for (int64_t d = 0; d < dim; d++) sums[g * stride + d] = 0;
+    sums[g * stride + dim] = -__builtin_inff();
+    sums[g * stride + dim + 1] = 0;
+  }
+  return sums;
+}
+
+static void decode_window(const decode_args *a, int64_t token, int64_t head) {
+  const layer_cache *c = a->cache;
+  int64_t position = *c->start + token, stride = c->dim + 2;
+  float q[MAX_GROUP * MAX_DIM], *sums = fresh_sums(a, token, head, 0);
+  load_queries(c, a->q + token * c->kv_heads * c->query_group * c->dim, head, 0, q);
+  int64_t sinks = least(c->sink, position + 1), first = most(c->sink, position - c->widths[head] + 1);
+  attend_slots(a, head, q, 0, 0, sinks, sums, stride);
+  if (first > position) return;
+  int64_t from = slot_of(c, first), to = slot_of(c, position);  // both ends included
+  int64_t before = from <= to ? to - from + 1 : c->sink + c->recent - from;  // the ring's end
+  attend_slots(a, head, q, from, first, before, sums, stride);
+  if (from > to) attend_slots(a, head, q, c->sink, first + before, to - c->sink + 1, sums, stride);
+}
+
+// Span number `which` of a head's blocks for tokens first .. last: each is decoded once.
+static void decode_span(const decode_args *a, int64_t first_token, int64_t last_token, int64_t head, int64_t which) {
+  const layer_cache *c = a->cache;
+  int64_t position = *c->start, dim = c->dim, group = c->query_group, stride = dim + 2;
+  span seen = block_tokens(c, position + last_token), blocks = read_tokens(c, seen);
+  int64_t size = span_size(a, blocks.end - blocks.begin);
+  int64_t begin = blocks.begin + (which - 1) * size, end = least(blocks.end, begin + size);
+  if (begin >= end) return;
+  float q[MOST_AHEAD][MAX_GROUP * MAX_DIM], k[TILE * MAX_DIM], v[TILE * MAX_DIM], *sums[MOST_AHEAD];
+  for (int64_t token = first_token; token <= last_token; token++) {
+    load_queries(c, a->q + token * c->kv_heads * group * dim, head, c->key.rotate, q[token]);
+    sums[token] = fresh_sums(a, token, head, which);
+  }
+  const int64_t *table = c->table + c->rows[head] * c->table_stride;
+  const int32_t *list = c->selection ? list_of(c->selection, c->rows[head]) : 0;
+  while (begin < end) {
+    int64_t block = begin / c->block_size, first = begin % c->block_size, next;
+    int64_t count = least(TILE, least(end - begin, c->block_size - first));
+    next = begin + count < end ? (begin + count) / c->block_size : block;
+    begin += count;
+    if (list) {
+      block = list[block], next = list[next];
+      int64_t skipped = most(0, seen.begin - block * c->block_size - first);
+      int64_t left = seen.end - block * c->block_size - first;
+      if (skipped >= count || left <= skipped) continue;
+      first += skipped, count = least(count, left) - skipped;
+    }
+    const uint8_t *record = c->records + table[block] * c->record_bytes;
+    int64_t ahead = (table[next] - table[block]) * c->record_bytes;
+    prefetch_scales(c, record + ahead);
+    decode_plane(record, &c->key, dim, first, count, ahead, k);
+    decode_plane(record, &c->value, dim, first, count, ahead, v);
+    for (int64_t token = first_token; token <= last_token; token++) {
+      // An earlier token sees fewer: the last of them are later in its window.
+      int64_t sees = token == last_token ? count
+                                         : least(count, block_tokens(c, position + token).end - block * c->block_size - first);
+      if (sees > 0) attend_tile_any(group, dim, q[token], k, v, sees, sums[token], stride);
+    }
+  }
+}
+
+// How a token's blocks are split among the threads.
+typedef struct {
+  int64_t size, count;
+} split;
+
+INLINE split split_blocks(const decode_args *a, int64_t token) {
+  span blocks = read_tokens(a->cache, block_tokens(a->cache, *a->cache->start + token));
+  int64_t size = span_size(a, blocks.end - blocks.begin);
+  return (split){size, (blocks.end - blocks.begin + size - 1) / size};
 }
 
 static void run_decode_attention(const void *args, pool *p, int64_t thread) {
   const decode_args *a = args;
   const layer_cache *c = a->cache;
-  int64_t position = *c->start, dim = c->dim, group = c->query_group, stride = dim + 2;
-  span seen = block_tokens(c, position), blocks = read_tokens(c, seen);
-  int64_t size = span_size(a, blocks.end - blocks.begin), spans = (blocks.end - blocks.begin + size - 1) / size;
-  float q[MAX_GROUP * MAX_DIM], k[TILE * MAX_DIM], v[TILE * MAX_DIM];
+  int64_t last = a->count - 1, windows = a->count * c->kv_heads;
+  split of_first = split_blocks(a, 0), of_last = split_blocks(a, last);
   int64_t asking = c->advise && !c->selection ? c->next_rows : 0;
-  for (int64_t item; (item = next_item(p) - asking) < (spans + 1) * c->kv_heads;) {
+  int together = of_first.size == of_last.size;  // else every token has spans of its own, and no more than one size allows
+  int64_t spans = (together ? of_last.count : a->max_spans) * c->kv_heads, items = windows + spans * (together ? 1 : a->count);
+  for (int64_t item; (item = next_item(p) - asking) < items;) {
     if (item < 0) {
-      read_ahead(c, item + asking, seen.end);
+      read_ahead(c, item + asking, block_tokens(c, *c->start + last).end);
       continue;
     }
-    int64_t head = item % c->kv_heads, which = item / c->kv_heads;  // 0: the window
-    if (which && c->rows[head] < 0) continue;
-    float *sums = a->partial + (head * (a->max_spans + 1) + which) * group * stride;
-    for (int64_t g = 0; g < group; g++) {
-      for (int64_t d = 0; d < dim; d++) sums[g * stride + d] = 0;
-      sums[g * stride + dim] = -__builtin_inff();
-      sums[g * stride + dim + 1] = 0;
-    }
-    load_queries(c, a->q, head, which && c->key.rotate, q);
-    if (!which) {
-      int64_t sinks = least(c->sink, position + 1), first = most(c->sink, position - c->widths[head] + 1);
-      attend_slots(c, head, q, 0, sinks, sums, stride);
-      if (first > position) continue;
-      int64_t from = slot_of(c, first), to = slot_of(c, position);  // both ends included
-      if (from <= to) {
-        attend_slots(c, head, q, from, to - from + 1, sums, stride);
-      } else {
-        attend_slots(c, head, q, from, c->sink + c->recent - from, sums, stride);
-        attend_slots(c, head, q, c->sink, to - c->sink + 1, sums, stride);
-      }
-      continue;
-    }
-    int64_t begin = blocks.begin + (which - 1) * size, end = least(blocks.end, begin + size);
-    const int64_t *table = c->table + c->rows[head] * c->table_stride;
-    const int32_t *list = c->selection ? list_of(c->selection, c->rows[head]) : 0;
-    while (begin < end) {
-      int64_t block = begin / c->block_size, first = begin % c->block_size, next;
-      int64_t count = least(TILE, least(end - begin, c->block_size - first));
-      next = begin + count < end ? (begin + count) / c->block_size : block;
-      if (list) {
-        block = list[block], next = list[next];
-        int64_t skipped = most(0, seen.begin - block * c->block_size - first);
-        int64_t left = seen.end - block * c->block_size - first;
-        if (skipped >= count || left <= skipped) {
-          begin += count;
-          continue;
-        }
-        begin += count;
-        first += skipped, count = least(count, left) - skipped;
-      } else {
-        begin += count;
-      }
-      const uint8_t *record = c->records + table[block] * c->record_bytes;
-      int64_t ahead = (table[next] - table[block]) * c->record_bytes;
-      prefetch_scales(c, record + ahead);
-      decode_plane(record, &c->key, dim, first, count, ahead, k);
-      decode_plane(record, &c->value, dim, first, count, ahead, v);
-      attend_tile_any(group, dim, q, k, v, count, sums, stride);
+    int64_t head = item % c->kv_heads;
+    if (item < windows) {
+      decode_window(a, item / c->kv_heads, head);
+    } else if (c->rows[head] >= 0) {
+      int64_t token = (item - windows) / spans, which = (item - windows) % spans / c->kv_heads + 1;
+      decode_span(a, together ? 0 : token, together ? last : token, head, which);
     }
   }
 }
@@ -233,12 +314,10 @@ static void run_merge(const void *args, pool *p, int64_t thread) {
   const decode_args *a = args;
   const layer_cache *c = a->cache;
   int64_t dim = c->dim, group = c->query_group, stride = dim + 2;
-  span blocks = read_tokens(c, block_tokens(c, *c->start));
-  int64_t size = span_size(a, blocks.end - blocks.begin), spans = (blocks.end - blocks.begin + size - 1) / size;
-  for (int64_t item; (item = next_item(p)) < c->kv_heads * group;) {
-    int64_t head = item / group, g = item % group;
-    const float *part = a->partial + (head * (a->max_spans + 1) * group + g) * stride;  // part 0: the window
-    int64_t parts = c->rows[head] < 0 ? 1 : spans + 1, apart = group * stride;
+  for (int64_t item; (item = next_item(p)) < a->count * c->kv_heads * group;) {
+    int64_t token = item / (c->kv_heads * group), head = item / group % c->kv_heads, g = item % group;
+    const float *part = partial_sums(a, token, head, 0) + g * stride;
+    int64_t parts = c->rows[head] < 0 ? 1 : split_blocks(a, token).count + 1, apart = group * stride;
     float top = part[dim], total = 0, sums[MAX_DIM];
     for (int64_t i = 1; i < parts; i++) top = part[i * apart + dim] > top ? part[i * apart + dim] : top;
     for (int64_t d = 0; d < dim; d++) sums[d] = 0;

@@ -10,14 +10,14 @@
 #include "weights.h"
 
 enum operation_id { RMS_NORM, LINEAR, ROPE, SILU_MUL, EMBED, CLOSE_BLOCKS, WRITE_RING, DECODE_ATTENTION, MERGE, PREFILL_ATTENTION,
-                    DIGEST_BLOCKS, SCORE_BLOCKS, CHOOSE_CANDIDATES, WEIGH_BLOCKS, CHOOSE_BLOCKS, ESTIMATE_BLOCKS, QUANTIZE_ROWS };
+                    DIGEST_BLOCKS, SCORE_BLOCKS, CHOOSE_CANDIDATES, WEIGH_BLOCKS, CHOOSE_BLOCKS, ESTIMATE_BLOCKS, QUANTIZE_ROWS, ACCEPT };
 
 void *duo_operation(int64_t id) {
   static const operation table[] = {run_rms_norm,     run_linear,     run_rope,             run_silu_mul, run_embed,
                                     run_close_blocks, run_write_ring, run_decode_attention, run_merge,    run_prefill_attention,
                                     run_digest_blocks, run_score_blocks, run_choose_candidates,
                                     run_weigh_blocks,  run_choose_blocks, run_estimate_blocks,
-                                    run_quantize_rows};
+                                    run_quantize_rows, run_accept};
   return (void *)table[id];
 }
 
@@ -27,7 +27,7 @@ int64_t duo_size(int64_t id) {
                                   sizeof(rms_norm_args), sizeof(rope_args),  sizeof(silu_args),   sizeof(embed_args),
                                   sizeof(plane),      sizeof(layer_cache), sizeof(store_args), sizeof(decode_args),
                                   sizeof(prefill_args),  sizeof(selection),  sizeof(digest_args), sizeof(select_args),
-                                  sizeof(estimate_args), sizeof(quantize_args)};
+                                  sizeof(estimate_args), sizeof(quantize_args), sizeof(accept_args)};
   return sizes[id];
 }
 
