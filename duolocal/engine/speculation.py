@@ -17,11 +17,11 @@ MOST_MATCH = 8  # longer matches are as good
 LOOK_AHEAD = (2, 4)  # tokens: each number is a recorded step of its own
 WORTH = 1.1  # times as fast as single steps, by the estimates
 
-# Chance that the next token is the one found, by the length of the match; what one step with tokens ahead costs in
-# single ones, each of them. Both are where an engine begins, before its own figures.
+# Where an engine begins, before its own figures: the chance that the next token is the one found, by the length of the
+# match; what each token ahead adds to a step, in single steps, and the least that it can.
 _FIRST_CHANCE = (0.3, 0.3, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
-_FIRST_COST = 0.4
-_CHANCE_RATE, _FORGET_RATE, _MEDIAN_STEP = 0.05, 0.005, 1.04  # of running estimates
+_FIRST_COST, _LEAST_COST = 0.5, 0.2
+_CHANCE_RATE, _FORGET_RATE, _MEDIAN_STEP = 0.05, 0.005, 1.05  # of running estimates
 
 
 class PromptLookup:
@@ -137,7 +137,9 @@ class Speculation:
         if ahead not in self._timed:
             self._timed.add(ahead)
         elif ahead and self._single_s:
-            self.cost[ahead] = _toward_median(self.cost[ahead], elapsed_s / self._single_s)
+            # Between steps of these kinds the machine may become faster or slower: what cannot be is not believed.
+            cost = _toward_median(self.cost[ahead], elapsed_s / self._single_s)
+            self.cost[ahead] = min(max(cost, 1 + _LEAST_COST * ahead), 1 + ahead)
         elif not ahead:
             self._single_s = _toward_median(self._single_s, elapsed_s) if self._single_s else elapsed_s
             for count, cost in self.cost.items():  # what was slow once is tried again
