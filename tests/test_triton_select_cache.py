@@ -149,7 +149,7 @@ def test_steps_that_reselect_are_a_graph_of_their_own(monkeypatch: pytest.Monkey
         def prepare(self) -> None: ...
 
     cache: Any = SimpleNamespace(traits=StepTraits())
-    transformer: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    transformer: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), embeds_on_host=False)
     decoder = GpuDecoder.__new__(GpuDecoder)
     decoder._transformer, decoder._cache = transformer, cache
     decoder._sampler = Sampler()  # type: ignore[assignment]
