@@ -129,13 +129,14 @@ def test_infinite_numbers_and_nan_come_out_as_in_float32(packing: str) -> None:
             assert_near(got[finite], m.times(inputs(m, x[finite])))
 
 
+@pytest.mark.parametrize("kind", FINE_FROM)
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e34])
-def test_tokens_of_any_size(size: float) -> None:
+def test_tokens_of_any_size(size: float, kind: str) -> None:
     """Below 1e-30 all is 0, as in a sum with anything else."""
     m = matrix("Q4_K", 40, 256)
     x = normal(7, 256) * size
-    (got,) = integers().linear(x, (Linear(m.weight),))
-    assert_near(got, m.times(inputs(m, x)))
+    (got,) = integers(activations=kind).linear(x, (Linear(m.weight),))
+    assert_near(got, m.times(inputs(m, x, kind)))
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 40])

@@ -144,19 +144,19 @@ INLINE v32u codes_q6_k(const uint8_t *p, int64_t i) {
   return (part < 2 ? low & 15 : low >> 4) | ((high >> (2 * part) & 3) << 4);
 }
 
-#define BLOCKS_WITH_ZERO(name, bytes, zero)                                                      \
-  INLINE void scales_##name(const uint8_t *row, const uint8_t *p, int64_t count, v8 *scale, v8 *minimum) {           \
-    *scale = halves_apart(p, bytes, count);                                                      \
-    *minimum = *scale * -(float)(zero);                                                          \
+#define BLOCKS_WITH_ZERO(name, bytes, zero)                                                                             \
+  INLINE void scales_##name(const uint8_t *row, const uint8_t *p, int64_t count, v8 *scale, v8 *minimum) {              \
+    *scale = halves_apart(p, bytes, count);                                                                             \
+    *minimum = *scale * -(float)(zero);                                                                                 \
   }
 BLOCKS_WITH_ZERO(q8_0, 34, SHIFT)
 BLOCKS_WITH_ZERO(q4_0, 18, 8)
 BLOCKS_WITH_ZERO(q5_0, 22, 16)
 
-#define BLOCKS_WITH_MINIMUM(name, bytes)                                                         \
-  INLINE void scales_##name(const uint8_t *row, const uint8_t *p, int64_t count, v8 *scale, v8 *minimum) {           \
-    *scale = halves_apart(p, bytes, count);                                                      \
-    *minimum = halves_apart(p + 2, bytes, count);                                                \
+#define BLOCKS_WITH_MINIMUM(name, bytes)                                                                                \
+  INLINE void scales_##name(const uint8_t *row, const uint8_t *p, int64_t count, v8 *scale, v8 *minimum) {              \
+    *scale = halves_apart(p, bytes, count);                                                                             \
+    *minimum = halves_apart(p + 2, bytes, count);                                                                       \
   }
 BLOCKS_WITH_MINIMUM(q4_1, 20)
 BLOCKS_WITH_MINIMUM(q5_1, 24)
@@ -216,11 +216,11 @@ typedef void (*unpack_fn)(const uint8_t *row, int64_t first, int64_t units, uint
 // add_*, chunk_*: add eight units of a row times x to acc[3]; `count` of them, a constant in all but the last of a row.
 // codes_dot_*: two rows of W times one of x. unpack_*: units first ... first + units - 1 of a row as codes, scales and
 // minima; `first` is a multiple of 8.
-#define DEFINE_INTEGER(name, chunk_bytes, halves, is_signed)                                                             \
-  INLINE void add_##name(const uint8_t *row, const uint8_t *p, int64_t count, int fine, const codes_of_x *x, int64_t u,   \
+#define DEFINE_INTEGER(name, chunk_bytes, halves, is_signed)                                                            \
+  INLINE void add_##name(const uint8_t *row, const uint8_t *p, int64_t count, int fine, const codes_of_x *x, int64_t u, \
                          v8 *acc) {                                                                                     \
     v8 scale[2], minimum, factor[2], by = load8(x->scales + u);                                                         \
-    scales_##name(row, p, count, scale, &minimum);                                                                           \
+    scales_##name(row, p, count, scale, &minimum);                                                                      \
     if (halves) {                                                                                                       \
       factor[0] = scale[0] * __builtin_shufflevector(by, by, 0, 0, 1, 1, 2, 2, 3, 3);                                   \
       factor[1] = scale[1] * __builtin_shufflevector(by, by, 4, 4, 5, 5, 6, 6, 7, 7);                                   \
@@ -246,8 +246,8 @@ typedef void (*unpack_fn)(const uint8_t *row, int64_t first, int64_t units, uint
     v8 a[3] = {0}, b[3] = {0};                                                                                          \
     const uint8_t *second = row + row_bytes, *p = row;                                                                  \
     int64_t u = 0;                                                                                                      \
-    for (; u + 8 <= units; u += 8, p += chunk_bytes) {                                                                    \
-      for (int64_t ahead = 0; ahead < chunk_bytes; ahead += 64) {                                                  \
+    for (; u + 8 <= units; u += 8, p += chunk_bytes) {                                                                  \
+      for (int64_t ahead = 0; ahead < chunk_bytes; ahead += 64) {                                                       \
         __builtin_prefetch(p + ahead + PREFETCH);                                                                       \
         __builtin_prefetch(p + row_bytes + ahead + PREFETCH);                                                           \
       }                                                                                                                 \
@@ -263,8 +263,8 @@ typedef void (*unpack_fn)(const uint8_t *row, int64_t first, int64_t units, uint
   }                                                                                                                     \
   static void unpack_##name(const uint8_t *row, int64_t first, int64_t units, uint8_t *codes, float *scales,            \
                             float *minima) {                                                                            \
-    const uint8_t *p = row + first / 8 * chunk_bytes;                                                                    \
-    for (int64_t at = 0; at < units; at += 8, p += chunk_bytes) {                                                  \
+    const uint8_t *p = row + first / 8 * chunk_bytes;                                                                   \
+    for (int64_t at = 0; at < units; at += 8, p += chunk_bytes) {                                                       \
       int64_t count = units - at < 8 ? units - at : 8;                                                                  \
       v8 scale[2], minimum = {0};                                                                                       \
       scales_##name(row, p, count, scale, &minimum);                                                                    \
@@ -272,7 +272,7 @@ typedef void (*unpack_fn)(const uint8_t *row, int64_t first, int64_t units, uint
       if (halves) *(v8_u4 *)(scales + 2 * at + 8) = scale[1];                                                           \
       else *(v8_u4 *)(minima + at) = minimum;                                                                           \
       if (count == 8)                                                                                                   \
-        _Pragma("clang loop unroll(full)") for (int64_t i = 0; i < 8; i++) *(v32u_u *)(codes + UNIT * (at + i)) = codes_##name(p, i);                      \
+        _Pragma("clang loop unroll(full)") for (int64_t i = 0; i < 8; i++) *(v32u_u *)(codes + UNIT * (at + i)) = codes_##name(p, i); \
       else                                                                                                              \
         for (int64_t i = 0; i < count; i++) *(v32u_u *)(codes + UNIT * (at + i)) = codes_##name(p, i);                  \
     }                                                                                                                   \
@@ -309,18 +309,23 @@ INLINE vi rounded(vf value) {
   return (vi)(value + magic) - (vi)splat(magic);
 }
 
-// One unit of x: its scale, or 0 where all is 0. Its codes, rests and the sums of 128 * code + rest of its halves.
-INLINE float quantize_unit(const float *x, float fine_from, uint8_t *codes, uint8_t *rests, int32_t *halves) {
-#pragma clang fp contract(off)
+// The largest size of a unit of x.
+INLINE float most_of(const float *x) {
   vf largest = {0};
   for (int i = 0; i < PER_UNIT; i++) largest = vmax(largest, __builtin_elementwise_abs(load(x + i * LANES)));
-  float most = max_of(largest);
+  return max_of(largest);
+}
+
+// One unit of x: its scale, or 0 where all is 0. Its codes, its rests where it is `fine`, and the sums of 128 * code + rest of
+// its halves.
+INLINE float quantize_unit(const float *x, float most, int fine, uint8_t *codes, uint8_t *rests, int32_t *halves) {
+#pragma clang fp contract(off)
   int some = most > 1e-30f;  // below, its inverse would be infinite
   float inverse = some ? 127.0f / most : 0.0f;
   halves[0] = halves[1] = 0;
   for (int i = 0; i < PER_UNIT; i++) {
     vf value = load(x + i * LANES) * inverse;
-    vi code = rounded(value), rest = most > fine_from ? rounded((value - __builtin_convertvector(code, vf)) * 128.0f) : (vi){0};
+    vi code = rounded(value), rest = fine ? rounded((value - __builtin_convertvector(code, vf)) * 128.0f) : (vi){0};
     *(vsb_u *)(codes + i * LANES) = __builtin_convertvector(code, vsb);
     *(vsb_u *)(rests + i * LANES) = __builtin_convertvector(rest, vsb);
     halves[i * LANES / 16] += (int32_t)sum(__builtin_convertvector(code * 128 + rest, vf));
@@ -339,7 +344,7 @@ static void quantize_row(const quantize_args *a, int64_t row) {
     squares += load(x + i) * load(x + i);
   }
   int unbounded = sum(finite) != 0.0f;
-  float fine_from = (float)a->fine_from * __builtin_sqrtf(sum(squares) / (float)a->cols);
+  float times = (float)a->fine_from, fine_from = times > 0 ? times * __builtin_sqrtf(sum(squares) / (float)a->cols) : 0;
   to->unbounded[row] = unbounded;
   if (unbounded) {
     __builtin_memset(to->codes + row * a->cols, 0, a->cols);
@@ -351,8 +356,10 @@ static void quantize_row(const quantize_args *a, int64_t row) {
     float scale = 0;
     if (u % 8 == 0) to->fine[(at + u) / 8] = 0;
     if (u < units && !unbounded) {
-      scale = quantize_unit(x + u * UNIT, fine_from, to->codes + place, to->rests + place, halves);
-      if (scale * (127.0f * 128.0f) > fine_from) to->fine[(at + u) / 8] |= (uint8_t)(1 << u % 8);
+      float most = most_of(x + u * UNIT);
+      int fine = most > fine_from;
+      scale = quantize_unit(x + u * UNIT, most, fine, to->codes + place, to->rests + place, halves);
+      to->fine[(at + u) / 8] |= (uint8_t)(fine << u % 8);
     }
     to->scales[at + u] = scale;
     to->sums[at + u] = scale * (float)(halves[0] + halves[1]);

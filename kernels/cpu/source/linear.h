@@ -129,6 +129,12 @@ INLINE float start_value(const linear_args *a, int64_t which, int64_t row, int64
   return value;
 }
 
+// y of `width` output features from `row` on: what their products are added to.
+static void begin_panel(const linear_args *a, int64_t which, int64_t row, int64_t width) {
+  for (int64_t i = 0; i < a->num_rows; i++)
+    for (int64_t j = 0; j < width; j++) a->y[which][i * a->w[which].rows + row + j] = start_value(a, which, i, row + j);
+}
+
 // One panel of output features for all rows of x.
 static void linear_panel(const linear_args *a, int64_t which, int64_t row) {
   const matrix *w = &a->w[which];
@@ -136,9 +142,7 @@ static void linear_panel(const linear_args *a, int64_t which, int64_t row) {
   float panel[KC * NR] __attribute__((aligned(64)));
   int64_t width = w->rows - row < NR ? w->rows - row : NR;
   int plain = !a->bias[which] && !a->residual && width == NR;
-  if (!plain)
-    for (int64_t i = 0; i < a->num_rows; i++)
-      for (int64_t j = 0; j < width; j++) y[i * w->rows + row + j] = start_value(a, which, i, row + j);
+  if (!plain) begin_panel(a, which, row, width);
   for (int64_t first = 0; first < w->cols; first += KC) {
     int64_t depth = w->cols - first < KC ? w->cols - first : KC;
     pack_panel(w, row, first, depth, panel);
@@ -363,9 +367,7 @@ static void codes_panel(const linear_args *a, int64_t which, int64_t row) {
   code_panel panel;
   int64_t width = w->rows - row < NR ? w->rows - row : NR;
   int plain = !a->bias[which] && !a->residual && width == NR;
-  if (!plain)
-    for (int64_t i = 0; i < a->num_rows; i++)
-      for (int64_t j = 0; j < width; j++) y[i * w->rows + row + j] = start_value(a, which, i, row + j);
+  if (!plain) begin_panel(a, which, row, width);
   for (int64_t first = 0; first < w->cols; first += KC) {
     int64_t depth = w->cols - first < KC ? w->cols - first : KC;
     pack_codes(w, row, first, depth, &panel);
