@@ -19,6 +19,7 @@ from duolocal.documents.symbols import in_symbols, is_symbol_font, symbol
 from duolocal.documents.told import Told
 from duolocal.documents.word_numbering import BULLET, Numbering
 from duolocal.documents.word_styles import RunFormat, Styles, paragraph_format, run_format
+from duolocal.documents.word_ticks import show_tick, tick
 from duolocal.documents.xml_tree import attribute, child, local, whole
 from duolocal.documents.zipped import Archive, ArchiveError
 
@@ -124,7 +125,7 @@ class _Reader:
                     self._table(item)
                 case "altChunk":
                     self._chunk(item)
-                case "sdt" if (mark := _tick(item)) is not None:
+                case "sdt" if (mark := tick(item)) is not None:
                     self._out.begin()
                     self._out.push(mark)
                 case "del" | "moveFrom":
@@ -270,7 +271,7 @@ class _Reader:
                 self._run(item, inherited)
             case "del" | "moveFrom":
                 self._deleted(item)
-            case "sdt" if (mark := _tick(item)) is not None:
+            case "sdt" if (mark := tick(item)) is not None:
                 self._out.push(mark)
             case "AlternateContent":
                 self._inline(alternative(item), inherited)
@@ -466,26 +467,11 @@ def _flattened(element: Element, name: Kind) -> list[Element]:
         elif tag == "AlternateContent":
             found += _flattened(alternative(item), name)
         elif tag not in _SKIPPED and tag not in ("p", "tbl", "tc", "del", "moveFrom"):
-            mark = _tick(item) if tag == "sdt" else None
+            mark = tick(item) if tag == "sdt" else None
             if mark is not None:
-                _show_tick(item, mark)
+                show_tick(item, mark)
             found += _flattened(item, name)
     return found
-
-
-def _tick(item: Element) -> str | None:
-    """Return the mark of a content control that is a box to tick; None for any other."""
-    box = child(item, "sdtPr", "checkbox")
-    if box is None:
-        return None
-    checked = child(box, "checked")
-    return "[x] " if checked is not None and attribute(checked, "val", "1") in _ON else "[ ] "
-
-
-def _show_tick(control: Element, mark: str) -> None:
-    """Let the box of a content control around a cell be the mark."""
-    for at, item in enumerate(inner for inner in control.iter() if local(inner.tag) in ("t", "sym")):
-        item.tag, item.text = "t", "" if at else mark
 
 
 def _wrapped(item: Element) -> Element:
