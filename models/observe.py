@@ -33,20 +33,31 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor
     return scaled_dot_product_attention(heads, keys, values, is_causal=True).view(q.shape)
 
 
-def streaming_attention(q: Tensor, k: Tensor, v: Tensor, *, sink_size: int, recent_size: int) -> Tensor:
-    """Attend as a streaming head does: j <= i and (j < sink_size or i - j < recent_size); else as `full_attention`."""
-    assert q.shape[2] == k.shape[1], "a whole sequence is fed at once"
+def streaming_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, sink_size: int, recent_size: int, positions: Tensor | None = None
+) -> Tensor:
+    """Attend as a streaming head does: j <= i and (j < sink_size or i - j < recent_size); else as `full_attention`.
+
+    positions: of the queries, ascending int64 [q_len]; None for one at every key.
+    """
+    kv_len = k.shape[1]
+    if positions is None:
+        positions = torch.arange(kv_len, device=q.device)
+    assert q.shape[2] == len(positions)
     heads, keys, values = _side_by_side(q, k, v)
     tiles = []
-    for start in range(0, q.shape[2], BAND_TILE):
-        stop = min(start + BAND_TILE, q.shape[2])
+    for start in range(0, kv_len, BAND_TILE):
+        stop = min(start + BAND_TILE, kv_len)
+        here = (positions >= start) & (positions < stop)
+        if not here.any():
+            continue
         near = max(start - recent_size + 1, 0)  # the first key that the tile sees because it is recent
         sinks = min(sink_size, near)
         j = torch.cat((torch.arange(sinks, device=q.device), torch.arange(near, stop, device=q.device)))
-        i = torch.arange(start, stop, device=q.device)[:, None]
+        i = positions[here, None]
         seen = (j <= i) & ((j < sink_size) | (i - j < recent_size))  # [t, keys]
         band_k, band_v = (torch.cat((x[:, :, :sinks], x[:, :, near:stop]), 2) for x in (keys, values))
-        tiles.append(scaled_dot_product_attention(heads[:, :, start:stop], band_k, band_v, attn_mask=seen))
+        tiles.append(scaled_dot_product_attention(heads[:, :, here], band_k, band_v, attn_mask=seen))
     return torch.cat(tiles, 2).view(q.shape)
 
 
@@ -123,19 +134,20 @@ def layer_by_layer(
     *,
     positions: Tensor | None = None,
     chunk_size: int | None = None,
+    after: tuple[int, list[Tensor]] | None = None,
 ) -> Iterator[list[Tensor]]:
     """Run one sequence through the model; yield what each layer returns, [n, hidden_size] per chunk.
 
     cache_of: gives the cache of a layer before it runs; a new one for each bounds memory to the activations of the
     sequence and one layer's keys and values. positions: of the tokens, None from 0 on; chunk_size: None for all at
-    once.
+    once; after: how many layers were run before, and what the last of them returned.
     """
     if positions is None:
         positions = torch.arange(len(token_ids), device=transformer.device)
     chunks = positions.split(chunk_size or len(positions))
-    states = [transformer.embed(ids) for ids in token_ids.split(chunk_size or len(positions))]
+    first, states = after or (0, [transformer.embed(ids) for ids in token_ids.split(chunk_size or len(positions))])
     rotations = [transformer.rotation(chunk) for chunk in chunks]
-    for layer in range(transformer.config.num_layers):
+    for layer in range(first, transformer.config.num_layers):
         cache = cache_of(layer)
         for at, chunk in enumerate(chunks):
             states[at] = transformer.run_layer(layer, states[at], chunk, rotations[at], cache)

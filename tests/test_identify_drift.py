@@ -1,15 +1,18 @@
 """Drift: the score is the oracle's difference through the output projection, and the head that retrieves has most."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from duolocal.identify import IdentifyProgress
-from duolocal.identify.drift import DriftScores, drift_scores
+from duolocal.identify.drift import TEXT_STRIDE, DriftScores, drift_scores
 from duolocal.identify.text import PasskeyText
 from duolocal.kernels.interface import Rotation, StepTraits
+from duolocal.models import layer_state
+from duolocal.models.layer_state import LayerState
 from duolocal.models.transformer import Transformer
 from tests.hand_built import RETRIEVAL, induction_model
 from tests.oracle import oracle_attention
@@ -18,7 +21,7 @@ from tests.tiny import random_model, tiny_config, transformer_of
 SINK, RECENT = 2, 5
 
 
-def text(seed: int, length: int = 40) -> PasskeyText:
+def text(seed: int, length: int = 60) -> PasskeyText:
     """Return random tokens, the last ten of them those of places 10 to 20."""
     ids = random.Random(seed).sample(range(3, 320), length)
     ids += ids[10:20]
@@ -68,7 +71,7 @@ def test_the_score_is_the_oracles_difference_through_the_output_projection(archi
             only[:, mine] = cache.full[:, mine] - cache.streaming[:, mine]
             drift = (only.flatten(1) @ weight.T).norm(dim=1) / x.norm(dim=1)
             assert drift[: SINK + RECENT].max() < 1e-12  # nothing is missed before the window is full
-            at_text = float(drift[SINK + RECENT : drawn.predicted_at[0]].mean())
+            at_text = float(drift[SINK + RECENT : drawn.predicted_at[0] : TEXT_STRIDE].mean())
             at_answers = float(drift[drawn.predicted_at].mean())
             assert float(result.at_text[layer, head]) == pytest.approx(at_text, rel=1e-10)
             assert float(result.at_answers[layer, head]) == pytest.approx(at_answers, rel=1e-10)
@@ -78,9 +81,24 @@ def test_the_score_is_the_oracles_difference_through_the_output_projection(archi
 
 def test_several_texts_are_averaged() -> None:
     model = transformer_of(random_model(dtype=torch.float64))
-    one, other = text(1), text(2, length=60)
+    one, other = text(1), text(2, length=80)
     mean = (scores(model, one).score + scores(model, other).score) / 2
     torch.testing.assert_close(scores(model, one, other).score, mean, rtol=1e-12, atol=0)
+
+
+def test_cut_off_after_any_layer_it_goes_on_to_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_state, "KEEP_EVERY_S", 0)
+    model, texts = transformer_of(random_model(dtype=torch.float64)), [text(1), text(2)]
+    wanted, layers = scores(model, *texts), model.config.num_layers
+    for cut in range(1, 2 * layers + 1):
+        kept = LayerState(tmp_path / "state", cut=cut)
+        for event in drift_scores(model, texts, sink_size=SINK, recent_size=RECENT, kept=kept):
+            if isinstance(event, IdentifyProgress) and event.done == cut:
+                break
+        *progress, result = drift_scores(model, texts, sink_size=SINK, recent_size=RECENT, kept=kept)
+        assert len(progress) == 2 * layers - cut
+        assert isinstance(result, DriftScores) and torch.equal(result.score, wanted.score)
+        assert LayerState(tmp_path / "state", cut=-1).read() == (0, {})  # of another pass
 
 
 def test_the_head_that_retrieves_drifts_most_at_the_answers() -> None:

@@ -20,7 +20,7 @@ class LoadEvents:
         """The heads of an unknown model are being ranked: steps."""
 
     def measuring(self, done: int, total: int) -> None:
-        """KV formats are being measured on an unknown model: tokens."""
+        """KV formats are being measured on an unknown model: layers."""
 
     def announce(self, line: str) -> None:
         """A decision was made that people should know of before they wait: one line."""

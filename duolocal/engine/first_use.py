@@ -27,8 +27,9 @@ LONGEST_S = 20.0  # that a first answer waits for a measurement
 READING_SHARE = 0.1  # of the time that the documents take anyway
 WORTH_SAYING = 0.1  # of the memory, from which on a saving is told
 _CHUNK = 128  # tokens that are timed
+_ATTENTION_COST = 2.5  # of a multiplication, beside one of the matrices' products
 _TIMED_ELEMENTS = 64_000_000  # of matrices of layers: a whole large model would take seconds itself
-_DRIFT_TEXTS, _ECHO_DRAWS = 2, 3  # as in duolocal.identify, which is not imported until it is needed
+_DRIFT_TEXTS, _ECHO_DRAWS = 1, 3  # as in duolocal.identify, which is not imported until it is needed
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def estimate(resolved: Resolved, transformer: Transformer) -> Estimate:
     def pass_s(length: int) -> float:
         """Return the seconds of one forward pass without logits; a token attends to half of the text on average."""
         attended = 2 * config.num_heads * config.head_dim * length / 2  # multiplications per token
-        return length * layers_s * (1 + attended / elements)
+        return length * layers_s * (1 + _ATTENTION_COST * attended / elements)
 
     ranking_s = 0.0
     if resolved.heads.unranked:

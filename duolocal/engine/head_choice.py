@@ -21,6 +21,7 @@ from duolocal.heads import (
     ModelShape,
     known_pattern,
     remember_pattern,
+    remembered_file,
 )
 from duolocal.identify import IdentifyResult, identify
 from duolocal.models.config import ModelConfig
@@ -101,19 +102,21 @@ def rank_on_first_use(
 
     device, dtype, kernels = transformer.device, transformer.dtype, transformer.kernels
     short = Transformer(config, transformer.weights, context=context, device=device, dtype=dtype, kernels=kernels)
+    state_file = remembered_file(source.fingerprint).with_suffix(".state.safetensors")
     # Both methods take forward passes only, which any kernels compute.
-    for event in identify(source, lambda context, *, reference: short, method=method, device=device):
-        if isinstance(event, IdentifyResult):
-            result = event
+    for event in identify(
+        source, lambda context, *, reference: short, method=method, device=device, state_file=state_file
+    ):
+        if isinstance(event, IdentifyResult):  # kept before more is asked for: then its state is deleted
+            result, pattern = event, as_pattern(event, source=f"pattern found here by {method}")
+            try:
+                remember_pattern(pattern, source.fingerprint)
+                kept = "remembered"
+            except SettingsError as error:
+                kept = f"not remembered ({error})"
         elif on_progress is not None:
             on_progress(event.done, event.total)
     assert result is not None
-    pattern = as_pattern(result, source=f"pattern found here by {method}")
-    try:
-        remember_pattern(pattern, source.fingerprint)
-        kept = "remembered"
-    except SettingsError as error:
-        kept = f"not remembered ({error})"
     ratio = pattern.default_ratio if choice.ratio is None else choice.ratio
     note = (
         f"retrieval heads found by {method} in {result.elapsed_s:.0f} s, as no pattern is known for this "

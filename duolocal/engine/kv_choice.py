@@ -8,6 +8,7 @@ compares the distributions of the next token with those of the 16-bit cache. A v
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,9 +16,14 @@ from torch import Tensor
 from duolocal.cache import DuoCache
 from duolocal.engine.measured import remember_kv, remembered_kv, shipped_kv
 from duolocal.heads import uniform_plan
+from duolocal.kernels.blocks import BlockLayout
+from duolocal.kernels.interface import Rotation, StepTraits
+from duolocal.models.config import ModelConfig
+from duolocal.models.layer_state import LayerState
 from duolocal.models.loader import ModelSource
 from duolocal.models.rope import extended
 from duolocal.models.transformer import Transformer
+from duolocal.paths import cache_folder
 from duolocal.predictions import Predictions, Reference
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from duolocal.sample_text import sample_text
@@ -65,9 +71,14 @@ def choose_kv(
     if known is not None:
         return known
     token_ids = load_tokenizer(source).encode(sample_text())[:FIRST_USE_TOKENS]
-    formats = [name for name in CANDIDATES if name != REFERENCE]
     measured = measure_kv(
-        source, transformer, token_ids, formats=formats, chunk_size=chunk_size, on_progress=on_progress
+        source,
+        transformer,
+        token_ids,
+        formats=[name for name in CANDIDATES if name != REFERENCE],
+        chunk_size=chunk_size,
+        state_file=cache_folder() / "kv-formats" / f"{source.fingerprint}.state.safetensors",
+        on_progress=on_progress,
     )
     results = list(measured)
     choice = verdict(results)
@@ -86,6 +97,7 @@ def verdict(results: Iterable[KVMeasurement]) -> str:
     return REFERENCE
 
 
+@torch.inference_mode()
 def measure_kv(
     source: ModelSource,
     transformer: Transformer,
@@ -93,50 +105,53 @@ def measure_kv(
     *,
     formats: Iterable[str] = ALL_FORMATS,
     chunk_size: int,
+    state_file: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[KVMeasurement]:
-    """Yield one measurement per format over `token_ids`, all fed side by side so that memory stays bounded.
+    """Yield one measurement per format over `token_ids`, all side by side through one layer after another.
 
-    Each is measured with all heads retrieval. transformer: of the model, for any context; `on_progress` gets
-    (tokens done, tokens in all).
+    Each is measured with all heads retrieval. transformer: of the model, for any context; state_file: where what
+    stands between layers is kept, to go on from after a kill; `on_progress` gets (layers done, layers in all).
     """
     config, _ = extended(source.config, len(token_ids))
     device, dtype, kernels = transformer.device, transformer.dtype, transformer.kernels
     transformer = Transformer(
         config, transformer.weights, context=len(token_ids), device=device, dtype=dtype, kernels=kernels
     )
-    plan = uniform_plan(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, retrieval=True)
     names = [REFERENCE, *formats]
-    caches = {
-        name: DuoCache(
-            plan,
-            kv_layout(name, head_dim=config.head_dim, dtype=dtype),
-            num_heads=config.num_heads,
-            context=len(token_ids),
-            device=device,
-            dtype=dtype,
-            kernels=kernels,
-        )
-        for name in names
-    }
-    tallies = {name: Predictions() for name in names}
+    layouts = {name: kv_layout(name, head_dim=config.head_dim, dtype=dtype) for name in names}
     ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
-    for start in range(0, len(token_ids) - 1, chunk_size):
-        chunk = slice(start, min(start + chunk_size, len(token_ids) - 1))
-        targets = ids[chunk.start + 1 : chunk.stop + 1]
+    chunks = torch.arange(len(ids) - 1, device=device).split(chunk_size)
+    rotations = [transformer.rotation(chunk) for chunk in chunks]
+    kept = LayerState(state_file, model=source.fingerprint, texts=token_ids, formats=names, chunk_size=chunk_size)
+    done, tensors = kept.read()
+    states = tensors or {name: transformer.embed(ids[:-1]) for name in names}  # [num_tokens - 1, hidden_size]
+    states = {name: state.to(device, dtype).clone() for name, state in states.items()}
+    for layer in range(done, config.num_layers):
+        for name, state in states.items():
+            cache = _OneLayer(config, layouts[name], transformer, context=len(token_ids))
+            for chunk, rotation in zip(chunks, rotations, strict=True):
+                cache.duo.begin(len(chunk))
+                state[chunk] = transformer.run_layer(layer, state[chunk], chunk, rotation, cache)
+                cache.duo.commit()
+        kept.keep(layer + 1, lambda: states)
+        if on_progress is not None:
+            on_progress(layer + 1, config.num_layers)
+    tallies = {name: Predictions() for name in names}
+    for chunk in chunks:
         reference: Reference | None = None
         for name in names:
-            log_probs = _log_probs(transformer, caches[name], ids, chunk)
+            hidden = transformer.final_norm(states[name][chunk])
+            log_probs = transformer.logits(hidden).log_softmax(-1)  # [chunk, vocab_size]
             reference = Reference(log_probs) if reference is None else reference
-            tallies[name].add(log_probs, reference, targets)
-        if on_progress is not None:
-            on_progress(chunk.stop + 1, len(token_ids))
+            tallies[name].add(log_probs, reference, ids[chunk + 1])
+    kept.forget()
     base = tallies[REFERENCE].perplexity
     for name in names[1:]:
         tally = tallies[name]
         yield KVMeasurement(
             kv=name,
-            bytes_per_token=caches[name].layout.bytes_per_token,
+            bytes_per_token=layouts[name].bytes_per_token,
             mean_kl=tally.mean_kl,
             perplexity=tally.perplexity,
             perplexity_rise=tally.perplexity / base - 1,
@@ -144,10 +159,26 @@ def measure_kv(
         )
 
 
-@torch.inference_mode()
-def _log_probs(transformer: Transformer, cache: DuoCache, ids: Tensor, chunk: slice) -> Tensor:
-    cache.begin(chunk.stop - chunk.start)
-    positions = torch.arange(chunk.start, chunk.stop, device=ids.device)
-    hidden = transformer.hidden(ids[chunk], positions, cache)
-    cache.commit()
-    return transformer.logits(hidden).log_softmax(-1)  # [chunk, vocab_size]
+class _OneLayer:
+    """A DuoCache of one layer, all heads retrieval, for whichever layer runs."""
+
+    def __init__(self, config: ModelConfig, layout: BlockLayout, transformer: Transformer, *, context: int) -> None:
+        self.duo = DuoCache(
+            uniform_plan(num_layers=1, num_kv_heads=config.num_kv_heads, retrieval=True),
+            layout,
+            num_heads=config.num_heads,
+            context=context,
+            device=transformer.device,
+            dtype=transformer.dtype,
+            kernels=transformer.kernels,
+        )
+
+    @property
+    def traits(self) -> StepTraits:
+        return self.duo.traits
+
+    def append(self, _layer: int, k: Tensor, v: Tensor, rotation: Rotation | None = None) -> None:
+        self.duo.append(0, k, v, rotation)
+
+    def attend(self, _layer: int, q: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Tensor:
+        return self.duo.attend(0, q, positions, rotation)

@@ -4,6 +4,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from duolocal.identify.mix import decoded
 from duolocal.identify.results import METHODS, IdentifyProgress, IdentifyResult, Method, Scores, last_of
 from duolocal.identify.state_file import load_state, save_state
 from duolocal.identify.text import PasskeyShape, PasskeyText, PasskeyTexts
+from duolocal.models.layer_state import LayerState
 from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
 from duolocal.sample_text import sample_text
@@ -85,8 +87,8 @@ def identify(
     METHODS; sink_size, recent_size: tokens, the window of a streaming head, None for the usual one; seed: results are
     the same for the same seed on the same machine; num_tokens: of the longest sequence, None for what suits the method;
     steps, text_share, pressure: of distill, see DistillSettings; text: what passkeys are hidden in, None for Python's
-    help texts; state_file: where distill keeps its state after every step, to go on from when it is called with the
-    same settings again (None: kept nowhere; it is deleted when the caller asks for more after the result). Raises
+    help texts; state_file: where distill and drift keep how far they are, to go on from when called with the same
+    settings again (None: kept nowhere; it is deleted when the caller asks for more after the result). Raises
     DuoLocalError, for settings before any work.
     """
     began = time.monotonic()
@@ -127,8 +129,9 @@ def identify(
                 elapsed_s=time.monotonic() - began,
                 details=event.details,
             )
-    if state_file is not None and method == "distill":
-        state_file.unlink(missing_ok=True)
+    if state_file is not None:
+        with suppress(OSError):
+            state_file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,11 @@ def _copy(job: _Job, load: _Load) -> _Events:
 
 def _drift(job: _Job, load: _Load) -> _Events:
     texts, details = _long_texts(job, "drift", DRIFT_TOKENS, DRIFT_TEXTS)
+    window = {"sink_size": job.sink_size, "recent_size": job.recent_size}
+    ids = [text.token_ids for text in texts]
+    kept = LayerState(job.state_file, method="drift", model=job.source.fingerprint, texts=ids, **window)
     yield _LOADING
-    scores = yield from last_of(drift_scores(load(), texts, sink_size=job.sink_size, recent_size=job.recent_size))
+    scores = yield from last_of(drift_scores(load(), texts, **window, kept=kept))
     yield _Found("drift", scores.score, scores.at_text, details)
 
 

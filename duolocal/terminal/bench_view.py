@@ -63,7 +63,7 @@ def measure_kv_formats(settings: LoadSettings, options: Measure) -> int:
             raise SettingsError(
                 f"the text has {len(token_ids):,} tokens, --tokens is {num_tokens:,}: give a longer text, or fewer"
             )
-    with bar(progress, "measuring", "tokens") as shown:
+    with bar(progress, "measuring", "layers") as shown:
         results = list(
             measure_kv(
                 source,

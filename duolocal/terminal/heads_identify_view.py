@@ -51,7 +51,7 @@ def identify_heads(options: Identify, settings: LoadSettings) -> int:
     if out is None and shipped is not None:
         raise SettingsError(f"a pattern ships for {settings.model}, which --heads auto takes: give --out FILE")
     before = remembered_pattern(source.fingerprint)
-    state_file = _state_file(out, source) if method == "distill" else None
+    state_file = _state_file(out, source, method)
     pattern, place = None, None
     with (
         resumable(console, state_file, f"from {state_file}"),
@@ -74,7 +74,7 @@ def identify_heads(options: Identify, settings: LoadSettings) -> int:
             if isinstance(event, IdentifyProgress):
                 _show(event, shown, method)
                 continue
-            # Written before anything else is asked of the generator: then it deletes the state of distill.
+            # Written before anything else is asked of the generator: then it deletes its state.
             pattern = as_pattern(
                 event,
                 source="this run",
@@ -154,14 +154,17 @@ def _check_shapes(others: Sequence[tuple[str, HeadPattern]], source: ModelSource
             )
 
 
-def _state_file(out: str | None, source: ModelSource) -> Path:
-    """Return where distill keeps what it has learned so far: beside the pattern."""
+def _state_file(out: str | None, source: ModelSource, method: str) -> Path | None:
+    """Return where a method that can go on keeps how far it is: beside the pattern."""
+    suffixes = {"distill": ".state.json", "drift": ".state.safetensors"}
+    if method not in suffixes:
+        return None
     if out is None:
         path = remembered_file(source.fingerprint)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.with_suffix(".state.json")
+        return path.with_suffix(suffixes[method])
     path = Path(out).expanduser()
-    return path.with_name(f"{path.name}.state.json")
+    return path.with_name(path.name + suffixes[method])
 
 
 def _show(event: IdentifyProgress, shown: Bar, method: str) -> None:

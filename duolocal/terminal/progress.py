@@ -124,7 +124,7 @@ class Bar(LoadEvents):
         self._step("finding the retrieval heads, once for this model", done, total, unit="")
 
     def measuring(self, done: int, total: int) -> None:
-        self._step("measuring KV formats, once for this model", done, total, unit="tokens")
+        self._step("measuring KV formats, once for this model", done, total, unit="layers")
 
     def quantizing(self, done: int, total: int) -> None:
         self._step("making lm_head and embedding smaller", done, total, unit="rows")
