@@ -79,13 +79,13 @@ def find_sources(session: ChatSession, *, count: int = 3) -> list[Source]:
         raise SettingsError("there are no documents in the context: /load one, and ask about it")
     if not engine.plan.num_retrieval:
         raise SettingsError("no head of this setting sees the whole context: start with other --heads")
-    produced = exchange.state.items[-1].num_tokens
+    produced = exchange.num_answered
     if not produced:
         raise SettingsError("the last answer is empty, so nothing was looked up for it: /retry, or ask again")
     before = exchange.parent
     while before.ring is None and before.parent is not None:
         before = before.parent
-    first = exchange.end - produced + len(exchange.state.unfed) - 1  # its next token is the first of the answer
+    first = exchange.end - produced + len(exchange.unfed) - 1  # its next token is the first of the answer
     found = attended(
         engine,
         engine.cache.ring.data if before.ring is None else before.ring,

@@ -107,4 +107,4 @@ def finish(events: Iterable[Event]) -> Finished:
 
 def in_context(session: ChatSession) -> list[int]:
     """Return the ids in the cache, and those that will be fed with the next question."""
-    return [*session.engine.token_ids, *session._state.unfed]
+    return [*session.engine.token_ids, *session.tree.current.unfed]

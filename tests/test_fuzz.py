@@ -78,7 +78,7 @@ def test_damage_is_the_same_for_one_seed_and_another_for_another(seeds: Path, tm
         made = []
         for run, seed in enumerate((1, 1, 2, 3)):
             path = target.damage(seeds / target.seeds, tmp_path / name / str(run), random.Random(f"{name} {seed}"))
-            files = [path] if path.is_file() else sorted(path.iterdir())
+            files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
             made.append([file.read_bytes() for file in files])
         assert made[0] == made[1], name
         assert made[0] != made[2] or made[0] != made[3], name

@@ -27,7 +27,7 @@ from duolocal.plan.duration import Rates, duration_of, work_of
 from duolocal.plan.fitting import Free, Freedom, fits, nearest, offloaded
 from duolocal.plan.memory import GIB, bytes_per_token, dense_16bit_bytes, plan_memory, selection_bytes
 from duolocal.plan.request import Request
-from duolocal.plan.session_size import ALIGNMENT, session_bytes
+from duolocal.plan.session_size import session_bytes
 from duolocal.plan.weights import NAMED_FORMATS, weights_by_arithmetic, weights_of
 from duolocal.quant.kv import KV_FORMATS, kv_layout
 from duolocal.settings import LoadSettings
@@ -405,18 +405,14 @@ def test_what_is_known_of_a_model_is_used(smollm2_path: Path) -> None:
 # --- saved sessions ------------------------------------------------------------------------------------------------
 
 
-def test_alignment_is_the_formats() -> None:
-    from duolocal.sessions import layout
-
-    assert layout.ALIGNMENT == ALIGNMENT
-
-
 @pytest.mark.parametrize("kv", ["16", "int4"])
 def test_a_saved_session_has_the_size_that_was_planned(tmp_path: Path, kv: str) -> None:
-    """Beside the description, whose text is the conversation's, all but a few per cent is counted exactly."""
+    """Beside the text all but a few per cent is counted exactly."""
     import numpy as np
 
-    from duolocal.sessions.file import ContextFile, Wanted
+    from duolocal.engine.turns import Turn
+    from duolocal.sessions.conversation import turns_to_json
+    from duolocal.sessions.folder import KINDS, ContextFolder, NewSegment, Segments
 
     config = tiny_config(num_layers=4, num_kv_heads=4, head_dim=32)
     heads = choose_heads(0.5, num_layers=4, num_kv_heads=4, fingerprint=None, can_rank=True).plan
@@ -425,22 +421,17 @@ def test_a_saved_session_has_the_size_that_was_planned(tmp_path: Path, kv: str) 
     request = Request(config, heads, layout, weights, 32 * 1024, 64, torch.float32, "torch")
     plan = plan_memory(request)
     column = heads.num_retrieval * layout.record_bytes
-    file = ContextFile.create(tmp_path / "a.duo")
-    rng = np.random.default_rng(0)
-    file.commit(
-        Wanted(
-            description={"kind": "documents", "chat": "word " * 26_000},  # about as many letters as tokens · 4
-            num_tokens=request.context,
-            tokens=np.arange(request.context, dtype="<i4"),
-            num_columns=request.max_blocks,
-            column_bytes=column,
-            kept_columns=0,
-            read_columns=lambda first, last: rng.integers(0, 256, (last - first, column), dtype=np.uint8),
-            rings=[(request.context, np.zeros(plan.device.windows, np.uint8))],
-        )
-    )
-    written = (tmp_path / "a.duo").stat().st_size
-    file.close()
+    folder = ContextFolder.create(tmp_path / "a.duo")
+    ids = tuple(np.random.default_rng(0).integers(0, 150_000, request.context).tolist())
+    turns = turns_to_json([Turn(1, None, "document", ids, text="word " * 26_000)])  # four letters a token
+    segments: Segments = {kind: [] for kind in KINDS} | {
+        "blocks": [NewSegment(1, column * request.max_blocks, lambda: bytes(column * request.max_blocks))],
+        "turns": [NewSegment(1, len(turns), lambda: turns)],
+        "rings": [NewSegment(1, plan.device.windows, lambda: bytes(plan.device.windows))],
+    }
+    folder.commit({"kind": "session"}, segments)
+    written = folder.nbytes
+    folder.close()
     assert abs(session_bytes(request, plan) / written - 1) < 0.01
 
 

@@ -1,6 +1,7 @@
 """Contexts on disk: saved and opened they are the same context, and opening one computes nothing."""
 
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from duolocal.errors import ContextOverflowError, SessionError, SettingsError
 from duolocal.kernels.cpu import build
 from duolocal.models.transformer import Transformer
 from duolocal.quant.kv import KV_FORMATS
-from duolocal.sessions.context import Origin, usable
-from duolocal.sessions.file import ContextFile
+from duolocal.sessions import context as context_module
+from duolocal.sessions.context import Origin, ring_turns, usable
+from duolocal.sessions.folder import ContextFolder, bytes_on_disk
 from duolocal.sessions.keeper import ContextKeeper
 from duolocal.sessions.store import DocumentStore
 from tests.compiled import compiled
@@ -80,8 +82,8 @@ def test_opened_it_is_the_same_context_and_nothing_was_computed(kv: str, tmp_pat
     for session in (first, second):
         finish(session.ask("And why there?", GREEDY))
     assert in_context(second) == in_context(first)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o600}
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in (path, path.parent)} == {0o700}
     assert sorted(os.listdir(path.parent)) == [".book.duo.lock", "book.duo"]
 
 
@@ -100,11 +102,14 @@ def test_undo_and_goto_work_after_opening(tmp_path: Path, computed: list[int]) -
     computed.clear()
     assert second.undo()
     assert in_context(second) == states[1]
+    assert computed == []
     assert second.undo()
     assert in_context(second) == states[0]
+    assert sum(computed) == len(second.tree.turns[2].token_ids)  # a place of its own would take more than its blocks
+    computed.clear()
     finish(second.go_to(second.tree.find("5")))
     assert in_context(second) == branch
-    assert computed == []  # all of it lies on the way that was saved
+    assert computed == []
     finish(second.go_to(second.tree.find("4")))
     assert in_context(second) == states[2]
     assert sum(computed) == len(second.tree.turns[4].token_ids)  # the branch was left: only it is read again
@@ -116,7 +121,6 @@ def test_a_session_that_is_kept_is_on_disk_after_every_turn(tmp_path: Path) -> N
     keeper = session.keeper = keeper_for(tmp_path)
     keeper.begin("book", session)
     keeper.save(session)
-    seen = []
     steps = (
         lambda: finish(session.add_documents([("a.txt", DOCUMENT), ("b.txt", "Beta. " * 70)])),
         lambda: finish(session.ask("Where " * 90, GREEDY)),
@@ -131,7 +135,7 @@ def test_a_session_that_is_kept_is_on_disk_after_every_turn(tmp_path: Path) -> N
         step()
         assert keeper.notes == []
         copy = tmp_path / "sessions" / "copy.duo"
-        copy.write_bytes((tmp_path / "sessions" / "book.duo").read_bytes())
+        shutil.copytree(tmp_path / "sessions" / "book.duo", copy, dirs_exist_ok=True)
         other = tiny_session(tmp_path)
         opened(tmp_path, other, "copy").close()
         assert in_context(other) == in_context(session)
@@ -139,55 +143,80 @@ def test_a_session_that_is_kept_is_on_disk_after_every_turn(tmp_path: Path) -> N
         assert other.tree.turns.keys() == session.tree.turns.keys()
         pool = session.engine.cache.pool
         assert torch.equal(pool.read(0, pool.num_blocks), other.engine.cache.pool.read(0, pool.num_blocks))
-        seen.append(copy.stat().st_size)
-    size = (tmp_path / "sessions" / "book.duo").stat().st_size
+    before = contents(tmp_path / "sessions" / "book.duo")
     session.reset()
     assert keeper.notes == ["session book stays as it was saved; this chat has no name now"]
     finish(session.ask("Hello?", GREEDY))
     other = tiny_session(tmp_path)
     opened(tmp_path, other)
     assert other.documents == ["a.txt", "b.txt"]
-    assert (tmp_path / "sessions" / "book.duo").stat().st_size == size
+    assert contents(tmp_path / "sessions" / "book.duo") == before
 
 
-def test_what_is_forgotten_is_gone_and_the_file_does_not_grow_without_need(tmp_path: Path) -> None:
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_what_is_forgotten_is_gone_and_nothing_else_is_there(tmp_path: Path) -> None:
     session = tiny_session(tmp_path)
     keeper = session.keeper = keeper_for(tmp_path)
     keeper.begin("book", session)
     keeper.save(session)
     finish(session.add_document("mill.txt", DOCUMENT))
     path = tmp_path / "sessions" / "book.duo"
-    before = path.stat().st_size
+    before = bytes_on_disk(path)
     for turn in range(20):
         finish(session.ask(f"A marked question {turn}?", GREEDY))
     assert keeper.notes == []
-    held = ContextFile.open(path).opened
-    assert held is not None
-    needed = held.place.nbytes + sum(extent.nbytes for extent in held.index.extents())
-    assert held.file_bytes < 1.3 * needed + 2**16
-    assert b"A marked question 7" in path.read_bytes()
+    assert bytes_on_disk(path) == ContextFolder.open(path).nbytes
+    assert b"A marked question 7" in b"".join(contents(path).values())
     session.forget_conversation()
     keeper.save(session)
-    assert path.stat().st_size < 2 * before
-    description = ContextFile.open(path).opened
-    assert description is not None and "marked" not in str(description.description)
+    assert bytes_on_disk(path) < 1.1 * before
+    assert b"marked" not in b"".join(contents(path).values())
 
 
-def test_only_what_is_new_is_written(tmp_path: Path) -> None:
+def test_only_what_is_new_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context_module, "_SMALL_BYTES", 0)
     session = tiny_session(tmp_path)
     keeper = session.keeper = keeper_for(tmp_path)
     keeper.begin("book", session)
     keeper.save(session)
+    path = tmp_path / "sessions" / "book.duo"
     finish(session.add_document("mill.txt", DOCUMENT))
-    before = ContextFile.open(tmp_path / "sessions" / "book.duo").opened
-    finish(session.ask("Where?", GREEDY))
-    after = ContextFile.open(tmp_path / "sessions" / "book.duo").opened
-    assert before is not None and after is not None
-    columns = len(before.index.columns)
-    assert columns > 3
-    assert after.index.columns[:columns] == before.index.columns
-    assert {ring.extent for ring in before.index.rings} <= {ring.extent for ring in after.index.rings}
-    assert after.file_bytes < before.file_bytes * 2
+    before = ContextFolder.open(path).segments
+    finish(session.ask("Where " * 90, GREEDY))
+    folder = ContextFolder.open(path)
+    assert len(before["blocks"]) == 1 and before["blocks"][0].count > 3
+    assert folder.segments["blocks"][:1] == before["blocks"]
+    assert folder.segments["turns"][: len(before["turns"])] == before["turns"]
+    assert set(before["rings"]) < set(folder.segments["rings"])
+    session.undo()
+    session.forget_conversation()
+    assert ContextFolder.open(path).segments == before  # and what was written for the question is not there any more
+    assert len(list(path.iterdir())) == 1 + sum(map(len, before.values()))
+
+
+def test_small_segments_at_the_end_are_written_anew_with_what_follows(tmp_path: Path) -> None:
+    session = tiny_session(tmp_path)
+    keeper = session.keeper = keeper_for(tmp_path)
+    keeper.begin("book", session)
+    keeper.save(session)
+    for turn in range(12):
+        finish(session.ask(f"Where {turn} " * 20, GREEDY))
+    segments = ContextFolder.open(tmp_path / "sessions" / "book.duo").segments
+    assert (len(segments["blocks"]), len(segments["turns"])) == (1, 1)
+
+
+@pytest.mark.parametrize("ring_bytes", [1, 1 << 40])
+def test_places_to_go_on_from_take_no_more_than_the_context_or_are_three(ring_bytes: int, tmp_path: Path) -> None:
+    session = a_talk(tmp_path)
+    for turn in range(12):
+        finish(session.ask(f"Where {turn}?", GREEDY))
+    way = session.tree.current.way()
+    turns = ring_turns(session.tree.current, (1 << 30) // ring_bytes)
+    assert turns[:3] == [way[-1], way[1], way[-2]]
+    assert len(turns) == (9 if ring_bytes == 1 else 3)
 
 
 def test_a_context_that_is_too_small_is_named(tmp_path: Path) -> None:
@@ -225,13 +254,13 @@ def test_a_document_is_found_again_by_its_content(tmp_path: Path, computed: list
     store = DocumentStore(tmp_path / "sessions")
     documents = [("a.txt", DOCUMENT), ("b.txt", "Beta. " * 70), ("c.txt", "Gamma. " * 40)]
     first = tiny_session(tmp_path)
-    first.keeper = keeper_for(tmp_path, store=store, every_s=0.0)
+    first.keeper = keeper_for(tmp_path, store=store, every_s=0.0, worth_s=0.0)
     finish(first.add_documents(documents[:2]))
     wanted = tiny_session(tmp_path)
     finish(wanted.add_documents(documents))
     computed.clear()
     second = tiny_session(tmp_path, chunk_size=50)
-    second.keeper = keeper_for(tmp_path, store=store, every_s=0.0)
+    second.keeper = keeper_for(tmp_path, store=store, every_s=0.0, worth_s=0.0)
     events = list(second.add_documents(documents))
     assert [event.num_tokens for event in events if isinstance(event, Reused)] == [first.engine.position]
     assert sum(computed) == wanted.engine.position - first.engine.position
@@ -248,16 +277,16 @@ def test_a_document_is_found_again_by_its_content(tmp_path: Path, computed: list
 
 def test_nothing_is_taken_up_past_an_end_that_has_no_ring(tmp_path: Path) -> None:
     session = a_talk(tmp_path)
-    file = ContextFile.open(saved(tmp_path, session))
+    folder = ContextFolder.open(saved(tmp_path, session))
     ids = [*session.engine.token_ids, 5]
     end = session.tree.turns[1].end
     for ends, position in (([], session.engine.position), ([end], session.engine.position), ([end - 1], None)):
-        taken = usable(file, [], ids, ends)
+        taken = usable(folder, session.engine.token_ids, [], ids, ends)
         assert (None if taken is None else taken.num_tokens) == position
     changed = [*ids[:end], *(token ^ 1 for token in ids[end:])]
-    taken = usable(file, [], changed, [])
+    taken = usable(folder, session.engine.token_ids, [], changed, [])
     assert taken is not None and taken.num_tokens == end
-    assert usable(file, ids, [5], []) is None
+    assert usable(folder, session.engine.token_ids, ids, [5], []) is None
 
 
 @pytest.mark.skipif(build.unsupported() is not None, reason=f"compiled kernels: {build.unsupported()}")

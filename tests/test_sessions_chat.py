@@ -123,7 +123,7 @@ def test_a_session_by_option_begins_then_opens(tmp_path: Path) -> None:
     chat, _ = a_chat(tmp_path)
     assert chat.state.keeper is not None
     assert begin_or_open(chat.state.keeper, chat.state.session, "book", system=None) == {}
-    assert "session book begins; it is saved after every turn in" in chat.state.keeper.notes[-1]
+    assert "session book is new; it is saved after every turn in" in chat.state.keeper.notes[-1]
     add_documents(chat, [MILL])
     chat.state.keeper.close()
     other, _ = a_chat(tmp_path)
@@ -200,5 +200,5 @@ def test_list_info_rm(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert run(capsys, "rm", "book", "other")[0] == 1
     assert (tmp_path / "sessions" / "book.duo").exists()  # all or none
     code, out, _ = run(capsys, "rm", "book")
-    assert code == 0 and out.startswith("removed 1 file, ")
+    assert code == 0 and out.startswith("removed 1 saved context, ")
     assert sorted(path.name for path in (tmp_path / "sessions").glob("*book*")) == []

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -16,21 +17,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from duolocal.engine.session import Reused
 from duolocal.errors import SessionError
-from duolocal.sessions import file as file_module
 from duolocal.sessions.context import Origin
-from duolocal.sessions.file import ContextFile
+from duolocal.sessions.folder import ContextFolder, bytes_on_disk
 from duolocal.sessions.keeper import ContextKeeper
+from duolocal.sessions.names import MANIFEST, contexts_in
 from duolocal.sessions.store import DocumentStore
 from tests.session_models import DOCUMENT, GREEDY, finish, in_context, tiny_session, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [("a.txt", DOCUMENT * 2), ("b.txt", "Beta stood alone. " * 60)]
 ORIGIN = Origin("tiny", ("--model", "tiny"))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def work(folder: Path, *, named: bool, say: bool = False) -> tuple[int, list[int]]:
@@ -40,7 +44,9 @@ def work(folder: Path, *, named: bool, say: bool = False) -> tuple[int, list[int
     """
     store = None if named else DocumentStore(folder / "sessions")
     session = tiny_session(folder, chunk_size=16)
-    keeper = session.keeper = ContextKeeper(folder / "sessions", ORIGIN, store=store, every_s=0.0, share=1.0)
+    keeper = session.keeper = ContextKeeper(
+        folder / "sessions", ORIGIN, store=store, every_s=0.0, worth_s=0.0, share=1.0
+    )
     taken = 0
     if named:
         if (folder / "sessions" / "book.duo").exists():
@@ -81,78 +87,103 @@ def test_after_kill_9_the_same_command_goes_on(named: bool, tmp_path: Path) -> N
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         process.stdout.close()
-        for path in (tmp_path / "sessions").rglob("*.duo"):
-            ContextFile.open(path).close()  # whatever moment it was, the file is whole
+        for path in contexts_in(tmp_path / "sessions") + contexts_in(tmp_path / "sessions" / "documents"):
+            folder = ContextFolder.open(path)  # whatever moment it was, the context is whole
+            for segments in folder.segments.values():
+                for segment in segments:
+                    folder.read(segment)
     taken, context = work(tmp_path, named=named)
     assert context == wanted
     reached.append(taken)
     assert all(before < after for before, after in itertools.pairwise(reached[1:])), reached
 
 
-def test_what_a_killed_writer_left_goes_when_the_next_file_is_begun(tmp_path: Path) -> None:
+def test_what_a_killed_writer_left_goes_when_the_next_context_is_begun(tmp_path: Path) -> None:
     """Nobody would ever write to the name again: those of the store are made up."""
     code = """
         import os, signal, sys
         from pathlib import Path
-        import numpy as np
-        from duolocal.sessions.file import ContextFile, Wanted
+        from duolocal.sessions.folder import KINDS, ContextFolder, NewSegment
         os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-        file = ContextFile.create(Path(sys.argv[1]))
-        nothing = lambda first, last: np.zeros((last - first, 0), np.uint8)
-        file.commit(Wanted({}, 3, np.arange(3, dtype=np.int32), 0, 0, 0, nothing, ()))
+        folder = ContextFolder.create(Path(sys.argv[1]))
+        folder.commit({}, dict.fromkeys(KINDS, ()) | {"tokens": [NewSegment(1, 4, lambda: bytes(4))]})
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "lost.duo")]
     killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    (left,) = tmp_path.glob(".lost.duo*.tmp")
-    with contextlib.closing(ContextFile.create(tmp_path / "alive.duo")):
-        assert not left.exists()
-        writing = left.with_name(left.name.replace("lost", "alive"))
-        writing.touch()
-        ContextFile.create(tmp_path / "next.duo").close()
-        assert writing.exists()  # its writer lives
+    assert len(list((tmp_path / "lost.duo").iterdir())) == 2
+    assert contexts_in(tmp_path) == []
+    with contextlib.closing(ContextFolder.create(tmp_path / "alive.duo")):
+        assert not (tmp_path / "lost.duo").exists()
+        (tmp_path / "alive.duo").mkdir()
+        ContextFolder.create(tmp_path / "next.duo").close()
+        assert (tmp_path / "alive.duo").exists()  # its writer lives
 
 
-def test_every_state_on_the_disk_during_a_save_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of the file after every single write is what a kill or a power cut would have left."""
-    folder = tmp_path / "sessions"
+@contextlib.contextmanager
+def every_state(folder: Path, states: Path) -> Iterator[None]:
+    """Copy `folder` whenever something reaches the disk or is removed, and as if the last file were half there."""
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def copy() -> Path:
+        place = states / f"state{len(os.listdir(states))}.duo"
+        shutil.copytree(folder, place)
+        return place
+
+    def synced(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            torn = copy()
+            newest = max(torn.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            os.truncate(newest, newest.stat().st_size // 2)
+        fsync(descriptor)
+        copy()
+
+    def replaced(source: Path, path: Path) -> None:
+        replace(source, path)
+        copy()
+
+    def unlinked(path: Path, **options: Any) -> None:
+        unlink(path, **options)
+        if path.parent == folder:
+            copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        patch.setattr(os, "replace", replaced)
+        patch.setattr(Path, "unlink", unlinked)
+        yield
+
+
+def test_every_state_on_the_disk_during_a_save_opens(tmp_path: Path) -> None:
+    """A copy at every step is what a kill or a power cut would have left."""
+    folder, states = tmp_path / "sessions", tmp_path / "states"
+    states.mkdir()
     session = tiny_session(tmp_path)
     keeper = session.keeper = ContextKeeper(folder, ORIGIN)
     keeper.begin("book", session)
     keeper.save(session)
-    states: list[bytes] = []
-    write = file_module._write
-
-    def watched(file: Any, offset: int, data: Any) -> None:
-        states.append((folder / "book.duo").read_bytes())
-        write(file, offset, data)
-        half = memoryview(data).cast("B") if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1)
-        states.append((folder / "book.duo").read_bytes())
-        if offset in (512, 1024) and len(half) > 8:  # a slot that was half on the disk
-            torn = bytearray(states[-1])
-            torn[offset + len(half) // 2 : offset + len(half)] = bytes(len(half) - len(half) // 2)
-            states.append(bytes(torn))
-
-    monkeypatch.setattr(file_module, "_write", watched)
     contexts = {tuple(in_context(session))}
-    finish(session.add_document("a.txt", DOCUMENT))
-    contexts.add(tuple(in_context(session)))
-    finish(session.ask("Where?", GREEDY))
-    contexts.add(tuple(in_context(session)))
-    session.undo()
-    finish(session.ask("Why did it stand there?", GREEDY))
-    contexts.add(tuple(in_context(session)))
-    assert len(states) > 30
-    monkeypatch.undo()
+    with every_state(folder / "book.duo", states):
+        finish(session.add_document("a.txt", DOCUMENT))
+        contexts.add(tuple(in_context(session)))
+        finish(session.ask("Where?", GREEDY))
+        contexts.add(tuple(in_context(session)))
+        session.undo()
+        finish(session.ask("Why did it stand there?", GREEDY))
+        contexts.add(tuple(in_context(session)))
+    assert keeper.notes == []
+    names = {path.stem for path in contexts_in(states)}
+    assert len(names) == len(os.listdir(states)) > 30
     seen = set()
-    for number, state in enumerate(dict.fromkeys(states)):
-        (folder / f"state{number}.duo").write_bytes(state)
+    for name in sorted(names):
         other = tiny_session(tmp_path)
-        opened = ContextKeeper(folder, ORIGIN)
-        opened.open(f"state{number}", other)
+        opened = ContextKeeper(states, ORIGIN)
+        opened.open(name, other)
         opened.close()
         assert tuple(in_context(other)) in contexts
         seen.add(tuple(in_context(other)))
+        held = ContextFolder.open(states / f"{name}.duo")
+        assert bytes_on_disk(held.path) == held.nbytes  # what it does not name is gone
     assert seen == contexts
 
 
@@ -160,7 +191,7 @@ def test_every_state_on_the_disk_during_a_save_opens(tmp_path: Path, monkeypatch
 def test_a_cancelled_reading_goes_on_where_it_was(named: bool, tmp_path: Path) -> None:
     store = None if named else DocumentStore(tmp_path / "sessions")
     session = tiny_session(tmp_path, chunk_size=16)
-    keeper = session.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0)
+    keeper = session.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0, worth_s=0.0)
     if named:
         keeper.begin("book", session)
         keeper.save(session)
@@ -181,10 +212,10 @@ def test_a_cancelled_reading_goes_on_where_it_was(named: bool, tmp_path: Path) -
 def test_a_reading_that_is_changed_keeps_what_is_the_same(tmp_path: Path) -> None:
     store = DocumentStore(tmp_path / "sessions")
     first = tiny_session(tmp_path)
-    first.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0)
+    first.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0, worth_s=0.0)
     finish(first.add_documents(DOCUMENTS))
     second = tiny_session(tmp_path)
-    second.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0)
+    second.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0, worth_s=0.0)
     changed = [DOCUMENTS[0], ("b.txt", DOCUMENTS[1][1] + "And more.")]
     events = list(second.add_documents(changed))
     assert [event.num_tokens for event in events if isinstance(event, Reused)] == [first.tree.turns[1].end]
@@ -200,7 +231,7 @@ def test_the_store_keeps_to_its_limit_and_the_oldest_go(tmp_path: Path) -> None:
 
     def read(text: str) -> list[Any]:
         session = tiny_session(tmp_path)
-        session.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0)
+        session.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0, worth_s=0.0)
         events = list(session.add_document("a.txt", text))
         session.keeper.close()
         return [event for event in events if isinstance(event, Reused)]
@@ -209,21 +240,21 @@ def test_the_store_keeps_to_its_limit_and_the_oldest_go(tmp_path: Path) -> None:
     for number, text in enumerate(texts[:3]):
         assert not read(text)
         for path in store.place.glob("*.duo"):
-            if path.stat().st_mtime > 1000:
-                os.utime(path, (number + 1, number + 1))
-    sizes = [path.stat().st_size for path in store.place.glob("*.duo")]
+            if (path / MANIFEST).stat().st_mtime > 1000:
+                os.utime(path / MANIFEST, (number + 1, number + 1))
+    sizes = [bytes_on_disk(path) for path in contexts_in(store.place)]
     assert len(sizes) == 3
-    whole = {path: path.read_bytes() for path in store.place.glob("*.duo")}
+    whole = {path: contents(path) for path in contexts_in(store.place)}
     assert read(texts[0])  # used: now the youngest
-    assert {path: path.read_bytes() for path in store.place.glob("*.duo")} == whole  # and nothing was written
+    assert {path: contents(path) for path in contexts_in(store.place)} == whole  # and nothing was written
     store.limit = sum(sizes) + max(sizes) // 2
     assert not read(texts[3])
-    assert sum(path.stat().st_size for path in store.place.glob("*.duo")) <= store.limit
+    assert sum(map(bytes_on_disk, contexts_in(store.place))) <= store.limit
     assert not read(texts[1])  # the oldest went
     assert read(texts[0])
     store.limit = 1000
     session = tiny_session(tmp_path)
-    keeper = session.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0)
+    keeper = session.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0, worth_s=0.0)
     finish(session.add_document("a.txt", "Other. " * 90))
     assert "too much for the store" in keeper.notes[-1]
 
@@ -253,23 +284,23 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     finish(session.add_document("a.txt", DOCUMENT))
     keeper = ContextKeeper(folder, ORIGIN)
     keeper.begin("book", session)
-    with files_up_to(100_000), pytest.raises(SessionError, match=r"cannot be written .*: make room on the disk"):
+    with files_up_to(1000), pytest.raises(SessionError, match=r"cannot be written .*: make room on the disk"):
         keeper.save(session)
     assert [name for name in os.listdir(folder) if not name.endswith(".lock")] == []
     keeper.begin("book", session)
     keeper.save(session)
-    before, size = in_context(session), (folder / "book.duo").stat().st_size
+    before, held = in_context(session), contents(folder / "book.duo")
     session.keeper = keeper
-    with files_up_to(size):
+    with files_up_to(1000):
         finish(session.ask("Where did it stand, and why? " * 20, GREEDY))
     assert keeper.notes and "not saved: " in keeper.notes[0] and keeper.notes[0].isprintable()
-    assert (folder / "book.duo").stat().st_size == size
-    shutil.copy(folder / "book.duo", folder / "copy.duo")
+    assert contents(folder / "book.duo") == held
+    shutil.copytree(folder / "book.duo", folder / "copy.duo")
     other = tiny_session(tmp_path)
     ContextKeeper(folder, ORIGIN).open("copy", other)
     assert in_context(other) == before
     keeper.save(session)  # and there is room again
-    shutil.copy(folder / "book.duo", folder / "copy2.duo")
+    shutil.copytree(folder / "book.duo", folder / "copy2.duo")
     ContextKeeper(folder, ORIGIN).open("copy2", other)
     assert in_context(other) == in_context(session)
 
@@ -291,25 +322,26 @@ def test_an_error_of_the_disk_at_any_write_loses_nothing(tmp_path: Path, monkeyp
     keeper.begin("book", session)
     keeper.save(session)
     finish(session.add_document("a.txt", DOCUMENT))
-    write, context = file_module._write, in_context(session)
+    fsync, context = os.fsync, in_context(session)
     for failing in range(12):
         calls = 0
 
-        def broken(file: Any, offset: int, data: Any, failing: int = failing) -> None:
+        def broken(descriptor: int, failing: int = failing) -> None:
             nonlocal calls
             calls += 1
             if calls == failing + 1:
                 raise OSError(errno.EIO, "Input/output error")
-            write(file, offset, data)
+            fsync(descriptor)
 
-        monkeypatch.setattr(file_module, "_write", broken)
+        monkeypatch.setattr(os, "fsync", broken)
         finish(session.ask(f"Question {failing}?", GREEDY))
-        monkeypatch.setattr(file_module, "_write", write)
+        monkeypatch.setattr(os, "fsync", fsync)
         copy = folder / f"copy{failing}.duo"
-        shutil.copy(folder / "book.duo", copy)
+        shutil.copytree(folder / "book.duo", copy)
         other = tiny_session(tmp_path)
         ContextKeeper(folder, ORIGIN).open(copy.stem, other)
         assert in_context(other) in (context, in_context(session))
         keeper.notes.clear()
         keeper.save(session)
         context = in_context(session)
+    assert calls < 12  # every one of them failed once

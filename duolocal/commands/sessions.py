@@ -12,8 +12,8 @@ from duolocal.sizes import parse_bytes
 KEEP_VARIABLE = "DUOLOCAL_KEEP"
 _DEFAULT_KEEP = "8GiB"
 _MORE = """\
-Files of sessions hold the token ids and texts of documents and conversation, readable by you alone. `documents` are
-those that took over ten seconds to read and were kept for next time; `chat --keep off` keeps none.
+Sessions hold the token ids and texts of documents and conversation, readable by you alone. documents/ID are documents
+that took over ten seconds to read and were kept for next time; `chat --keep off` keeps none.
 """
 
 
@@ -46,20 +46,24 @@ class Listing:
 class One:
     """Which session is shown."""
 
-    name: str = option(ANY, "name of a session", default=REQUIRED, metavar="NAME", positional=True)
+    name: str = option(ANY, "name of a session, or documents/ID", default=REQUIRED, metavar="NAME", positional=True)
 
 
 @dataclass(frozen=True)
 class Removed:
     """What is removed."""
 
-    names: tuple[str, ...] = option(repeated(ANY), "names of sessions", default=(), metavar="NAME", positional=True)
+    names: tuple[str, ...] = option(
+        repeated(ANY), "names of sessions, or documents/ID", default=(), metavar="NAME", positional=True
+    )
     documents: bool = flagged("all documents that were kept")
 
 
 def _refuse(removed: Removed, options: Listing) -> None:
     if not removed.names and not removed.documents:
-        raise SettingsError("sessions rm: name a session, or give --documents; `duolocal sessions list` shows them")
+        raise SettingsError(
+            "sessions rm: name a session or documents/ID, or give --documents; `duolocal sessions list` shows them"
+        )
 
 
 GROUPS = (Group("sessions", "list, show or remove saved contexts"),)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from duolocal.engine.engine import Cancelled, Engine
 from duolocal.engine.fitting import Fit
-from duolocal.engine.turns import ContextItem, State, Turn, TurnTree
+from duolocal.engine.turns import ContextItem, Turn, TurnTree
 from duolocal.errors import ContextOverflowError, SettingsError
 from duolocal.sampling import StopStrings
 from duolocal.settings import Sampling
@@ -97,11 +97,29 @@ def document_content(name: str, text: str) -> str:
     return f'<document name="{html.escape(name)}">\n{text}\n</document>'
 
 
+def messages_until(turn: Turn) -> tuple[list[Message], str | None]:
+    """Return the messages up to the last answer before or at a turn, and the content of the user message that is open.
+
+    The open content is the documents since that answer; None where there are none.
+    """
+    messages: list[Message] = []
+    content: list[str] = []
+    for step in turn.way():
+        if step.kind == "document":
+            content.append(document_content(step.name, step.text))
+        elif step.kind == "exchange":
+            messages += [Message("user", "\n\n".join([*content, step.name])), Message("assistant", step.text)]
+            content = []
+        elif step.text:
+            messages.append(Message("system", step.text))
+    return messages, "\n\n".join(content) if content else None
+
+
 class ChatSession:
     """Ask an engine about documents, turn after turn.
 
     Invariant: cache and `unfed` ids together are the encoding of `messages`, up to the end of the last answer or of
-    the open content.
+    the documents after it.
     """
 
     def __init__(
@@ -111,22 +129,19 @@ class ChatSession:
         self.tokenizer = tokenizer
         self.system = system or None
         self.keeper = keeper
-        self.tree = TurnTree(engine, _empty_state(self.system))
+        self.tree = TurnTree(engine, self.system or "")
         self._cancelled = False
-
-    @property
-    def _state(self) -> State:
-        return self.tree.current.state
 
     @property
     def messages(self) -> list[Message]:
         """The conversation so far; an open user message holds the documents loaded since the last answer."""
-        return list(self._state.messages)
+        messages, open_content = messages_until(self.tree.current)
+        return messages if open_content is None else [*messages, Message("user", open_content)]
 
     @property
     def documents(self) -> list[str]:
         """Names of the documents in context."""
-        return [item.name for item in self._state.items if item.kind == "document"]
+        return [name for name, _ in self.texts]
 
     @property
     def texts(self) -> list[tuple[str, str]]:
@@ -135,7 +150,7 @@ class ChatSession:
 
     def context_items(self) -> list[ContextItem]:
         """Return everything that is in context, in order; the token counts add up to all of it."""
-        return list(self._state.items)
+        return [item for turn in self.tree.current.way() for item in turn.items()]
 
     def cancel(self) -> None:
         """Stop what is running; safe from a signal handler."""
@@ -165,16 +180,14 @@ class ChatSession:
         """
         if not question.strip():
             raise SettingsError("the question is empty: type one")
-        open_content = self._state.open_content
-        content = question if open_content is None else f"{open_content}\n\n{question}"
-        messages, token_ids = self._encode_user(content, closed=True)
+        token_ids = self._encode_user(question, closed=True)
         room = self.engine.context - self.engine.position
         if len(token_ids) >= room:
             raise ContextOverflowError(
                 f"the question is {len(token_ids):,} tokens and {max(0, room):,} of {self.engine.context:,} are "
                 f"free: shorten it, /reset, or start with --context {self.engine.position + len(token_ids) + 1024}"
             )
-        return self._answer(messages, token_ids, sampling)
+        return self._answer(question, token_ids, sampling)
 
     def retry(self, sampling: Sampling) -> Iterator[Event]:
         """Answer the last question anew; the answer before stays a turn. Raises SettingsError where there is none."""
@@ -224,7 +237,7 @@ class ChatSession:
     def reset(self) -> None:
         """Forget the conversation and all documents."""
         self.engine.reset()
-        self.tree.begin(_empty_state(self.system))
+        self.tree.begin(self.system or "")
         if self.keeper is not None:
             self.keeper.forgotten(self)
 
@@ -243,7 +256,7 @@ class ChatSession:
         Raises ContextOverflowError, with nothing changed, where they no longer fit.
         """
         texts = self.texts
-        self._check_documents_fit(self._plan_documents(texts, state=_empty_state(text or None)), used=0)
+        self._check_documents_fit(self._plan_documents(texts, after=Turn(0, None, "start", text=text or "")), used=0)
         self.system = text or None
         self.reset()
         return self.add_documents(texts) if texts else iter(())
@@ -251,18 +264,16 @@ class ChatSession:
     # --- documents -------------------------------------------------------------------------------------------------
 
     def _plan_documents(
-        self, documents: Sequence[tuple[str, str]], *, state: State | None = None
+        self, documents: Sequence[tuple[str, str]], *, after: Turn | None = None
     ) -> list["_PlannedDocument"]:
-        planned = []
-        state = state or self._state
+        planned: list[_PlannedDocument] = []
         for name, text in documents:
-            wrapped = document_content(name, text)
-            content = wrapped if state.open_content is None else f"{state.open_content}\n\n{wrapped}"
-            messages, token_ids = self._encode_user(content, closed=False, state=state)
-            fed = messages[-1].content
-            items = (*state.items, ContextItem("document", name, len(token_ids) - len(state.unfed)))
-            state = replace(state, messages=messages, items=items, open_content=fed, unfed=())
-            planned.append(_PlannedDocument(name, text, token_ids, after=state))
+            content = document_content(name, text)
+            if planned:  # goes on in the same message: no template writes between them
+                token_ids = self.tokenizer.encode_pieces([ChatPiece(f"\n\n{content}")], continues=True)
+            else:
+                token_ids = self._encode_user(content, closed=False, after=after)
+            planned.append(_PlannedDocument(name, text, token_ids))
         return planned
 
     def _check_documents_fit(self, planned: Sequence["_PlannedDocument"], *, used: int | None = None) -> None:
@@ -296,14 +307,7 @@ class ChatSession:
                         self.keeper.chunk_read(self)
                     progress = engine.position - read_from
                     yield Prefilled(progress, total - (read_from - begin), time.perf_counter() - started)
-                self.tree.add(
-                    "document",
-                    document.after,
-                    num_tokens=end,
-                    ring=rings.get(end),
-                    name=document.name,
-                    text=document.text,
-                )
+                self.tree.add("document", num_tokens=end, ring=rings.get(end), name=document.name, text=document.text)
         except Cancelled:
             pass
         finally:
@@ -316,7 +320,7 @@ class ChatSession:
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
-    def _answer(self, messages: tuple[Message, ...], token_ids: list[int], sampling: Sampling) -> Iterator[Event]:
+    def _answer(self, question: str, token_ids: list[int], sampling: Sampling) -> Iterator[Event]:
         self._cancelled = False
         engine = self.engine
         fed_before = engine.position
@@ -353,75 +357,54 @@ class ChatSession:
             pass
         finally:
             if produced or reason == "stop":
-                fed = engine.position - fed_before
-                state = self._answered(messages, token_ids, produced, fed=fed, answer="".join(parts))
-                question = state.items[-2].name
-                self.tree.add("exchange", state, num_tokens=engine.position, name=question, reason=reason)
+                self.tree.add(
+                    "exchange",
+                    num_tokens=engine.position,
+                    name=question,
+                    text="".join(parts),
+                    reason=reason,
+                    unfed=tuple([*token_ids, *produced][engine.position - fed_before :]),
+                    num_answered=len(produced),
+                )
                 self._tell_keeper()
             else:
                 self.tree.take_up()
         now = time.perf_counter()
         yield Finished(reason, len(token_ids), len(produced), decoding_since - started, now - decoding_since)
 
-    def _answered(
-        self, messages: tuple[Message, ...], token_ids: list[int], produced: list[int], *, fed: int, answer: str
-    ) -> State:
-        """Return the state after an answer, `fed` ids of question and answer being in the cache."""
-        state = self._state
-        question = messages[-1].content
-        if state.open_content is not None:
-            question = question.removeprefix(f"{state.open_content}\n\n")
-        return State(
-            messages=(*messages, Message("assistant", answer)),
-            items=(
-                *state.items,
-                # The ids left over from the answer before are counted there.
-                ContextItem("user", question, len(token_ids) - len(state.unfed)),
-                ContextItem("assistant", answer, len(produced)),
-            ),
-            unfed=tuple([*token_ids, *produced][fed:]),
-        )
-
     # --- tokens ----------------------------------------------------------------------------------------------------
 
-    def _encode_user(
-        self, content: str, *, closed: bool, state: State | None = None
-    ) -> tuple[tuple[Message, ...], list[int]]:
-        """Return the messages with `content` as the last user message, and the ids still to be fed for it.
+    def _encode_user(self, content: str, *, closed: bool, after: Turn | None = None) -> list[int]:
+        """Return the ids still to be fed for `content` in the user message after, or open at, a turn.
 
         closed: up to where the answer begins; else up to the end of the content, as far as the template keeps it.
         """
-        state = state or self._state
-        is_open = state.open_content is not None
-        messages = state.messages[:-1] if is_open else state.messages
+        after = after or self.tree.current
+        messages, open_content = messages_until(after)
         last = len(messages)
-        messages = (*messages, Message("user", content))
-        pieces = self.tokenizer.chat_pieces(messages, add_generation_prompt=closed)
+        whole = content if open_content is None else f"{open_content}\n\n{content}"
+        pieces = self.tokenizer.chat_pieces([*messages, Message("user", whole)], add_generation_prompt=closed)
         at = max(index for index, piece in enumerate(pieces) if piece.message == last)
-        if is_open:
-            assert state.open_content is not None
-            # A template may strip a content, so what was fed is found in what it made of this one.
-            rest = pieces[at].text.removeprefix(state.open_content)
-            begin, continues = at, True
-            pieces[at] = replace(pieces[at], text=rest, after_special=False)
-        else:
-            begin = self._end_of_answer(pieces, state)
+        if open_content is None:
+            begin = self._end_of_answer(pieces, messages)
             continues = begin > 0
+        else:
+            # A template may strip a content, so what was fed is found in what it made of this one.
+            begin, continues = at, True
+            pieces[at] = replace(pieces[at], text=pieces[at].text.removeprefix(open_content), after_special=False)
         end = len(pieces) if closed else at + 1
-        token_ids = [*state.unfed, *self.tokenizer.encode_pieces(pieces[begin:end], continues=continues)]
-        kept = content if closed or is_open else pieces[at].text
-        return (*messages[:-1], Message("user", kept)), token_ids
+        return [*after.unfed, *self.tokenizer.encode_pieces(pieces[begin:end], continues=continues)]
 
-    def _end_of_answer(self, pieces: Sequence[ChatPiece], state: State) -> int:
+    def _end_of_answer(self, pieces: Sequence[ChatPiece], messages: Sequence[Message]) -> int:
         """Return the first piece after the last answer, 0 where there is none."""
-        index = len(state.messages) - 1
-        if index < 0 or state.messages[index].role != "assistant":
+        index = len(messages) - 1
+        if index < 0 or messages[index].role != "assistant":
             return 0
         ends = [at + 1 for at, piece in enumerate(pieces) if piece.message == index]
         if ends:
             return ends[-1]
         # A blank answer leaves no piece of its own: it stood where the generation prompt of its question ends.
-        return len(self.tokenizer.chat_pieces(state.messages[:index], add_generation_prompt=True))
+        return len(self.tokenizer.chat_pieces(messages[:index], add_generation_prompt=True))
 
     def _prefill(self, token_ids: Sequence[int]) -> Iterator[int]:
         for count in self.engine.prefill(token_ids):
@@ -443,8 +426,3 @@ class _PlannedDocument:
     name: str
     text: str
     token_ids: list[int]
-    after: State
-
-
-def _empty_state(system: str | None) -> State:
-    return State(messages=(Message("system", system),) if system else ())

@@ -8,7 +8,7 @@ rounding, and only takes longer. Knows nothing of templates, texts or sampling.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch import Tensor
 from duolocal.engine.engine import Engine
 from duolocal.errors import SettingsError
 from duolocal.plan.free import available_bytes
-from duolocal.tokenizer import Message
 
 # Rings and blocks that are kept in host memory: a ring takes 15 MB for SmolLM2-135M and 42 MB for a Llama-3-8B.
 MAX_KEPT_BYTES = 1 << 30
@@ -34,21 +33,9 @@ class ContextItem:
     num_tokens: int
 
 
-@dataclass(frozen=True)
-class State:
-    """What is known of a conversation at one moment, besides the cache."""
-
-    messages: tuple[Message, ...] = ()
-    items: tuple[ContextItem, ...] = ()
-    # What of the last user message's content is in the cache while that message is still open (documents, and no
-    # question yet); None when the conversation ends with an answer or is empty.
-    open_content: str | None = None
-    unfed: tuple[int, ...] = ()  # generated ids that are not in the cache yet: the last of an answer
-
-
 @dataclass(eq=False)
 class Turn:
-    """One document or exchange, and how to take up the context at its end.
+    """One document or exchange: what it added alone, each text once; and how to take up the context at its end.
 
     Invariant: on the way to the current turn the blocks are in the cache, and `columns` is None; elsewhere they are in
     `columns`, or given up.
@@ -57,14 +44,15 @@ class Turn:
     number: int  # 0 is the start; the others in the order in which they were made
     parent: "Turn | None"
     kind: TurnKind
-    state: State  # after it
     token_ids: Sequence[int] = ()  # that it added to the cache
     name: str = ""  # a document's name, or the question
-    text: str = ""  # of a document
+    text: str = ""  # of a document; the answer; the system message of the start
     reason: str = ""  # how an answer ended
+    unfed: tuple[int, ...] = ()  # generated ids that are not in the cache yet: the last of an answer
+    num_answered: int = 0  # ids of the answer, in the cache or not
     ring: Tensor | None = None  # after it; None: not kept
     columns: Tensor | None = None  # the blocks that it completed: uint8 [num_blocks, num_retrieval, record_bytes]
-    visited: int = 0  # when it was last on the current way
+    left_at: int = 0  # when it was last on the current way
     start: int = field(init=False)  # tokens in the cache before it
 
     def __post_init__(self) -> None:
@@ -74,6 +62,18 @@ class Turn:
     def end(self) -> int:
         """Tokens in the cache after it."""
         return self.start + len(self.token_ids)
+
+    def items(self) -> list[ContextItem]:
+        """Return what it added to the context; ids left over from the answer before are counted there."""
+        if self.parent is None:
+            return []
+        added = len(self.token_ids) + len(self.unfed) - len(self.parent.unfed)
+        if self.kind == "document":
+            return [ContextItem("document", self.name, added)]
+        return [
+            ContextItem("user", self.name, added - self.num_answered),
+            ContextItem("assistant", self.text, self.num_answered),
+        ]
 
     def way(self) -> list["Turn"]:
         """Return the turns from the start to this one."""
@@ -89,15 +89,15 @@ class TurnTree:
     Lines are names of turns that move on as turns are added to the line one is on.
     """
 
-    def __init__(self, engine: Engine, state: State) -> None:
+    def __init__(self, engine: Engine, text: str = "") -> None:
         self._engine = engine
         self._max_kept_bytes = min(MAX_KEPT_BYTES, available_bytes(torch.device("cpu")) // 8)
         self._clock = 0
-        self.begin(state)
+        self.begin(text)
 
-    def begin(self, state: State) -> None:
-        """Forget all turns; the engine's context is empty."""
-        self.turns: dict[int, Turn] = {0: Turn(0, None, "start", state)}
+    def begin(self, text: str = "") -> None:
+        """Forget all turns; the engine's context is empty. text: of the start."""
+        self.turns: dict[int, Turn] = {0: Turn(0, None, "start", text=text)}
         self.current = self.turns[0]
         self.lines = {FIRST_LINE: self.current}
         self.line = FIRST_LINE
@@ -120,15 +120,12 @@ class TurnTree:
     def add(
         self,
         kind: TurnKind,
-        state: State,
         *,
         num_tokens: int,
         ring: Tensor | None = None,
-        name: str = "",
-        text: str = "",
-        reason: str = "",
+        **fields: Any,
     ) -> Turn:
-        """Add a turn after the current one and go there.
+        """Add a turn after the current one and go there; `fields` as of Turn.
 
         num_tokens: of the engine's context at its end; ring: at that end, where the engine stands further on.
         """
@@ -140,17 +137,13 @@ class TurnTree:
             self._next_number,
             self.current,
             kind,
-            state,
             tuple(self._engine.token_ids[start:num_tokens]),
-            name,
-            text,
-            reason,
-            ring,
+            ring=ring,
+            **fields,
         )
         self.turns[turn.number] = turn
         self._next_number += 1
         self.current = self.lines[self.line] = turn
-        self._visit()
         self._give_up()
         return turn
 
@@ -219,7 +212,6 @@ class TurnTree:
             done += len(turn.token_ids)
         if line is not None:
             self.line = line
-        self._visit()
         self._give_up()
 
     def needs_reading(self, target: Turn) -> int:
@@ -253,7 +245,9 @@ class TurnTree:
         """Keep the blocks of the turns between `shared` and the current one."""
         cache, block_size = self._engine.cache, self._engine.cache.layout.block_size
         turn = self.current
+        self._clock += 1
         while turn is not shared:
+            turn.left_at = self._clock
             first, last = turn.start // block_size, turn.end // block_size
             turn.columns = cache.pool.read(first, last)
             assert turn.parent is not None
@@ -289,11 +283,6 @@ class TurnTree:
                 turn.columns = None
         self.current = stand
 
-    def _visit(self) -> None:
-        self._clock += 1
-        for turn in self.current.way():
-            turn.visited = self._clock
-
     def _give_up(self) -> None:
         """Keep to the bound: blocks and rings of what was left longest ago go first, then old rings of this way."""
         excess = self.kept_bytes() - self._max_kept_bytes
@@ -304,7 +293,7 @@ class TurnTree:
         # The end of the documents is where /reset returns to.
         sacred = {self.current, exchange.parent if exchange is not None else self.current}
         left = [turn for turn in self.turns.values() if turn not in way]
-        left.sort(key=lambda turn: (turn.visited, -turn.number))
+        left.sort(key=lambda turn: (turn.left_at, -turn.number))
         for turn in (*left, *(turn for turn in way if turn not in sacred)):
             if excess <= 0:
                 return

@@ -1,9 +1,11 @@
-"""Reading values out of the JSON of a context file: each is of the kind that was written, or the file is refused."""
+"""Reading values out of the JSON of a saved context: each is of the kind that was written, or it is refused."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from duolocal.errors import SessionError
+
+HINT = "remove the session and read the documents again"
 
 
 class Fields:
@@ -17,10 +19,7 @@ class Fields:
 
     def wrong(self, name: str, wanted: str) -> SessionError:
         """Return the error for a value that is not what was `wanted`."""
-        return SessionError(
-            f"{self._where}: {name} is not {wanted}: the file is damaged or of another version; remove it and "
-            "read the documents again"
-        )
+        return SessionError(f"{self._where}: {name} is not {wanted}: it is damaged or of another version; {HINT}")
 
     def _get(self, name: str, kind: type, wanted: str) -> Any:
         value = self._raw.get(name)
@@ -75,13 +74,9 @@ class Fields:
         """Return an object inside this one."""
         return Fields(self._raw.get(name), self._where, self._label(name))
 
-    def inners(self, name: str, *, longest: int) -> "list[Fields]":
-        """Return a list of objects."""
-        label = self._label(name)
-        return [
-            Fields(value, self._where, f"{label}[{index}]")
-            for index, value in enumerate(self.array(name, longest=longest))
-        ]
+    def of(self, raw: object, inside: str) -> "Fields":
+        """Return an object that belongs to this one and is called `inside`."""
+        return Fields(raw, self._where, inside)
 
     def raw(self, name: str) -> object:
         """Return a value as it is, None where it is absent."""

@@ -16,28 +16,32 @@ from duolocal.engine.session import ChatSession
 from duolocal.engine.turns import Turn
 from duolocal.errors import SessionError, SettingsError
 from duolocal.sessions.context import (
+    MIN_RINGS,
     ContextWriter,
     Origin,
     TakenUp,
     check_shapes,
     load_ring,
     open_session,
+    stored_tokens,
     usable,
 )
-from duolocal.sessions.file import ContextFile, remove
+from duolocal.sessions.folder import ContextFolder, new_bytes, remove
 from duolocal.sessions.identity import identify
-from duolocal.sessions.names import make_folder, session_file
+from duolocal.sessions.names import is_saved, make_folder, no_session, session_path
 from duolocal.sessions.store import DocumentStore
 
-EVERY_S = 10.0  # seconds of reading between two checkpoints, at least; what is read sooner is not stored
+EVERY_S = 2.0  # seconds of reading between two checkpoints, at least
+WORTH_S = 10.0  # what takes less time to read is not stored unasked
 SHARE = 0.02  # of the time of reading that checkpoints may take
 
 
 class ContextKeeper:
     """Keeps one chat's context in files.
 
-    store: where documents that took long to read are kept unasked; None for nowhere. every_s, share: as EVERY_S and
-    SHARE. notes: lines for people, to be shown and cleared by whoever shows. extra: of the chat, saved with a session.
+    store: where documents that take long to read are kept unasked; None for nowhere. every_s, worth_s, share: as
+    EVERY_S, WORTH_S and SHARE. notes: lines for people, to be shown and cleared by whoever shows. extra: of the chat,
+    saved with a session.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class ContextKeeper:
         *,
         store: DocumentStore | None = None,
         every_s: float = EVERY_S,
+        worth_s: float = WORTH_S,
         share: float = SHARE,
         extra: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
@@ -58,14 +63,16 @@ class ContextKeeper:
         self.extra = extra
         self._origin = origin
         self._store = store
-        self._every_s, self._share = every_s, share
+        self._every_s, self._worth_s, self._share = every_s, worth_s, share
         self._session: ContextWriter | None = None
         self._next: tuple[str, ContextWriter] | None = None  # a session that `save` will go over to
         self._document: ContextWriter | None = None  # the store's file for what is being read
         self._reading_since: float | None = None
+        self._read_from = 0  # tokens in the context then
         self._storing = False  # whether what is being read may go into the store
         self._due = 0.0
         self._total = 0  # tokens in the context when the reading is done
+        self._num_documents = 0  # that are being read
 
     # --- named sessions --------------------------------------------------------------------------------------------
 
@@ -74,28 +81,25 @@ class ContextKeeper:
 
         Raises SessionError, SettingsError or ContextOverflowError; then the session is what it was, unless said.
         """
-        path = session_file(self.folder, name)
-        if not path.is_file():
-            raise SessionError(
-                f"there is no session {name} in {self.folder}: `duolocal sessions list` shows what there is"
-            )
-        if self._session is not None and self._session.file.path == path:
+        path = session_path(self.folder, name)
+        if not is_saved(path):
+            raise no_session(self.folder, name)
+        if self._session is not None and self._session.folder.path == path:
             raise SettingsError(f"session {name} is the one that is open; /goto goes to an earlier turn of it")
-        file = ContextFile.open(path, writable=True)
+        folder = ContextFolder.open(path, writable=True)
         before, self._session = self._session, None  # not to be overwritten by what happens on the way
         had = session.engine.position
         try:
-            writer = open_session(file, session, name=name, origin=self._origin)
+            writer = open_session(folder, session, name=name, origin=self._origin)
         except BaseException:
-            file.close()
+            folder.close()
             if had == session.engine.position:
                 self._session = before
             raise
         if before is not None:
             before.close()
         self._session, self.name = writer, name
-        assert file.opened is not None
-        extra = file.opened.description.get("extra")
+        extra = folder.description.get("extra")
         return extra if isinstance(extra, dict) else {}
 
     def begin(self, name: str, session: ChatSession, *, overwrite: bool = False) -> int:
@@ -103,23 +107,27 @@ class ContextKeeper:
 
         Raises SettingsError for a name that is taken or none, SessionError where the disk has no room.
         """
-        path = session_file(self.folder, name)
-        if self._session is not None and self._session.file.path == path:
+        path = session_path(self.folder, name)
+        if self._session is not None and self._session.folder.path == path:
             writer = self._session
-        elif path.exists() and not overwrite:
+        elif path.is_file():
+            raise SettingsError(
+                f"session {name} was saved by an older duolocal: choose another name, or remove it first"
+            )
+        elif is_saved(path) and not overwrite:
             raise SettingsError(f"there is a session {name} already: choose another name, or /save --force {name}")
         else:
             make_folder(self.folder)
-            writer = ContextWriter(ContextFile.create(path), self._origin)
+            writer = ContextWriter(ContextFolder.create(path), self._origin)
         wanted = writer.plan(session, kind="session", extra=self.extra())
         try:
-            writer.file.check_space(wanted)
+            writer.folder.check_space(wanted.segments)
         except SessionError:
             if writer is not self._session:
                 writer.close()
             raise
         self._next = None if writer is self._session else (name, writer)
-        return wanted.new_bytes()
+        return new_bytes(wanted.segments)
 
     def save(self, session: ChatSession) -> int:
         """Bring the session's file up to date; returns its size in bytes. Raises SessionError."""
@@ -127,7 +135,7 @@ class ContextKeeper:
         writer = self._session if following is None else following[1]
         assert writer is not None
         try:
-            writer.commit(session.engine, writer.plan(session, kind="session", extra=self.extra()))
+            writer.commit(session, writer.plan(session, kind="session", extra=self.extra()))
         except SessionError:
             if writer is not self._session:
                 writer.close()
@@ -136,7 +144,7 @@ class ContextKeeper:
             if self._session is not None:
                 self._session.close()
             self.name, self._session = following
-        return writer.file.nbytes
+        return writer.folder.nbytes
 
     def close(self) -> None:
         """Let go of all files."""
@@ -154,7 +162,9 @@ class ContextKeeper:
         self._end_reading()
         self._reading_since = time.perf_counter()
         self._due = self._reading_since + self._every_s
+        self._read_from = session.engine.position
         self._total = session.engine.position + len(token_ids)
+        self._num_documents = len(ends)
         # Only documents, and no conversation, are kept unasked.
         self._storing = self._store is not None and all(turn.kind != "exchange" for turn in session.tree.current.way())
         try:
@@ -170,13 +180,11 @@ class ContextKeeper:
         try:
             if base:
                 taken.check(engine, base // block_size)
-            passed = [ring for ring in _rings(taken) if ring.position in ends and base < ring.position]
-            rings = {
-                ring.position: load_ring(taken.file, ring, engine)
-                for ring in passed
-                if ring.position <= taken.num_tokens
-            }
+            there = taken.folder.segments["rings"]
+            passed = [ring for ring in there if ring.count in ends and base < ring.count <= taken.num_tokens]
+            rings = {ring.count: load_ring(taken.folder, ring, engine) for ring in passed}
             taken.into(engine, keep=base, ring=rings.get(taken.num_tokens))
+            self._read_from = taken.num_tokens
         except SessionError as error:
             self.notes.append(f"{error}")
             if writer is not self._session:
@@ -190,10 +198,9 @@ class ContextKeeper:
         if writer is self._session or base < block_size:
             writer.adopt(engine, whole)
             for ring in passed:
-                if ring.position in rings:
-                    writer.adopt_ring(rings[ring.position], ring)
+                writer.adopt_ring(rings[ring.count], ring)
         if writer is not self._session:
-            if self._session is None and self._storing and taken.num_tokens == self._stored_tokens(taken):
+            if self._session is None and self._storing and taken.num_tokens == len(taken.token_ids):
                 self._document = writer  # what is read after it is added to the same file
             else:
                 writer.close()
@@ -201,8 +208,10 @@ class ContextKeeper:
 
     def chunk_read(self, session: ChatSession) -> None:
         """See `duolocal.engine.session.Keeper`."""
-        if self._reading_since is not None and time.perf_counter() >= self._due:
-            self._checkpoint(session)
+        if self._reading_since is None or time.perf_counter() < self._due:
+            return
+        if session.engine.position < self._total and (self._session or self._document or self._is_long(session)):
+            self._checkpoint(session)  # at the end of all there will be a turn to save
 
     def turn_added(self, session: ChatSession, turn: Turn) -> None:
         """See `duolocal.engine.session.Keeper`."""
@@ -210,7 +219,7 @@ class ContextKeeper:
         reading, self._reading_since = self._reading_since, None
         if self._session is not None:
             self._keep_session(session)
-        elif reading is not None and (self._document is not None or time.perf_counter() - reading >= self._every_s):
+        elif reading is not None and (self._document is not None or time.perf_counter() - reading >= self._worth_s):
             self._keep_document(session)
         kept = self._session or self._document
         if reading is not None and session.engine.position > turn.end and kept is not None and len(self.notes) == notes:
@@ -227,6 +236,13 @@ class ContextKeeper:
             self._session = self.name = None
 
     # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _is_long(self, session: ChatSession) -> bool:
+        """Whether reading is going to take long enough to be stored, by what it took so far."""
+        assert self._reading_since is not None
+        done = session.engine.position - self._read_from
+        needed_s = (time.perf_counter() - self._reading_since) * (self._total - self._read_from) / max(1, done)
+        return needed_s >= self._worth_s
 
     def _checkpoint(self, session: ChatSession) -> None:
         began = time.perf_counter()
@@ -249,14 +265,11 @@ class ContextKeeper:
         """Bring the store's file for what is being read up to date; begin one where there is none."""
         if not self._storing or self._store is None:
             return
-        opened = None if self._document is None else self._document.file.opened
-        if opened is not None and opened.index.num_tokens == session.engine.position:
-            return  # all of it was there
         try:
             if self._document is None:
                 needed = self._needed_bytes(session)
-                file = self._store.begin(needed)
-                if file is None:
+                folder = self._store.begin(needed)
+                if folder is None:
                     self._storing = False
                     self.notes.append(
                         f"what is read is not kept for next time: it takes {needed / 1e6:,.0f} MB, too much for the "
@@ -264,14 +277,16 @@ class ContextKeeper:
                         "--session NAME keeps it under a name"
                     )
                     return
-                self._document = ContextWriter(file, self._origin)
+                self._document = ContextWriter(folder, self._origin)
                 self.notes.append(
                     f"kept for next time in {self._store.place} ({needed / 1e6:,.0f} MB, readable by you alone); "
                     "--keep off keeps nothing"
                 )
             wanted = self._document.plan(session, kind="documents")
-            self._document.commit(session.engine, wanted)
-            self._store.shrink_to(self._store.limit, keep=self._document.file.path)
+            held = self._document.folder.description
+            if any(held.get(key) != wanted.description[key] for key in ("num_tokens", "read_ahead")):
+                self._document.commit(session, wanted)
+                self._store.shrink_to(self._store.limit, keep=self._document.folder.path)
         except SessionError as error:
             self._storing = False
             self.notes.append(f"what is read is not kept for next time: {error}")
@@ -280,7 +295,8 @@ class ContextKeeper:
     def _needed_bytes(self, session: ChatSession) -> int:
         engine = session.engine
         blocks = self._total // engine.cache.layout.block_size * engine.plan.num_retrieval
-        return blocks * engine.cache.layout.record_bytes + 2 * engine.cache.ring.nbytes + 8 * self._total
+        rings = min(MIN_RINGS, self._num_documents) * engine.cache.ring.nbytes
+        return blocks * engine.cache.layout.record_bytes + rings + 4 * self._total
 
     def _end_reading(self) -> None:
         if self._document is not None:
@@ -291,9 +307,9 @@ class ContextKeeper:
         self, session: ChatSession, token_ids: Sequence[int], ends: Sequence[int]
     ) -> tuple[str, TakenUp, ContextWriter] | None:
         """Return what the session's own file holds of a reading that was stopped."""
-        if self._session is None or self._session.file.opened is None:
+        if self._session is None:
             return None
-        taken = usable(self._session.file, session.engine.token_ids, token_ids, ends)
+        taken = usable(self._session.folder, self._session.token_ids, session.engine.token_ids, token_ids, ends)
         return None if taken is None else (f"session {self.name}", taken, self._session)
 
     def _in_store(
@@ -303,36 +319,27 @@ class ContextKeeper:
         if self._store is None:
             return None
         before = session.engine.token_ids
-        best: tuple[TakenUp, ContextFile] | None = None
+        best: TakenUp | None = None
         for path in self._store.candidates(identify(session.engine, session.tokenizer)):
             try:
-                file = ContextFile.open(path, writable=True)
+                folder = ContextFolder.open(path, writable=True)
             except SessionError:
                 continue  # another process reads or writes it
             try:
-                check_shapes(file, session.engine)
-                taken = usable(file, before, token_ids, ends)
+                check_shapes(folder, session.engine)
+                taken = usable(folder, stored_tokens(folder, session.engine), before, token_ids, ends)
             except SessionError:
-                file.close()
+                folder.close()
                 with contextlib.suppress(SessionError):
                     remove(path)  # damaged, and it can be made again
                 continue
-            if taken is not None and (best is None or taken.num_tokens > best[0].num_tokens):
+            if taken is not None and (best is None or taken.num_tokens > best.num_tokens):
                 if best is not None:
-                    best[1].close()
-                best = taken, file
+                    best.folder.close()
+                best = taken
             else:
-                file.close()
+                folder.close()
         if best is None:
             return None
-        self._store.touch(best[1].path)
-        return "the store of documents", best[0], ContextWriter(best[1], self._origin)
-
-    def _stored_tokens(self, taken: TakenUp) -> int:
-        assert taken.file.opened is not None
-        return taken.file.opened.index.num_tokens
-
-
-def _rings(taken: TakenUp) -> Sequence[Any]:
-    assert taken.file.opened is not None
-    return taken.file.opened.index.rings
+        self._store.touch(best.folder.path)
+        return "the store of documents", best, ContextWriter(best.folder, self._origin)

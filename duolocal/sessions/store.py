@@ -1,7 +1,7 @@
 """The store of documents that were read: contexts found again by their token ids, bounded in size, oldest out.
 
-Owns which files there are and which go. A file of the store is a context file of kind "documents"; its name means
-nothing. What is in it is as private as the documents: the folder and the files are their owner's alone.
+Owns which contexts there are and which go; they are of kind "documents", and their names mean nothing. What is in them
+is as private as the documents: folders and files are their owner's alone.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from duolocal.errors import SessionError
-from duolocal.sessions.file import ContextFile, remove
+from duolocal.sessions.folder import ContextFolder, bytes_on_disk, remove
 from duolocal.sessions.identity import compatible
-from duolocal.sessions.names import DOCUMENTS, SUFFIX, files_in, make_folder
+from duolocal.sessions.names import DOCUMENTS, MANIFEST, SUFFIX, contexts_in, make_folder
 
 DEFAULT_LIMIT = 8 << 30  # bytes
 _SHARE_OF_FREE = 0.5  # of the disk, however large the limit
@@ -24,7 +24,7 @@ _SHARE_OF_FREE = 0.5  # of the disk, however large the limit
 
 @dataclass
 class DocumentStore:
-    """The files below `folder`/documents, together at most `limit` bytes."""
+    """The contexts below `folder`/documents, together at most `limit` bytes."""
 
     folder: Path
     limit: int = DEFAULT_LIMIT
@@ -35,23 +35,18 @@ class DocumentStore:
         return self.folder / DOCUMENTS
 
     def candidates(self, identity: Mapping[str, Any]) -> list[Path]:
-        """Return the files whose contexts belong to `identity`, longest first."""
+        """Return the contexts that belong to `identity`."""
         found = []
-        for path in files_in(self.place) if self.place.is_dir() else []:
-            try:
-                file = ContextFile.open(path)
-            except SessionError:
-                continue  # of another version, or damaged: it ages out
-            assert file.opened is not None
-            description = file.opened.description
-            saved = description.get("identity")
-            if description.get("kind") == "documents" and isinstance(saved, dict) and compatible(saved, identity):
-                found.append((file.opened.index.num_tokens, path))
-            file.close()
-        return [path for _, path in sorted(found, reverse=True)]
+        for path in contexts_in(self.place):
+            with contextlib.suppress(SessionError):  # of another version, or damaged: it ages out
+                description = ContextFolder.open(path).description
+                saved = description.get("identity")
+                if description.get("kind") == "documents" and isinstance(saved, dict) and compatible(saved, identity):
+                    found.append(path)
+        return found
 
-    def begin(self, nbytes: int) -> ContextFile | None:
-        """Begin a file that will have `nbytes`, removing the oldest to make room; None where it is too large."""
+    def begin(self, nbytes: int) -> ContextFolder | None:
+        """Begin a context that will have `nbytes`, removing the oldest to make room; None where it is too large."""
         make_folder(self.place)
         try:
             free = shutil.disk_usage(self.place).free
@@ -63,17 +58,16 @@ class DocumentStore:
         path = self.place / f"{secrets.token_hex(4)}{SUFFIX}"
         while path.exists():
             path = self.place / f"{secrets.token_hex(4)}{SUFFIX}"
-        return ContextFile.create(path)
+        return ContextFolder.create(path)
 
     def shrink_to(self, nbytes: int, *, keep: Path | None = None) -> None:
-        """Remove the files that were used longest ago until the others have at most `nbytes` together."""
-        files = []
-        for path in files_in(self.place):
+        """Remove what was used longest ago until the rest takes at most `nbytes`."""
+        contexts = []
+        for path in contexts_in(self.place):
             with contextlib.suppress(OSError):
-                info = path.stat()
-                files.append((info.st_mtime, info.st_size, path))
-        excess = sum(size for _, size, _ in files) - nbytes
-        for _, size, path in sorted(files):
+                contexts.append((_used(path).stat().st_mtime, bytes_on_disk(path), path))
+        excess = sum(size for _, size, _ in contexts) - nbytes
+        for _, size, path in sorted(contexts):
             if excess <= 0:
                 return
             if path != keep:
@@ -82,6 +76,11 @@ class DocumentStore:
                     excess -= size
 
     def touch(self, path: Path) -> None:
-        """Note that a file was used."""
+        """Note that a context was used."""
         with contextlib.suppress(OSError):
-            os.utime(path)
+            os.utime(_used(path))
+
+
+def _used(path: Path) -> Path:
+    """Return the file whose time says when a context was used."""
+    return path / MANIFEST if path.is_dir() else path

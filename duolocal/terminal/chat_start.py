@@ -149,16 +149,13 @@ def settings_of_session(options: Chat, settings: LoadSettings) -> tuple[LoadSett
     """Return the settings with what `--session` was saved with where nothing was asked, and a line that says so."""
     if options.session is None:
         return settings, None
-    from duolocal.sessions.file import ContextFile
-    from duolocal.sessions.names import session_file
+    from duolocal.sessions.folder import ContextFolder
+    from duolocal.sessions.names import is_saved, session_path
 
-    path = session_file(sessions_folder(options.sessions_folder), options.session)
-    if not path.is_file():
+    path = session_path(sessions_folder(options.sessions_folder), options.session)
+    if not is_saved(path):
         return settings, None
-    file = ContextFile.open(path)
-    assert file.opened is not None
-    saved = values_in(LoadSettings, file.opened.fields().texts("options"))
-    file.close()
+    saved = values_in(LoadSettings, ContextFolder.open(path).fields().texts("options"))
     taken = {
         item.name: saved[item.name]
         for item in fields(LoadSettings)

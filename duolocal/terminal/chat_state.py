@@ -61,12 +61,12 @@ class ChatState:
     def follow(self) -> None:
         """Bring questions and endings in line with the turn the session is at."""
         self.forget_messages()
-        for turn in self.session.tree.current.way():
-            if turn.kind == "exchange":
-                index = len(turn.state.messages) - 1
-                self.questions[index - 1] = turn.name
-                if turn.reason not in ("", "stop"):
-                    self.ends[index] = turn.reason
+        exchanges = [turn for turn in self.session.tree.current.way() if turn.kind == "exchange"]
+        answers = [index for index, message in enumerate(self.session.messages) if message.role == "assistant"]
+        for turn, index in zip(exchanges, answers, strict=True):
+            self.questions[index - 1] = turn.name
+            if turn.reason not in ("", "stop"):
+                self.ends[index] = turn.reason
 
 
 class CommandHost(Protocol):

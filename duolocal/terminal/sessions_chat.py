@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from duolocal.documents import Document, Part
 from duolocal.errors import SettingsError
-from duolocal.sessions.names import session_file
+from duolocal.sessions.names import is_saved, near_names, session_path
 from duolocal.terminal import figures, transcript
 from duolocal.terminal.chat_state import ChatState, CommandHost, Commands, all_or_nothing, split_words
 
@@ -115,10 +115,12 @@ def opened_line(session: Any, name: str, elapsed_s: float) -> str:
 def begin_or_open(keeper: "ContextKeeper", session: Any, name: str, *, system: str | None) -> dict[str, Document]:
     """Open the session that --session names, or begin it; returns its documents. Raises DuoLocalError."""
     began = time.perf_counter()
-    if not session_file(keeper.folder, name).exists():
+    if not is_saved(session_path(keeper.folder, name)):
+        near = near_names(keeper.folder, name)
         keeper.begin(name, session)
         keeper.save(session)
-        keeper.notes.append(f"session {name} begins; it is saved after every turn in {keeper.folder}")
+        meant = f" (there is also {', '.join(near)})" if near else ""
+        keeper.notes.append(f"session {name} is new{meant}; it is saved after every turn in {keeper.folder}")
         return {}
     extra = keeper.open(name, session)
     if system is not None and system != session.system:

@@ -11,8 +11,8 @@ from rich.text import Text
 from duolocal.commands.sessions import Listing, One, Removed
 from duolocal.errors import SessionError
 from duolocal.paths import sessions_folder
-from duolocal.sessions.file import ContextFile, remove
-from duolocal.sessions.names import DOCUMENTS, files_in, session_file
+from duolocal.sessions.folder import KINDS, ContextFolder, bytes_on_disk, remove
+from duolocal.sessions.names import DOCUMENTS, contexts_in, is_saved, no_session, session_path
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.consoles import new_console, print_prose
@@ -20,14 +20,12 @@ from duolocal.terminal.tables import fact_table, new_table
 
 
 def _report(path: Path) -> dict[str, Any]:
-    """Return what a file says of itself; one that cannot be read says why."""
+    """Return what a saved context says of itself; one that cannot be read says why."""
     report: dict[str, Any] = {"name": path.stem, "path": str(path)}
     try:
-        report["bytes"] = path.stat().st_size
-        file = ContextFile.open(path)
-        file.close()
-        assert file.opened is not None
-        fields, index = file.opened.fields(), file.opened.index
+        report["bytes"] = bytes_on_disk(path)
+        folder = ContextFolder.open(path)
+        fields = folder.fields()
         identity = fields.inner("identity")
         documents = fields.array("documents", longest=1 << 20)
         if not all(isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in documents):
@@ -35,7 +33,7 @@ def _report(path: Path) -> dict[str, Any]:
         report |= {
             "kind": fields.text("kind"),
             "model": fields.text("model"),
-            "tokens": index.num_tokens,
+            "tokens": fields.integer("num_tokens", most=1 << 40),
             "turns": fields.integer("num_turns", most=1 << 31),
             "saved": fields.text("saved"),
             "documents": [{"name": name, "tokens": tokens} for name, tokens in documents],
@@ -44,7 +42,8 @@ def _report(path: Path) -> dict[str, Any]:
             "dtype": identity.text("dtype"),
             "rope": identity.inner("rope").text("shown"),
             "options": fields.texts("options"),
-            "rings": len(index.rings),
+            "rings": len(folder.segments["rings"]),
+            "kinds": {kind: folder.kind_bytes(kind) for kind in KINDS},
         }
     except SessionError as error:
         report["error"] = str(error)
@@ -56,9 +55,8 @@ def _report(path: Path) -> dict[str, Any]:
 def show_list(options: Listing) -> int:
     """List sessions and kept documents; return the exit code."""
     console, folder = new_console(), sessions_folder(options.sessions_folder)
-    sessions = [_report(path) for path in files_in(folder)] if folder.is_dir() else []
-    place = folder / DOCUMENTS
-    documents = [_report(path) for path in files_in(place)] if place.is_dir() else []
+    sessions = [_report(path) for path in contexts_in(folder)]
+    documents = [_report(path) for path in contexts_in(folder / DOCUMENTS)]
     if options.json:
         print(json.dumps({"folder": str(folder), "sessions": sessions, "documents": documents}, ensure_ascii=False))
         return 0
@@ -101,7 +99,8 @@ def show_info(one: One, options: Listing) -> int:
         raise SessionError(report["error"])
     table = fact_table()
     table.add_row("session", Text(clean_line(one.name)))
-    table.add_row("file", Text(clean_line(f"{report['path']} ({figures.size(report['bytes'])})")))
+    table.add_row("folder", Text(clean_line(report["path"])))
+    table.add_row("size", _sizes(report))
     table.add_row("saved", Text(clean_line(report["saved"])))
     table.add_row("model", Text(clean_line(report["model"])))
     table.add_row("start with", Text(clean_line(" ".join(report["options"]))))
@@ -115,29 +114,42 @@ def show_info(one: One, options: Listing) -> int:
     return 0
 
 
+def _sizes(report: dict[str, Any]) -> str:
+    """Say what takes how much: going back to a turn at once takes a ring, which is large beside a short context."""
+    kinds, rings = report["kinds"], report["rings"]
+    places = "1 place" if rings == 1 else f"{rings} places"
+    return (
+        f"{figures.size(report['bytes'])}: keys and values {figures.size(kinds['blocks'])}, recent tokens at {places} "
+        f"to go on from {figures.size(kinds['rings'])}, texts and ids {figures.size(kinds['turns'] + kinds['tokens'])}"
+    )
+
+
 def _existing(folder: Path, name: str) -> Path:
-    path = session_file(folder, name)
-    if not path.is_file():
-        raise SessionError(f"there is no session {name} in {folder}: `duolocal sessions list` shows what there is")
+    """Return where a session, or a kept document by the name that `list` gives it, is."""
+    kept = name.removeprefix(f"{DOCUMENTS}/")
+    path = session_path(folder if kept == name else folder / DOCUMENTS, kept)
+    if not is_saved(path):
+        raise no_session(folder, name)
     return path
 
 
 def remove_sessions(removed: Removed, options: Listing) -> int:
-    """Remove sessions, all or none, and kept documents; return the exit code."""
+    """Remove sessions and kept documents, all that are named or none; return the exit code."""
     folder = sessions_folder(options.sessions_folder)
-    paths = [_existing(folder, name) for name in dict.fromkeys(removed.names)]
-    place = folder / DOCUMENTS
-    paths += files_in(place) if removed.documents and place.is_dir() else []
-    freed = 0
-    for path in paths:
-        size = path.stat().st_size
+    paths = [_existing(folder, name) for name in removed.names]
+    paths += contexts_in(folder / DOCUMENTS) if removed.documents else []
+    sizes = {path: bytes_on_disk(path) for path in paths}
+    for path in sizes:
         remove(path)
-        freed += size
+    freed = sum(sizes.values())
     if options.json:
-        print(json.dumps({"removed": [str(path) for path in paths], "bytes": freed}, ensure_ascii=False))
-    else:
-        files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
-        new_console().print(Text(f"removed {files}, {figures.size(freed)}"))
+        print(json.dumps({"removed": [str(path) for path in sizes], "bytes": freed}, ensure_ascii=False))
+        return 0
+    console = new_console()
+    for path, size in sizes.items() if len(sizes) > 1 else ():
+        console.print(Text(clean_line(f"{path.stem}: {figures.size(size)}")))
+    things = "1 saved context" if len(sizes) == 1 else f"{len(sizes)} saved contexts"
+    console.print(Text(f"removed {things}, {figures.size(freed)}"))
     return 0
 
 
