@@ -33,8 +33,8 @@ compiled_kernels = [
 
 
 @cache
-def compiled(num_threads: int) -> CpuKernels:
-    return CpuKernels(num_threads)
+def compiled(num_threads: int, activations: str = "float32") -> CpuKernels:
+    return CpuKernels(num_threads, activations=activations)
 
 
 class _PoisonedTorch:

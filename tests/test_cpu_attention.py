@@ -34,10 +34,16 @@ RECENTS = (1, 16, 128, 256)
 
 
 def make_cache(
-    plan: HeadPlan, layout: BlockLayout, *, group: int = 2, context: int = 512, num_threads: int | None = 2
+    plan: HeadPlan,
+    layout: BlockLayout,
+    *,
+    group: int = 2,
+    context: int = 512,
+    num_threads: int | None = 2,
+    activations: str = "float32",
 ) -> DuoCache:
     """Return a poisoned cache; num_threads: None for the torch path."""
-    kernels = None if num_threads is None else compiled(num_threads)
+    kernels = None if num_threads is None else compiled(num_threads, activations)
     return poisoned_cache(plan, layout, group=group, context=context, kernels=kernels)
 
 
@@ -239,6 +245,52 @@ def test_every_format_equals_the_oracle_and_the_torch_path(head_dim: int, kv: st
         got, size = check(cache, q, k, v, [150, 1, 1, 100, *[1] * 8, 70], tolerance=tolerance)
     theirs = feed(make_cache(plan, layout, group=3, num_threads=None), q, k, v, [330])
     assert_near(got, theirs.double(), size, tolerance=2 * tolerance)  # each may be that far from the exact value
+
+
+# A weight loses up to 2^-16 of the largest of up to 64 in its tile, times its scale; a query's feature 2^-16 of the
+# largest of its row, before it meets keys with outliers. Measured 3.4e-3 at worst, 2e-5 on average.
+CODES_TOLERANCE, CODES_AVERAGE = 8e-3, 6e-5
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+@pytest.mark.parametrize("kv", ["int8", "k8v4", "int4"])
+@pytest.mark.parametrize(("head_dim", "group"), [(32, 1), (64, 3), (96, 5), (128, 8), (160, 2), (256, 6)])
+def test_codes_meet_codes(head_dim: int, group: int, kv: str, block_size: int) -> None:
+    """One token after another, from blocks of integer codes: by integers, near the oracle, and no less than it is."""
+    plan = HeadPlan(MIXED, sink_size=5, recent_size=40, source="test")
+    q, k, v = tokens(plan, 362, head_dim=head_dim, group=group)
+    with_special_values(k, v)
+    layout, cuts = layout_of(kv, head_dim=head_dim, block_size=block_size), [200, 150, *[1] * 12]
+    with poisoned():
+        cache = make_cache(plan, layout, group=group, activations="int8")
+        got, size = check(cache, q, k, v, cuts, tolerance=CODES_TOLERANCE)
+        exact = feed(make_cache(plan, layout, group=group), q, k, v, cuts)
+    assert float(((got - exact).abs() / size.clamp_min(1e-30)).mean()) < CODES_AVERAGE
+    retrieval = [(layer, head) for layer, heads in enumerate(MIXED) for head, kept in enumerate(heads) if kept]
+    layers, heads = map(list, zip(*retrieval, strict=True))
+    by_head = [x.unflatten(2, (3, group))[layers, :, heads] for x in (got, exact)]  # [rows, count, group, head_dim]
+    assert torch.equal(by_head[0][:, :133], by_head[1][:, :133])  # nothing is beyond the window
+    assert not torch.equal(by_head[0][:, 200:350], by_head[1][:, 200:350])
+    assert not torch.equal(by_head[0][:, 350:], by_head[1][:, 350:])
+    streaming = [(layer, head) for layer, heads in enumerate(MIXED) for head, kept in enumerate(heads) if not kept]
+    layers, heads = map(list, zip(*streaming, strict=True))
+    assert torch.equal(*(x.unflatten(2, (3, group))[layers, :, heads] for x in (got, exact)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["query", "value"])
+def test_what_is_not_finite_is_not_hidden_by_codes(where: str, bad: float) -> None:
+    plan = HeadPlan(((True,),), sink_size=5, recent_size=40, source="test")
+    q, k, v = tokens(plan, 300, head_dim=64)
+    {"query": q, "value": v}[where][0, 299 if where == "query" else 20, 0, 3] = bad
+    outs = [
+        feed(make_cache(plan, layout_of("k8v4", head_dim=64), activations=activations), q, k, v, [250, *[1] * 50])
+        for activations in ("float32", "int8")
+    ]
+    seen = [out[0, -1, 0].isfinite() for out in outs]
+    assert torch.equal(*seen), where
+    assert where == "value" or not seen[0].all()
 
 
 LAYOUTS = {

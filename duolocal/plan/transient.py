@@ -120,7 +120,7 @@ def _compiled(s: _Shape, threads: int) -> int:
         (max(attention, mlp) + s.hidden + 2 * s.inner) * 4 + _codes(max(s.inner, s.hidden, s.queries))
     )
     tile = min(max(1, TILE_ROWS // s.group), s.chunk) * s.group
-    scratch = tile * (3 * s.dim + KEY_TILE + 2) + 3 * s.dim * KEY_TILE
+    scratch = tile * (3 * s.dim + KEY_TILE + 6) + 3 * s.dim * KEY_TILE + tile * (s.dim + KEY_TILE) // 2
     partial = MOST_AHEAD * s.kv_heads * (_SPANS_PER_THREAD * threads + 1) * s.group * (s.dim + 2)
     return activations + 4 * (threads * scratch + partial)
 

@@ -142,6 +142,7 @@ class CpuAttention:
                 first_rows[(layer + 1) % num_layers],
                 counts[(layer + 1) % num_layers],
                 None if tiers is None else tiers.tags.data_ptr(),
+                kernels.activations != "float32",
                 None if self._selection is None else ctypes.addressof(self._selection),
             )
             for layer in range(num_layers)
@@ -322,7 +323,8 @@ class CpuAttention:
 
     def _scratch_floats(self, tile: int) -> int:
         rows = tile * self._group
-        return rows * (3 * self._dim + KEY_TILE + 2) + 3 * self._dim * KEY_TILE
+        codes = rows * (self._dim + KEY_TILE) // 2  # two bytes each, of queries and of weights
+        return rows * (3 * self._dim + KEY_TILE + 6) + 3 * self._dim * KEY_TILE + codes
 
 
 def _plane(layout: BlockLayout, which: str) -> PlaneArgs:

@@ -194,6 +194,7 @@ class LayerCache(ctypes.Structure):
         ("next_row", c_int64),
         ("next_rows", c_int64),
         ("tags", c_void_p),
+        ("integers", c_int64),
         ("selection", c_void_p),
     )
 

@@ -4,6 +4,7 @@
 // (j < sink or i - j < its head's width), and, in retrieval heads, from its block when j >= sink and
 // i - j >= width. The two sets are disjoint. Formats are only known to `decode_plane`.
 #pragma once
+#include "integer_attention.h"
 #include "linear.h"
 #include "select.h"
 
@@ -140,11 +141,8 @@ INLINE void add_values(int rows, int64_t dim, const float *weights, const float 
       for (int64_t t = 0; t < count; t++) sums[r * stride + d] += weights[r * TILE + t] * v[t * dim + d];
 }
 
-// Attend from q [group][dim] to `count` keys and values: sums [group][dim], then each row's maximum and total weight.
-INLINE void attend_tile(int64_t group, int64_t dim, const float *q, const float *k, const float *v, int64_t count,
-                        float *sums, int64_t stride) {
-  float scores[MAX_GROUP * TILE] __attribute__((aligned(64)));
-  score_tile(group, dim, q, k, count, scores);
+// Make weights of scores [group][TILE]; sums [group][dim] keep, behind them, each row's maximum and total weight.
+INLINE void weigh_scores(int64_t group, int64_t dim, float *scores, int64_t count, float *sums, int64_t stride) {
   for (int64_t g = 0; g < group; g++) {
     float *row = scores + g * TILE, *top = sums + g * stride + dim, *total = top + 1, before = *top;
     vf tops = splat(before), weights = {0};
@@ -162,6 +160,14 @@ INLINE void attend_tile(int64_t group, int64_t dim, const float *q, const float 
     }
     *total += sum(weights);
   }
+}
+
+// Attend from q [group][dim] to `count` keys and values.
+INLINE void attend_tile(int64_t group, int64_t dim, const float *q, const float *k, const float *v, int64_t count,
+                        float *sums, int64_t stride) {
+  float scores[MAX_GROUP * TILE] __attribute__((aligned(64)));
+  score_tile(group, dim, q, k, count, scores);
+  weigh_scores(group, dim, scores, count, sums, stride);
   int64_t g = 0;
   for (; g + 4 <= group; g += 4) add_values(4, dim, scores + g * TILE, v, count, sums + g * stride, stride);
   if (group - g == 3) add_values(3, dim, scores + g * TILE, v, count, sums + g * stride, stride);
@@ -174,6 +180,33 @@ static void attend_tile_any(int64_t group, int64_t dim, const float *q, const fl
   if (dim == 64) attend_tile(group, 64, q, k, v, count, sums, stride);
   else if (dim == 128) attend_tile(group, 128, q, k, v, count, sums, stride);
   else attend_tile(group, dim, q, k, v, count, sums, stride);
+}
+
+// The same of codes.
+INLINE void attend_codes_of(int64_t group, int64_t dim, const query_codes *q, const tile_codes *k, int k_signed,
+                            const tile_codes *v, int v_signed, int64_t count, float *sums, int64_t stride) {
+  float scores[MAX_GROUP * TILE] __attribute__((aligned(64))), scales[MAX_GROUP], minimum[MAX_GROUP];
+  uint8_t codes[MAX_GROUP * TILE], rests[MAX_GROUP * TILE];
+  weight_codes w = {codes, rests, scales, minimum};
+  score_codes(group, dim, q, k, k_signed, count, scores);
+  weigh_scores(group, dim, scores, count, sums, stride);
+  add_value_codes(group, dim, scores, v, v_signed, count, &w, sums, stride);
+}
+
+static void attend_codes(int64_t group, int64_t dim, const query_codes *q, const tile_codes *k, const tile_codes *v,
+                         int64_t count, float *sums, int64_t stride) {
+#define OF_DIM(dim)                                                                                         \
+  if (k->is_signed && v->is_signed) attend_codes_of(group, dim, q, k, 1, v, 1, count, sums, stride);        \
+  else if (k->is_signed) attend_codes_of(group, dim, q, k, 1, v, 0, count, sums, stride);                   \
+  else attend_codes_of(group, dim, q, k, 0, v, v->is_signed, count, sums, stride);
+  if (dim == 64) {
+    OF_DIM(64)
+  } else if (dim == 128) {
+    OF_DIM(128)
+  } else {
+    attend_codes_of(group, dim, q, k, k->is_signed, v, v->is_signed, count, sums, stride);
+  }
+#undef OF_DIM
 }
 
 INLINE void prefetch_scales(const layer_cache *c, const uint8_t *record) {
@@ -243,9 +276,12 @@ static void decode_span(const decode_args *a, int64_t first_token, int64_t last_
   int64_t begin = blocks.begin + (which - 1) * size, end = least(blocks.end, begin + size);
   if (begin >= end) return;
   float q[MOST_AHEAD][MAX_GROUP * MAX_DIM], k[TILE * MAX_DIM], v[TILE * MAX_DIM], *sums[MOST_AHEAD];
+  query_codes codes[MOST_AHEAD];
+  int by_codes = c->integers && has_codes(&c->key, dim) && has_codes(&c->value, dim);
   for (int64_t token = first_token; token <= last_token; token++) {
     load_queries(c, a->q + token * c->kv_heads * group * dim, head, c->key.rotate, q[token]);
     sums[token] = fresh_sums(a, token, head, which);
+    by_codes = by_codes && quantize_queries(group, dim, q[token], codes + token);
   }
   const int64_t *table = c->table + c->rows[head] * c->table_stride;
   const int32_t *list = c->selection ? list_of(c->selection, c->rows[head]) : 0;
@@ -263,14 +299,22 @@ static void decode_span(const decode_args *a, int64_t first_token, int64_t last_
     }
     const uint8_t *record = c->records + table[block] * c->record_bytes;
     int64_t ahead = (table[next] - table[block]) * c->record_bytes;
+    tile_codes of_keys, of_values;
     prefetch_scales(c, record + ahead);
-    decode_plane(record, &c->key, dim, first, count, ahead, k);
-    decode_plane(record, &c->value, dim, first, count, ahead, v);
+    if (by_codes) {
+      read_codes(record, &c->key, dim, first, count, ahead, (uint8_t *)k, &of_keys);
+      read_codes(record, &c->value, dim, first, count, ahead, (uint8_t *)v, &of_values);
+    } else {
+      decode_plane(record, &c->key, dim, first, count, ahead, k);
+      decode_plane(record, &c->value, dim, first, count, ahead, v);
+    }
     for (int64_t token = first_token; token <= last_token; token++) {
       // An earlier token sees fewer: the last of them are later in its window.
       int64_t sees = token == last_token ? count
                                          : least(count, block_tokens(c, position + token).end - block * c->block_size - first);
-      if (sees > 0) attend_tile_any(group, dim, q[token], k, v, sees, sums[token], stride);
+      if (sees <= 0) continue;
+      if (by_codes) attend_codes(group, dim, codes + token, &of_keys, &of_values, sees, sums[token], stride);
+      else attend_tile_any(group, dim, q[token], k, v, sees, sums[token], stride);
     }
   }
 }
@@ -352,19 +396,14 @@ typedef struct {
 typedef struct {
   int64_t rows, dim, group, first, step;  // `first`: position of the first query; `step`: to the next
   float *q, *rotated, *sums, *scores, *k_t, *k, *v, *top, *total;
+  chunk_codes codes;
 } tile_state;
 
-// Attend to `count` keys from position `begin` on. Row r sees those in [low(i), high(i)) with i its position:
-// window == 0: [begin, i - width + 1); 1: sinks and causal; 2: the band of `width` and causal. Without `sums` the values
-// are left out.
-static void attend_keys(const layer_cache *c, tile_state *s, const float *q, const float *k, int64_t k_stride, const float *v,
-                        int64_t v_stride, int64_t begin, int64_t count, int part, int64_t width) {
-  int64_t dim = s->dim;
+// Make weights of the scores of `count` keys from position `begin` on, padded to a multiple of 2 * LANES. Row r sees those
+// in [low(i), high(i)) with i its position: part == 0: [begin, i - width + 1); 1: sinks and causal; 2: the band of `width`
+// and causal.
+static void weigh_rows(tile_state *s, int64_t begin, int64_t count, int part, int64_t width) {
   int64_t padded = (count + NR - 1) / NR * NR;
-  transpose(k, k_stride, count, dim, s->k_t, TILE);
-  for (int64_t d = 0; d < dim; d++)
-    for (int64_t t = count; t < padded; t++) s->k_t[d * TILE + t] = 0;
-  for (int64_t t = 0; t < padded; t += NR) multiply(s->rows, q, dim, s->k_t + t, TILE, dim, s->scores + t, TILE, 1);
   for (int64_t r = 0; r < s->rows; r++) {
     int64_t i = s->first + r / s->group * s->step, low = 0, high = count;
     if (part == 0) high = least(count, i - width + 1 - begin);
@@ -386,9 +425,9 @@ static void attend_keys(const layer_cache *c, tile_state *s, const float *q, con
       highest = tile_top;
       s->top[r] = highest;
       s->total[r] *= shrink;
-      float *sums = s->sums + r * dim;
+      float *sums = s->sums + r * s->dim;
       if (s->sums)
-        for (int64_t d = 0; d < dim; d++) sums[d] *= shrink;
+        for (int64_t d = 0; d < s->dim; d++) sums[d] *= shrink;
     }
     for (int64_t t = 0; t < padded; t += LANES) {
       vf w = vexp(load(scores + t) - highest);
@@ -397,12 +436,46 @@ static void attend_keys(const layer_cache *c, tile_state *s, const float *q, con
     }
     s->total[r] += sum(weights);
   }
+}
+
+// Attend to `count` keys from position `begin` on; without `sums` the values are left out.
+static void attend_keys(tile_state *s, const float *q, const float *k, int64_t k_stride, const float *v, int64_t v_stride,
+                        int64_t begin, int64_t count, int part, int64_t width) {
+  int64_t dim = s->dim;
+  int64_t padded = (count + NR - 1) / NR * NR;
+  transpose(k, k_stride, count, dim, s->k_t, TILE);
+  for (int64_t d = 0; d < dim; d++)
+    for (int64_t t = count; t < padded; t++) s->k_t[d * TILE + t] = 0;
+  for (int64_t t = 0; t < padded; t += NR) multiply(s->rows, q, dim, s->k_t + t, TILE, dim, s->scores + t, TILE, 1);
+  weigh_rows(s, begin, count, part, width);
   if (!s->sums) return;
   int64_t d = 0;
   for (; d + NR <= dim; d += NR) multiply(s->rows, s->scores, TILE, v + d, v_stride, count, s->sums + d, dim, 0);
   for (; d < dim; d++)
     for (int64_t r = 0; r < s->rows; r++)
       for (int64_t t = 0; t < count; t++) s->sums[r * dim + d] += s->scores[r * TILE + t] * v[t * v_stride + d];
+}
+
+// The same for a block's keys and values in codes.
+static void attend_key_codes(tile_state *s, const tile_codes *k, const tile_codes *v, int64_t begin, int64_t count, int64_t width) {
+  int64_t words = s->dim / 4, padded = (count + NR - 1) / NR * NR;
+  transpose((const float *)k->codes, k->stride / 4, count, words, s->k_t, TILE);
+  for (int64_t d = 0; d < words; d++)
+    for (int64_t t = count; t < padded; t++) s->k_t[d * TILE + t] = 0;
+  if (k->is_signed) score_chunk(s->rows, s->dim, &s->codes, k, 1, count, s->k_t, s->scores);
+  else score_chunk(s->rows, s->dim, &s->codes, k, 0, count, s->k_t, s->scores);
+  weigh_rows(s, begin, count, 0, width);
+  if (v->is_signed) add_value_codes(s->rows, s->dim, s->scores, v, 1, count, &s->codes.weights, s->sums, s->dim);
+  else add_value_codes(s->rows, s->dim, s->scores, v, 0, count, &s->codes.weights, s->sums, s->dim);
+}
+
+// The rows' queries in codes; 0 where they cannot be.
+static int codes_of_queries(const layer_cache *c, tile_state *s, const float *q) {
+  if (!c->integers || !has_codes(&c->key, s->dim) || !has_codes(&c->value, s->dim)) return 0;
+  if (!all_finite(q, s->rows * s->dim)) return 0;
+  for (int64_t r = 0, at = 0; r < s->rows; r++, at += s->dim)
+    s->codes.scales[r] = codes_of_row(q + at, s->dim, s->codes.codes + at, s->codes.rests + at, s->codes.sums + r);
+  return 1;
 }
 
 // Window keys of positions begin .. end - 1, from the ring or from the chunk.
@@ -423,7 +496,7 @@ static void attend_window(const prefill_args *a, tile_state *s, int64_t head, in
       k = a->k + (begin - start) * stride + head * c->dim;
       v = a->v + (begin - start) * stride + head * c->dim;
     }
-    attend_keys(c, s, s->q, k, stride, v, stride, begin, count, part, width);
+    attend_keys(s, s->q, k, stride, v, stride, begin, count, part, width);
     begin += count;
   }
 }
@@ -445,6 +518,14 @@ static void run_prefill_attention(const void *args, pool *p, int64_t thread) {
   s.v = s.k + dim * TILE;
   s.top = s.v + dim * TILE;
   s.total = s.top + most_rows;
+  s.codes.scales = s.total + most_rows;
+  s.codes.sums = s.codes.scales + most_rows;
+  s.codes.weights.scales = s.codes.sums + most_rows;
+  s.codes.weights.minimum = s.codes.weights.scales + most_rows;
+  s.codes.codes = (uint8_t *)(s.codes.weights.minimum + most_rows);
+  s.codes.rests = s.codes.codes + most_rows * dim;
+  s.codes.weights.codes = s.codes.rests + most_rows * dim;
+  s.codes.weights.rests = s.codes.weights.codes + most_rows * TILE;
   float scale = 1.0f / __builtin_sqrtf((float)dim);
   int64_t asking = c->advise ? c->next_rows : 0;
   for (int64_t item; (item = next_item(p) - asking) < tiles * c->kv_heads;) {
@@ -473,6 +554,7 @@ static void run_prefill_attention(const void *args, pool *p, int64_t thread) {
         for (int64_t r = 0; r < s.rows; r++) hadamard(s.rotated + r * dim, dim);
         q = s.rotated;
       }
+      int by_codes = codes_of_queries(c, &s, q);
       const int64_t *table = c->table + c->rows[head] * c->table_stride;
       int64_t choice = a->chosen ? s.first / a->chosen_tile - a->first_chosen : -1;
       const uint8_t *chosen = 0;
@@ -486,9 +568,16 @@ static void run_prefill_attention(const void *args, pool *p, int64_t thread) {
           continue;
         }
         const uint8_t *record = c->records + table[block] * c->record_bytes;
-        decode_plane(record, &c->key, dim, first, count, 0, s.k);
-        decode_plane(record, &c->value, dim, first, count, 0, s.v);
-        attend_keys(c, &s, q, s.k, dim, s.v, dim, position, count, 0, width);
+        if (by_codes) {
+          tile_codes of_keys, of_values;
+          read_codes(record, &c->key, dim, first, count, 0, (uint8_t *)s.k, &of_keys);
+          read_codes(record, &c->value, dim, first, count, 0, (uint8_t *)s.v, &of_values);
+          attend_key_codes(&s, &of_keys, &of_values, position, count, width);
+        } else {
+          decode_plane(record, &c->key, dim, first, count, 0, s.k);
+          decode_plane(record, &c->value, dim, first, count, 0, s.v);
+          attend_keys(&s, q, s.k, dim, s.v, dim, position, count, 0, width);
+        }
         position += count;
       }
       if (c->value.rotate)

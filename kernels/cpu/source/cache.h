@@ -26,6 +26,7 @@ typedef struct {
   int64_t num_slots;                   // copies of each row's blocks
   int64_t next_row, next_rows;         // rows of `table` that the next layer reads
   int64_t *tags;                       // [rows of the table, num_slots]: whose copy it is; null where all is in memory
+  int64_t integers;                    // whether blocks of integer codes are met by codes
   const selection *selection;          // which blocks a decode step reads; null for all of them
 } layer_cache;
 

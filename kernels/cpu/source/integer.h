@@ -77,6 +77,12 @@ INLINE vi dot_lanes(vi sums, vcodes codes, vi x, int is_signed) {
 #endif
 }
 
+#if LANES == 16
+#define CODE_ROWS 6  // rows of x in codes whose sums stay in registers
+#else
+#define CODE_ROWS 2
+#endif
+
 INLINE v8 eight(float x) { return x - (v8){0}; }
 INLINE v8 load8(const float *p) { return *(const v8_u4 *)p; }
 
@@ -316,19 +322,19 @@ INLINE float most_of(const float *x) {
   return max_of(largest);
 }
 
-// One unit of x: its scale, or 0 where all is 0. Its codes, its rests where it is `fine`, and the sums of 128 * code + rest of
-// its halves.
+// One unit of x: its scale, or 0 where all is 0. Its codes, its rests where it is `fine`, and, unless null, the sums of
+// 128 * code + rest of its halves.
 INLINE float quantize_unit(const float *x, float most, int fine, uint8_t *codes, uint8_t *rests, int32_t *halves) {
 #pragma clang fp contract(off)
   int some = most > 1e-30f;  // below, its inverse would be infinite
   float inverse = some ? 127.0f / most : 0.0f;
-  halves[0] = halves[1] = 0;
+  if (halves) halves[0] = halves[1] = 0;
   for (int i = 0; i < PER_UNIT; i++) {
     vf value = load(x + i * LANES) * inverse;
     vi code = rounded(value), rest = fine ? rounded((value - __builtin_convertvector(code, vf)) * 128.0f) : (vi){0};
     *(vsb_u *)(codes + i * LANES) = __builtin_convertvector(code, vsb);
     *(vsb_u *)(rests + i * LANES) = __builtin_convertvector(rest, vsb);
-    halves[i * LANES / 16] += (int32_t)sum(__builtin_convertvector(code * 128 + rest, vf));
+    if (halves) halves[i * LANES / 16] += (int32_t)sum(__builtin_convertvector(code * 128 + rest, vf));
   }
   return some ? most / (127.0f * 128.0f) : 0.0f;
 }

@@ -12,10 +12,8 @@
 #define NR (2 * LANES)  // columns of a panel: output features
 #if LANES == 16
 #define MR 12
-#define CODE_ROWS 6  // rows of x in codes whose sums stay in registers
 #else
 #define MR 6
-#define CODE_ROWS 2
 #endif
 #define KC 256   // depth of a panel: input features; a multiple of every block size
 #define SLICE 1024  // input features decoded at a time for few rows
@@ -344,7 +342,7 @@ INLINE void multiply_codes(int rows, int halves, int is_signed, const codes_of_x
 INLINE void multiply_tokens(int halves, int is_signed, const linear_args *a, int64_t cols, int64_t first, int64_t count,
                             int64_t unit, const code_panel *panel, int64_t units, float *c, int64_t c_stride, int fresh) {
   int64_t i = 0, stride = padded_units(cols);
-#define TILE(rows)                                                                                             \
+#define ROWS_OF_TILE(rows)                                                                                             \
   for (; i + (rows) <= count; i += (rows)) {                                                                   \
     codes_of_x x = codes_from(a, cols, first + i, unit);                                                       \
     for (int64_t r = i + (rows); r < i + 2 * (rows) && r < count; r++) { /* what the next tile reads */        \
@@ -354,10 +352,10 @@ INLINE void multiply_tokens(int halves, int is_signed, const linear_args *a, int
     }                                                                                                          \
     multiply_codes(rows, halves, is_signed, &x, cols, stride, panel, units, c + i * c_stride, c_stride, fresh); \
   }
-  TILE(CODE_ROWS)
-  TILE(2)
-  TILE(1)
-#undef TILE
+  ROWS_OF_TILE(CODE_ROWS)
+  ROWS_OF_TILE(2)
+  ROWS_OF_TILE(1)
+#undef ROWS_OF_TILE
 }
 
 // One panel of output features for all rows of x in codes.

@@ -175,34 +175,37 @@ INLINE vf look_up_any(const any_table *table, vb index) {
 #endif
 }
 
-// lanes[i] <- the sum of the i-th vector: LANES dot products finished together.
-INLINE vf sum_each(const vf *rows) {
-  vf out;
-#if LANES == 8
-#define PAIR(a, b, i0, i1, i2, i3, i4, i5, i6, i7) __builtin_shufflevector(a, b, i0, i1, i2, i3, i4, i5, i6, i7)
-  vf s[4], t[2];
-  for (int i = 0; i < 4; i++)  // each half of s[i]: sums of neighbouring pairs of rows 2i and 2i + 1
-    s[i] = PAIR(rows[2 * i], rows[2 * i + 1], 0, 2, 8, 10, 4, 6, 12, 14) +
-           PAIR(rows[2 * i], rows[2 * i + 1], 1, 3, 9, 11, 5, 7, 13, 15);
-  for (int i = 0; i < 2; i++)
-    t[i] = PAIR(s[2 * i], s[2 * i + 1], 0, 2, 8, 10, 4, 6, 12, 14) + PAIR(s[2 * i], s[2 * i + 1], 1, 3, 9, 11, 5, 7, 13, 15);
-  out = PAIR(t[0], t[1], 0, 1, 2, 3, 8, 9, 10, 11) + PAIR(t[0], t[1], 4, 5, 6, 7, 12, 13, 14, 15);
-#undef PAIR
-#else
+// lanes[i] <- the sum of the i-th vector: LANES dot products finished together, of floats and of integers.
 #define PAIR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-  vf s[8], t[4], u[2];
-  for (int i = 0; i < 8; i++)
-    s[i] = PAIR(rows[2 * i], rows[2 * i + 1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-           PAIR(rows[2 * i], rows[2 * i + 1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
-  for (int i = 0; i < 4; i++)
-    t[i] = PAIR(s[2 * i], s[2 * i + 1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-           PAIR(s[2 * i], s[2 * i + 1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
-  for (int i = 0; i < 2; i++)
-    u[i] = PAIR(t[2 * i], t[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           PAIR(t[2 * i], t[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  out = PAIR(u[0], u[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-        PAIR(u[0], u[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-#undef PAIR
+#if LANES == 8
+#define DEFINE_SUM_EACH(name, vector)                                                                             \
+  INLINE vector name(const vector *rows) {                                                                        \
+    vector s[4], t[2]; /* each half of s[i]: sums of neighbouring pairs of rows 2i and 2i + 1 */                  \
+    for (int i = 0; i < 4; i++)                                                                                   \
+      s[i] = PAIR(rows[2 * i], rows[2 * i + 1], 0, 2, 8, 10, 4, 6, 12, 14) +                                      \
+             PAIR(rows[2 * i], rows[2 * i + 1], 1, 3, 9, 11, 5, 7, 13, 15);                                       \
+    for (int i = 0; i < 2; i++)                                                                                   \
+      t[i] = PAIR(s[2 * i], s[2 * i + 1], 0, 2, 8, 10, 4, 6, 12, 14) +                                            \
+             PAIR(s[2 * i], s[2 * i + 1], 1, 3, 9, 11, 5, 7, 13, 15);                                             \
+    return PAIR(t[0], t[1], 0, 1, 2, 3, 8, 9, 10, 11) + PAIR(t[0], t[1], 4, 5, 6, 7, 12, 13, 14, 15);             \
+  }
+#else
+#define DEFINE_SUM_EACH(name, vector)                                                                             \
+  INLINE vector name(const vector *rows) {                                                                        \
+    vector s[8], t[4], u[2];                                                                                      \
+    for (int i = 0; i < 8; i++)                                                                                   \
+      s[i] = PAIR(rows[2 * i], rows[2 * i + 1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +      \
+             PAIR(rows[2 * i], rows[2 * i + 1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);       \
+    for (int i = 0; i < 4; i++)                                                                                   \
+      t[i] = PAIR(s[2 * i], s[2 * i + 1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +            \
+             PAIR(s[2 * i], s[2 * i + 1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);             \
+    for (int i = 0; i < 2; i++)                                                                                   \
+      u[i] = PAIR(t[2 * i], t[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +             \
+             PAIR(t[2 * i], t[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);            \
+    return PAIR(u[0], u[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +                             \
+           PAIR(u[0], u[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);                        \
+  }
 #endif
-  return out;
-}
+DEFINE_SUM_EACH(sum_each, vf)
+DEFINE_SUM_EACH(sum_each_code, vi)
+#undef PAIR

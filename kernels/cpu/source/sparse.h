@@ -67,7 +67,7 @@ static void run_estimate_blocks(const void *args, pool *p, int64_t thread) {
       for (int64_t position = most(block * c->block_size, c->sink); position < end; position += TILE) {
         int64_t count = least(TILE, end - position);
         decode_plane(record, &c->key, dim, position % c->block_size, count, 0, s.k);
-        attend_keys(c, &s, s.rotated, s.k, dim, 0, 0, position, count, 0, width);
+        attend_keys(&s, s.rotated, s.k, dim, 0, 0, position, count, 0, width);
       }
       put_weights(a, &s, head, block);
     }
