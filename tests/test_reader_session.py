@@ -22,7 +22,7 @@ from duolocal.settings import Sampling
 from duolocal.sources import Source
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.docs_chat import add_documents
-from duolocal.terminal.docs_load import by_name
+from duolocal.terminal.docs_load import beside
 from duolocal.terminal.reader_view import picked_report, picked_view
 from duolocal.tokenizer import load_tokenizer
 from tests.session_models import GREEDY, tiny_session
@@ -177,7 +177,9 @@ def test_a_chat_shows_what_the_answer_was_made_of(tmp_path: Path) -> None:
 
 
 def test_documents_of_one_name_are_told_apart() -> None:
-    found = by_name([document("a.txt", "1"), document("a.txt", "2"), document("a.txt", "3"), document("b.txt", "4")])
+    documents = [document("a.txt", "1"), document("a.txt", "2"), document("a.txt", "3"), document("b.txt", "4")]
+    found, notes = beside([*documents, document("a.txt", "2")], {})
+    assert notes == ["a.txt is in the context already"]
     assert list(found) == ["a.txt", "a.txt (2)", "a.txt (3)", "b.txt"]
     assert [each.text for each in found.values()] == ["1", "2", "3", "4"]
 

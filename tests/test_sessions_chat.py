@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -12,16 +13,18 @@ from duolocal import cli
 from duolocal.commands.chat import Chat as ChatOptions
 from duolocal.commands.sessions import KEEP, keep_bytes
 from duolocal.documents import Document
-from duolocal.errors import SettingsError
+from duolocal.errors import SessionError, SettingsError
 from duolocal.sessions.context import Origin
 from duolocal.sessions.keeper import ContextKeeper
+from duolocal.sessions.names import contexts_in
+from duolocal.sessions.store import DocumentStore
 from duolocal.settings import LoadSettings, Sampling
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.chat_start import settings_of_session
 from duolocal.terminal.chat_state import ChatState
 from duolocal.terminal.docs_chat import add_documents
-from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
-from tests.session_models import DOCUMENT, in_context, tiny_session
+from duolocal.terminal.sessions_chat import begin_or_open, extra_of
+from tests.session_models import DOCUMENT, finish, in_context, tiny_session
 from tests.terminal_fakes import FACTS, unwrapped
 
 MILL = Document(
@@ -29,11 +32,11 @@ MILL = Document(
 )
 
 
-def a_chat(folder: Path) -> tuple[Chat, StringIO]:
+def a_chat(folder: Path, kv: str = "int8") -> tuple[Chat, StringIO]:
     output = StringIO()
     console = Console(file=output, width=100, height=24, force_terminal=False, highlight=False)
-    session = tiny_session(folder)
-    settings = LoadSettings(model="tiny", kv="int8")
+    session = tiny_session(folder, kv=kv)
+    settings = LoadSettings(model="tiny", kv=kv)
     keeper = ContextKeeper(folder / "sessions", Origin("tiny", tuple(settings.options())))
     session.keeper = keeper
     sampling = Sampling(temperature=0, max_tokens=4)
@@ -76,7 +79,6 @@ def test_save_open_and_go_on(tmp_path: Path) -> None:
     assert set(other.state.ends.values()) == {"length"}
     add_documents(other, [MILL])
     assert "mill.txt is in the context already" in said(output)
-    assert not_yet_read(other.state.session, [MILL]) == ([], ["mill.txt"])
     other.handle("/undo 2")
     assert "undone: " in said(output)
     assert other.state.questions == {}
@@ -84,6 +86,45 @@ def test_save_open_and_go_on(tmp_path: Path) -> None:
     third, _ = a_chat(tmp_path)
     with pytest.raises(SettingsError, match="there is a session book already"):
         third.handle("/save book")
+
+
+def test_a_document_that_changed_since_it_was_read_is_said(tmp_path: Path) -> None:
+    chat, output = a_chat(tmp_path)
+    add_documents(chat, [MILL])
+    chat.handle("/save book")
+    assert chat.state.keeper is not None
+    chat.state.keeper.close()
+    other, output = a_chat(tmp_path)
+    other.handle("/open book")
+    said(output)
+    changed, elsewhere = (
+        replace(MILL, text="The mill burnt down."),
+        replace(MILL, path=Path("b/mill.txt"), text="Other."),
+    )
+    add_documents(other, [changed])
+    wanted = "mill.txt has changed since: it is read as mill.txt (2), and the earlier text stays as well"
+    assert wanted in unwrapped(said(output))
+    add_documents(other, [MILL, changed, elsewhere])
+    shown = unwrapped(said(output))
+    assert shown.count("mill.txt is in the context already") == 2
+    assert "another mill.txt is in the context: this one is b/mill.txt" in shown
+    assert other.state.session.texts == [
+        ("mill.txt", DOCUMENT),
+        ("mill.txt (2)", "The mill burnt down."),
+        ("b/mill.txt", "Other."),
+    ]
+
+
+def test_a_session_of_another_start_is_opened_by_one(tmp_path: Path) -> None:
+    """The chat leaves for it; whoever runs the chat starts with what the session was saved with."""
+    chat, _ = a_chat(tmp_path)
+    chat.handle("/save book")
+    assert chat.state.keeper is not None
+    chat.state.keeper.close()
+    other, output = a_chat(tmp_path, kv="int4")
+    other.handle("/open book")
+    assert (other.state.reopen, other.state.leaving) == ("book", True)
+    assert "session book was saved with another model or other settings: starting with its own" in said(output)
 
 
 def test_turns_fork_goto(tmp_path: Path) -> None:
@@ -130,6 +171,10 @@ def test_a_session_by_option_begins_then_opens(tmp_path: Path) -> None:
     assert other.state.keeper is not None
     assert begin_or_open(other.state.keeper, other.state.session, "book", system=None) == {"mill.txt": MILL}
     assert other.state.keeper.notes[-1].startswith("opened session book: ")
+    assert "0 questions, nothing to read" in other.state.keeper.notes[-1]
+    other.state.keeper.close()
+    begin_or_open(other.state.keeper, other.state.session, "bok", system=None)
+    assert "session bok is new (there is also book); it is saved" in other.state.keeper.notes[-1]
     other.state.keeper.close()
     third, _ = a_chat(tmp_path)
     assert third.state.keeper is not None
@@ -199,6 +244,42 @@ def test_list_info_rm(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert run(capsys, "rm")[0] == 2
     assert run(capsys, "rm", "book", "other")[0] == 1
     assert (tmp_path / "sessions" / "book.duo").exists()  # all or none
+    store = DocumentStore(tmp_path / "sessions")
+    reading = tiny_session(tmp_path)
+    keeper = ContextKeeper(tmp_path / "sessions", Origin("tiny"), store=store, every_s=0.0, worth_s=0.0)
+    reading.keeper = keeper
+    finish(reading.add_document("mill.txt", DOCUMENT))
+    keeper.close()
+    (kept,) = contexts_in(store.place)
+    code, out, _ = run(capsys, "list")
+    assert f"documents/{kept.stem}" in out and "stopped" not in out
+    code, out, _ = run(capsys, "info", f"documents/{kept.stem}")
+    assert re.search(r"keys and values [\d.]+ KiB, recent tokens at 1 place to go on from", unwrapped(out))
+    code, _, err = run(capsys, "rm", "bok")
+    assert (code, "did you mean book?" in err) == (1, True)
+    assert run(capsys, "rm", f"documents/{kept.stem}")[0] == 0
+    assert not kept.exists() and (tmp_path / "sessions" / "book.duo").exists()
     code, out, _ = run(capsys, "rm", "book")
     assert code == 0 and out.startswith("removed 1 saved context, ")
     assert sorted(path.name for path in (tmp_path / "sessions").glob("*book*")) == []
+
+
+def test_a_file_of_an_older_duolocal_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat, _ = a_chat(tmp_path)
+    assert chat.state.keeper is not None
+    path = tmp_path / "sessions" / "old.duo"
+    path.parent.mkdir()
+    path.write_bytes(b"\x89duolocal\r\n\x1a\n\0\0\0\x01\0\0\0 and more")
+    before = path.read_bytes()
+    refused = r"old\.duo was saved by an older duolocal: open it with that one, or remove it \(`duolocal sessions rm`\)"
+    with pytest.raises(SessionError, match=refused):
+        chat.handle("/open --force old")
+    with pytest.raises(SessionError, match=refused):
+        begin_or_open(chat.state.keeper, chat.state.session, "old", system=None)
+    with pytest.raises(SettingsError, match="session old was saved by an older duolocal: choose another name"):
+        chat.handle("/save --force old")
+    assert path.read_bytes() == before
+    folder = str(tmp_path / "sessions")
+    assert "was saved by an older duolocal" in unwrapped(run(capsys, "list", "--sessions-folder", folder)[1])
+    assert run(capsys, "rm", "old", "--sessions-folder", folder)[0] == 0
+    assert not path.exists()

@@ -15,17 +15,20 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from duolocal.engine.session import Reused
 from duolocal.errors import SessionError
+from duolocal.sessions import keeper as keeper_module
 from duolocal.sessions.context import Origin
 from duolocal.sessions.folder import ContextFolder, bytes_on_disk
 from duolocal.sessions.keeper import ContextKeeper
 from duolocal.sessions.names import MANIFEST, contexts_in
 from duolocal.sessions.store import DocumentStore
+from duolocal.terminal.sessions_chat import opened_line
 from tests.session_models import DOCUMENT, GREEDY, finish, in_context, tiny_session, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +99,48 @@ def test_after_kill_9_the_same_command_goes_on(named: bool, tmp_path: Path) -> N
     assert context == wanted
     reached.append(taken)
     assert all(before < after for before, after in itertools.pairwise(reached[1:])), reached
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_first_seconds_of_reading_are_kept_and_told_of(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second per chunk. Without a name, once it is plain that reading takes longer than ten seconds."""
+    seconds = itertools.count()
+    monkeypatch.setattr(keeper_module, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    folder = tmp_path / "sessions"
+    session = tiny_session(tmp_path, chunk_size=16)
+    keeper = session.keeper = ContextKeeper(folder, ORIGIN, store=None if named else DocumentStore(folder))
+    if named:
+        keeper.begin("book", session)
+        keeper.save(session)
+    events = session.add_documents([("a.txt", DOCUMENT * 2), ("b.txt", "Beta stood alone. " * 60)])
+    for _ in range(5):
+        next(events)
+    (path,) = contexts_in(folder if named else folder / "documents")  # a kill here leaves this
+    held = ContextFolder.open(path)
+    assert 16 * 2 <= held.description["read_ahead"] == held.description["num_tokens"] <= session.engine.position
+    keeper.close()
+    if named:
+        other = tiny_session(tmp_path)
+        reopened = ContextKeeper(folder, ORIGIN)
+        reopened.open("book", other)
+        line = opened_line(reopened, other, 0.1)
+        stopped = (
+            f"0 tokens, 0 questions, and {held.description['num_tokens']} tokens of a reading that was stopped: load"
+        )
+        assert stopped in line and "nothing to read" not in line
+
+
+def test_a_reading_that_is_over_is_not_listed_as_stopped(tmp_path: Path) -> None:
+    """The last checkpoint may hold all tokens before the document is a turn."""
+    store = DocumentStore(tmp_path / "sessions")
+    session = tiny_session(tmp_path, chunk_size=16)
+    session.keeper = ContextKeeper(tmp_path / "sessions", ORIGIN, store=store, every_s=0.0, worth_s=0.0)
+    finish(session.add_documents(DOCUMENTS))
+    (path,) = contexts_in(store.place)
+    held = ContextFolder.open(path).description
+    assert held["read_ahead"] == 0 and [name for name, _ in held["documents"]] == ["a.txt", "b.txt"]
 
 
 def test_what_a_killed_writer_left_goes_when_the_next_context_is_begun(tmp_path: Path) -> None:

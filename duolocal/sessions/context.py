@@ -50,6 +50,7 @@ class ContextWriter:
     def __init__(self, folder: ContextFolder, origin: Origin) -> None:
         self.folder = folder
         self.token_ids: Sequence[int] = ()  # of the context that is in the folder
+        self.num_ahead = 0  # of them, those of a reading that was stopped
         self._origin = origin
         self._identity: dict[str, Any] = {}
         self._stamps: list[int] = []  # of the columns that are in the folder
@@ -63,6 +64,7 @@ class ContextWriter:
     def adopt_conversation(self, conversation: Conversation, token_ids: Sequence[int]) -> None:
         """Note that the folder has these turns, and these ids in its context."""
         self._turns, self.token_ids = list(conversation.turns.values()), token_ids
+        self.num_ahead = len(token_ids) - conversation.current.end
 
     def adopt_ring(self, tensor: Tensor, ring: Segment) -> None:
         """Note that a ring is in the folder."""
@@ -108,6 +110,7 @@ class ContextWriter:
         """Write what `plan` returned; the engine has not moved since. Raises SessionError."""
         self.folder.commit(plan.description, plan.segments)
         self.token_ids = list(session.engine.token_ids)
+        self.num_ahead = session.engine.position - session.tree.current.end
         self._stamps = list(session.engine.cache.pool.stamps)
         self._turns = list(session.tree.turns.values())
         written = zip(plan.rings, self.folder.segments["rings"], strict=True)

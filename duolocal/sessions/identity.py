@@ -22,6 +22,10 @@ from duolocal.tokenizer import Tokenizer
 _FREQUENCY_TOLERANCE = 1e-12
 
 
+class OtherStartError(SessionError):
+    """A saved context belongs to another model, or to other choices."""
+
+
 def identify(engine: Engine, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return, for JSON, what this engine's contexts belong to. Raises SessionError for an engine without a file."""
     source, plan, layout, config = engine.source, engine.plan, engine.cache.layout, engine.config
@@ -97,7 +101,7 @@ def check_identity(description: Fields, now: Mapping[str, Any], *, what: str, op
         differing.append(("blocks of another layout", ""))
     wanted = ", ".join(dict.fromkeys(option for _, option in differing if option))
     advice = f"start with {wanted}, or read the documents again" if wanted else "read the documents again"
-    raise SessionError(f"{what} was saved with {'; '.join(text for text, _ in differing)}: {advice}")
+    raise OtherStartError(f"{what} was saved with {'; '.join(text for text, _ in differing)}: {advice}")
 
 
 def _by_option(words: Sequence[str]) -> dict[str, str]:

@@ -61,7 +61,7 @@ class ContextKeeper:
         self.checkpoint_s = 0.0  # seconds that checkpoints took, in all
         self.num_checkpoints = 0
         self.extra = extra
-        self._origin = origin
+        self.origin = origin
         self._store = store
         self._every_s, self._worth_s, self._share = every_s, worth_s, share
         self._session: ContextWriter | None = None
@@ -90,7 +90,7 @@ class ContextKeeper:
         before, self._session = self._session, None  # not to be overwritten by what happens on the way
         had = session.engine.position
         try:
-            writer = open_session(folder, session, name=name, origin=self._origin)
+            writer = open_session(folder, session, name=name, origin=self.origin)
         except BaseException:
             folder.close()
             if had == session.engine.position:
@@ -101,6 +101,11 @@ class ContextKeeper:
         self._session, self.name = writer, name
         extra = folder.description.get("extra")
         return extra if isinstance(extra, dict) else {}
+
+    @property
+    def num_ahead(self) -> int:
+        """Tokens of a reading that was stopped, which the open session has on disk and not in its context."""
+        return 0 if self._session is None else self._session.num_ahead
 
     def begin(self, name: str, session: ChatSession, *, overwrite: bool = False) -> int:
         """Return the bytes that saving the session as `name` will write; the next `save` does it.
@@ -118,7 +123,7 @@ class ContextKeeper:
             raise SettingsError(f"there is a session {name} already: choose another name, or /save --force {name}")
         else:
             make_folder(self.folder)
-            writer = ContextWriter(ContextFolder.create(path), self._origin)
+            writer = ContextWriter(ContextFolder.create(path), self.origin)
         wanted = writer.plan(session, kind="session", extra=self.extra())
         try:
             writer.folder.check_space(wanted.segments)
@@ -277,7 +282,7 @@ class ContextKeeper:
                         "--session NAME keeps it under a name"
                     )
                     return
-                self._document = ContextWriter(folder, self._origin)
+                self._document = ContextWriter(folder, self.origin)
                 self.notes.append(
                     f"kept for next time in {self._store.place} ({needed / 1e6:,.0f} MB, readable by you alone); "
                     "--keep off keeps nothing"
@@ -342,4 +347,4 @@ class ContextKeeper:
         if best is None:
             return None
         self._store.touch(best.folder.path)
-        return "the store of documents", best, ContextWriter(best.folder, self._origin)
+        return "the store of documents", best, ContextWriter(best.folder, self.origin)

@@ -5,12 +5,12 @@ import stat
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from duolocal.commands.chat import Chat
 from duolocal.commands.parsing import program_of
 from duolocal.commands.sessions import keep_bytes
-from duolocal.errors import SettingsError
+from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.options import values_in, words_of
 from duolocal.paths import sessions_folder
 from duolocal.settings import FirstUse, LoadSettings, Sampling
@@ -19,10 +19,15 @@ from duolocal.terminal.consoles import new_console, progress_console, say, start
 from duolocal.terminal.fetching import settle_model
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from duolocal.documents import Document
+    from duolocal.engine.engine import Engine
     from duolocal.engine.session import ChatSession
     from duolocal.reader.session import ReadingSession
+    from duolocal.sessions.context import Origin
     from duolocal.sessions.keeper import ContextKeeper
+    from duolocal.terminal.chat_state import ChatState
 
 # What a chat takes from its session where nothing was asked.
 _TAKEN = frozenset(
@@ -33,7 +38,7 @@ _TAKEN = frozenset(
 def chat(options: Chat, settings: LoadSettings, sampling: Sampling, first_use: FirstUse) -> int:
     """Chat, or answer once; return the exit code. All that can be refused is refused before the model is loaded."""
     from duolocal.documents.loading import summary
-    from duolocal.terminal.docs_load import load_paths
+    from duolocal.terminal.docs_load import beside, load_paths
 
     progress = progress_console(no_color=options.no_color)
     loaded = load_paths(options.doc, progress)
@@ -43,42 +48,87 @@ def chat(options: Chat, settings: LoadSettings, sampling: Sampling, first_use: F
         documents.append(piped)
     if left_out and question is not None:
         say(left_out)
+    private, length = piped is not None, sum(len(document.text) for document in documents)
+    state = _start(options, settings, sampling, first_use, progress, private=private, length=length)
+    if question is None:
+        return _talk(state, documents, left_out, options, settings, first_use, progress)
+    from duolocal.terminal.once import answer_once
+
+    named, notes = beside(documents, state.files)
+    state.files |= named
+    assert state.keeper is not None
+    state.keeper.notes += notes
+    return answer_once(
+        state.session,
+        state.facts,
+        question,
+        sampling,
+        documents=[replace(document, name=name) for name, document in named.items()],
+        as_json=options.json,
+        progress=progress,
+        keeper=state.keeper,
+        reader=state.reader,
+    )
+
+
+def _talk(
+    state: "ChatState",
+    documents: "list[Document]",
+    left_out: str | None,
+    options: Chat,
+    settings: LoadSettings,
+    first_use: FirstUse,
+    progress: "Console",
+) -> int:
+    """Chat until the user leaves, with another start for every session that needs one; return the exit code."""
+    import gc
+
+    from duolocal.terminal.chat import Chat as Conversation
+
+    console = new_console(no_color=options.no_color)
+    while True:
+        code = Conversation(console, state, history_file=history_file()).run(documents, left_out=left_out)
+        following, sampling, keeper = state.reopen, state.sampling, state.keeper
+        if following is None or keeper is None:
+            return code
+        before = replace(options, session=keeper.name)
+        keeper.close()
+        documents, left_out = [], None
+        del state, keeper
+        gc.collect()  # its model goes before the next one comes
+        options = replace(options, session=following)
+        unasked: dict[str, Any] = {item.name: item.default for item in fields(LoadSettings) if item.name in _TAKEN}
+        try:
+            state = _start(options, replace(settings, **unasked), sampling, first_use, progress)
+        except DuoLocalError as error:
+            say(str(error))
+            options = before
+            state = _start(before, settings, sampling, first_use, progress)
+
+
+def _start(
+    options: Chat,
+    settings: LoadSettings,
+    sampling: Sampling,
+    first_use: FirstUse,
+    progress: "Console",
+    *,
+    private: bool = False,
+    length: int = 0,
+) -> "ChatState":
+    """Load the model and open or begin the session; private: as of `_make_keeper`; length: characters to be read."""
     settings, taken = settings_of_session(options, settings)
     settings = settle_model(settings)
     with starting_notice(progress), without_collection():
-        keeper = _make_keeper(options, settings, private=piped is not None)
+        keeper = _make_keeper(options, settings, private=private)
         keeper.notes += [taken] if taken else []
-        from duolocal.terminal.sessions_chat import begin_or_open, extra_of, not_yet_read
+        from duolocal.terminal.chat_state import ChatState
+        from duolocal.terminal.sessions_chat import begin_or_open, extra_of
         from duolocal.terminal.start import CHARACTERS_PER_TOKEN, start
-
-        if question is None:
-            from duolocal.terminal.chat import Chat as Conversation
-            from duolocal.terminal.chat_state import ChatState
-        else:
-            from duolocal.terminal.once import answer_once
-    reading = sum(len(document.text) for document in documents) // CHARACTERS_PER_TOKEN
+    reading = length // CHARACTERS_PER_TOKEN
     started = start(settings, system=options.system, progress=progress, first_use=first_use, reading=reading)
     started.session.keeper = keeper
-    reader = _make_reader(options, started.session)
-    files: dict[str, Document] = {}
-    keeper.extra = lambda: extra_of(files)
-    if options.session is not None:
-        files |= begin_or_open(keeper, started.session, options.session, system=options.system)
-        documents, known = not_yet_read(started.session, documents)
-        keeper.notes += [f"{name} is in the context already" for name in known]
-    if question is not None:
-        files |= {document.name: document for document in documents}
-        return answer_once(
-            started.session,
-            started.facts,
-            question,
-            sampling,
-            documents=documents,
-            as_json=options.json,
-            progress=progress,
-            keeper=keeper,
-            reader=reader,
-        )
+    keeper.origin = origin_of(settings, started.session.engine)
     state = ChatState(
         started.session,
         started.facts,
@@ -86,14 +136,13 @@ def chat(options: Chat, settings: LoadSettings, sampling: Sampling, first_use: F
         sampling,
         program=program_of("chat"),
         keeper=keeper,
-        files=files,
-        reader=reader,
+        reader=_make_reader(options, started.session),
     )
-    if options.session is not None:
-        state.follow()
     keeper.extra = lambda: extra_of(state.files)
-    console = new_console(no_color=options.no_color)
-    return Conversation(console, state, history_file=history_file()).run(documents, left_out=left_out)
+    if options.session is not None:
+        state.files |= begin_or_open(keeper, started.session, options.session, system=options.system)
+        state.follow()
+    return state
 
 
 def _piped_stdin() -> bytes | None:
@@ -167,6 +216,15 @@ def settings_of_session(options: Chat, settings: LoadSettings) -> tuple[LoadSett
     return replace(settings, **taken), f"as session {options.session} was saved: {' '.join(asked)}"
 
 
+def origin_of(settings: LoadSettings, engine: "Engine") -> "Origin":
+    """Return what a session is saved with, so that it opens with it: what was asked, and what was chosen unasked."""
+    from duolocal.sessions.context import Origin
+
+    dtype = str(engine.transformer.dtype).removeprefix("torch.")
+    chosen = replace(settings, context=engine.context, kv=engine.kv, dtype=dtype)
+    return Origin(settings.model, tuple(chosen.options()))
+
+
 def _make_keeper(options: Chat, settings: LoadSettings, *, private: bool) -> "ContextKeeper":
     """Return what keeps the contexts of a chat. private: a document came through a pipe; it is stored nowhere unasked.
 
@@ -179,4 +237,4 @@ def _make_keeper(options: Chat, settings: LoadSettings, *, private: bool) -> "Co
     at = sessions_folder(options.sessions_folder)
     limit = keep_bytes(options.keep)
     store = DocumentStore(at, limit) if limit and not private else None
-    return ContextKeeper(at, Origin(settings.model, tuple(settings.options())), store=store)
+    return ContextKeeper(at, Origin(settings.model), store=store)

@@ -38,6 +38,7 @@ class ChatState:
     last_answer: Finished | None = None
     last_load: Finished | None = None
     leaving: bool = False
+    reopen: str | None = None  # the session to go on with after leaving, by another start
     keeper: "ContextKeeper | None" = None  # of sessions and documents on disk
     reader: "ReadingSession | None" = None  # has the documents that are read for each question
 

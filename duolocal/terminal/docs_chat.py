@@ -10,7 +10,7 @@ from duolocal.sources import find_sources
 from duolocal.terminal import docs_view, figures, views
 from duolocal.terminal.chat_state import CommandHost, Commands, no_words, split_words, whole_number
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.docs_load import by_name, load_paths
+from duolocal.terminal.docs_load import beside, load_paths
 from duolocal.terminal.progress import bar
 from duolocal.terminal.sources_view import sources_view
 
@@ -36,7 +36,9 @@ def load(host: CommandHost, rest: str) -> None:
 def add_documents(host: CommandHost, documents: Sequence[Document]) -> None:
     """Read documents into the context, all or, when they do not fit, none; complain when it does not work."""
     state = host.state
-    named = by_name(_not_loaded(host, documents), taken=state.documents)
+    named, notes = beside(documents, {name: state.files.get(name) for name in state.documents})
+    for note in notes:
+        host.note(clean_line(note))
     for document in named.values():
         if document.note:
             host.note(document.note)
@@ -51,21 +53,6 @@ def add_documents(host: CommandHost, documents: Sequence[Document]) -> None:
             host.note(_read_each_time(name, document.text))
     elif named:
         _read(host, named)
-
-
-def _not_loaded(host: CommandHost, documents: Sequence[Document]) -> list[Document]:
-    """Return the documents that are not in the context already."""
-    loaded = host.state.documents
-    known = {name: host.state.files.get(name) for name in loaded}
-    new = []
-    for document in documents:
-        other = known.get(document.name)
-        if other is not None and (other.path, other.text) == (document.path, document.text):
-            host.note(f"{clean_line(document.name)} is in the context already")
-            continue
-        known.setdefault(document.name, document)
-        new.append(document)
-    return new
 
 
 def _read(host: CommandHost, named: dict[str, Document]) -> None:

@@ -1,6 +1,6 @@
 """Reading documents from disk with a bar: what `--doc` and `/load` do before anything reaches the model."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,13 +40,36 @@ def gather_with_bar(paths: Sequence[str | Path], console: "Console") -> Gathered
         return gather(paths, on_found=lambda count: shown.describe(f"looking for files: {count:,}"))
 
 
-def by_name(documents: Iterable[Document], *, taken: Collection[str] = ()) -> dict[str, Document]:
-    """Return documents by names of their own: a name that is taken becomes the path, and then a number is added."""
+def beside(
+    documents: Iterable[Document], known: Mapping[str, Document | None]
+) -> tuple[dict[str, Document], list[str]]:
+    """Return documents by names of their own, without those that are known already, and what is to be said of that.
+
+    known: those that are there, by name; None for one of which no more is known. A name that is taken becomes the
+    path, and then a number is added.
+    """
     named: dict[str, Document] = {}
+    notes: list[str] = []
     for document in documents:
-        name = free_name(document.name, str(document.path), taken=lambda name: name in named or name in taken)
+        there = {**known, **named}
+        called = [name for name, other in there.items() if other is not None and other.text == document.text]
+        if any(_may_be_called(document, name) for name in called):
+            notes.append(f"{document.name} is in the context already")
+            continue
+        earlier = known.get(document.name)
+        has_changed = earlier is not None and earlier.path == document.path
+        names = (document.name,) if has_changed else (document.name, str(document.path))
+        name = free_name(*names, taken=there.__contains__)
         named[name] = document
-    return named
+        if has_changed:
+            notes.append(f"{document.name} has changed since: it is read as {name}, and the earlier text stays as well")
+        elif name != document.name and document.name in known:
+            notes.append(f"another {document.name} is in the context: this one is {name}")
+    return named, notes
+
+
+def _may_be_called(document: Document, name: str) -> bool:
+    return name in (document.name, str(document.path)) or name.startswith(f"{document.name} (")
 
 
 def docs_tokens(options: Tokens, settings: LoadSettings) -> int:

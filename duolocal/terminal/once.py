@@ -20,7 +20,6 @@ from duolocal.settings import Sampling
 from duolocal.terminal import reader_view
 from duolocal.terminal.clean import clean
 from duolocal.terminal.consoles import say
-from duolocal.terminal.docs_load import by_name
 from duolocal.terminal.progress import Bar, bar
 from duolocal.terminal.stream import cancel_on_interrupt
 from duolocal.terminal.views import Facts, retrieval_bytes, streaming_bytes
@@ -59,8 +58,8 @@ def answer_once(
 ) -> int:
     """Answer one question over documents on stdout; return the exit code. `progress` is a console on stderr.
 
-    keeper: of sessions and documents on disk, whose notes go to stderr; reader: reads the documents for the question,
-    and tells on stderr what the answer was made of.
+    documents: no two of one name; keeper: of sessions and documents on disk, whose notes go to stderr; reader: reads
+    the documents for the question, and tells on stderr what the answer was made of.
 
     Raises ContextOverflowError before work when something does not fit.
     """
@@ -72,7 +71,6 @@ def answer_once(
     events: Iterable[Event | Picked]
     files = {document.name: document for document in documents}
     if reader is not None:
-        files = by_name(documents)
         for name, document in files.items():
             reader.add(name, document.text)
     with cancel_on_interrupt(session if reader is None else reader) as insist:

@@ -1,12 +1,13 @@
 """The chat's commands over what outlives it: /save, /open, /copy; and how saved sessions keep their documents."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duolocal.documents import Document, Part
-from duolocal.errors import SettingsError
+from duolocal.errors import ContextOverflowError, SettingsError
+from duolocal.sessions.identity import OtherStartError
 from duolocal.sessions.names import is_saved, near_names, session_path
 from duolocal.terminal import figures, transcript
 from duolocal.terminal.chat_state import ChatState, CommandHost, Commands, all_or_nothing, split_words
@@ -81,11 +82,18 @@ def open_named(host: CommandHost, rest: str) -> None:
     if keeper.name is None and session.engine.position and not force:
         raise SettingsError(f"this chat is not saved: /save NAME first, or leave it behind with /open --force {name}")
     began = time.perf_counter()
-    extra = keeper.open(name, session)
+    try:
+        extra = keeper.open(name, session)
+    except (OtherStartError, ContextOverflowError):
+        if state.reader is not None:
+            raise
+        host.note(f"session {name} was saved with another model or other settings: starting with its own")
+        state.reopen, state.leaving = name, True
+        return
     state.files = documents_of(session, extra)
     state.last_answer = state.last_load = None
     state.follow()
-    host.note(opened_line(session, name, time.perf_counter() - began))
+    host.note(opened_line(keeper, session, time.perf_counter() - began))
 
 
 @COMMANDS.add("/copy [all]", "put the last answer (or the whole transcript) on the clipboard", words=["all"])
@@ -102,12 +110,18 @@ def copy(host: CommandHost, rest: str) -> None:
     host.note(f"{len(text):,} characters sent to the terminal's clipboard (OSC 52; not every terminal takes it)")
 
 
-def opened_line(session: Any, name: str, elapsed_s: float) -> str:
-    """Say what was opened."""
+def opened_line(keeper: "ContextKeeper", session: Any, elapsed_s: float) -> str:
+    """Say what was opened, and what of it was not read to the end."""
     turns = sum(turn.kind == "exchange" for turn in session.tree.turns.values())
     questions = "1 question" if turns == 1 else f"{turns} questions"
+    stopped = keeper.num_ahead
+    rest = (
+        f"and {figures.tokens(stopped)} of a reading that was stopped: load the same documents, and it goes on there"
+        if stopped
+        else "nothing to read"
+    )
     return (
-        f"opened session {name}: {figures.tokens(session.engine.position)}, {questions}, nothing to read "
+        f"opened session {keeper.name}: {figures.tokens(session.engine.position)}, {questions}, {rest} "
         f"({figures.duration(elapsed_s)}); it is saved after every turn"
     )
 
@@ -127,7 +141,7 @@ def begin_or_open(keeper: "ContextKeeper", session: Any, name: str, *, system: s
         raise SettingsError(
             f"session {name} has another system message: leave --system out, or begin a session of another name"
         )
-    keeper.notes.append(opened_line(session, name, time.perf_counter() - began))
+    keeper.notes.append(opened_line(keeper, session, time.perf_counter() - began))
     return documents_of(session, extra)
 
 
@@ -167,12 +181,3 @@ def documents_of(session: Any, extra: Mapping[str, Any]) -> dict[str, Document]:
 
 def _is_part(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
-
-
-def not_yet_read(session: Any, documents: Sequence[Document]) -> tuple[list[Document], list[str]]:
-    """Return the documents whose text is not in the context yet, and the names of the others."""
-    texts = {text for _, text in session.texts}
-    return (
-        [document for document in documents if document.text not in texts],
-        [document.name for document in documents if document.text in texts],
-    )
