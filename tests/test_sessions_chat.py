@@ -18,7 +18,8 @@ from duolocal.sessions.context import Origin
 from duolocal.sessions.keeper import ContextKeeper
 from duolocal.sessions.names import contexts_in
 from duolocal.sessions.store import DocumentStore
-from duolocal.settings import LoadSettings, Sampling
+from duolocal.settings import FirstUse, LoadSettings, Sampling
+from duolocal.terminal import chat_start
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.chat_start import settings_of_session
 from duolocal.terminal.chat_state import ChatState
@@ -125,6 +126,33 @@ def test_a_session_of_another_start_is_opened_by_one(tmp_path: Path) -> None:
     other.handle("/open book")
     assert (other.state.reopen, other.state.leaving) == ("book", True)
     assert "session book was saved with another model or other settings: starting with its own" in said(output)
+
+
+def test_the_chat_comes_back_where_a_session_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, _ = a_chat(tmp_path)
+    chat.handle("/save mine")
+    asked: list[tuple[str | None, LoadSettings]] = []
+
+    def start(options: ChatOptions, settings: LoadSettings, *_: object) -> ChatState:
+        asked.append((options.session, settings))
+        if options.session == "book":
+            raise SessionError("model other is not here")
+        return a_chat(tmp_path)[0].state
+
+    def run(conversation: Chat, documents: object, **_: object) -> int:
+        if not asked:
+            conversation.state.reopen = "book"
+        return 0
+
+    monkeypatch.setattr(chat_start, "_start", start)
+    monkeypatch.setattr(Chat, "run", run)
+    settings = LoadSettings(model="tiny", kv="int8", threads=2)
+    code = chat_start._talk(chat.state, [], None, ChatOptions(), settings, FirstUse(), Console(file=StringIO()))
+    assert code == 0
+    assert asked == [("book", LoadSettings(threads=2)), ("mine", settings)]
+    assert "model other is not here" in capsys.readouterr().err
 
 
 def test_turns_fork_goto(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def _talk(
         documents, left_out = [], None
         del state, keeper
         gc.collect()  # its model goes before the next one comes
-        options = replace(options, session=following)
+        options = replace(options, session=following, system=None)
         unasked: dict[str, Any] = {item.name: item.default for item in fields(LoadSettings) if item.name in _TAKEN}
         try:
             state = _start(options, replace(settings, **unasked), sampling, first_use, progress)
