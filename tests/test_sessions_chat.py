@@ -14,6 +14,7 @@ from duolocal.commands.chat import Chat as ChatOptions
 from duolocal.commands.sessions import KEEP, keep_bytes
 from duolocal.documents import Document
 from duolocal.errors import SessionError, SettingsError
+from duolocal.heads import HeadPlan
 from duolocal.sessions.context import Origin
 from duolocal.sessions.keeper import ContextKeeper
 from duolocal.sessions.names import contexts_in
@@ -25,9 +26,10 @@ from duolocal.terminal.chat_start import settings_of_session
 from duolocal.terminal.chat_state import ChatState
 from duolocal.terminal.docs_chat import add_documents
 from duolocal.terminal.sessions_chat import begin_or_open, extra_of
-from tests.session_models import DOCUMENT, finish, in_context, tiny_session
+from tests.session_models import DOCUMENT, PLAN, finish, in_context, tiny_session
 from tests.terminal_fakes import FACTS, unwrapped
 
+UNIFORM = HeadPlan(((True, True), (True, True)), sink_size=4, recent_size=64, source="test")
 MILL = Document(
     "mill.txt", Path("far/mill.txt"), DOCUMENT, "cp1252", 1234, kind="text", notes=("guessed",), digest="ab"
 )
@@ -222,6 +224,19 @@ def test_what_was_not_asked_is_taken_from_the_session(tmp_path: Path) -> None:
     assert settings_of_session(options, asked) == (asked, None)
     settings, line = settings_of_session(options, LoadSettings())  # its own model, whatever the default is by now
     assert (settings.model, line) == ("tiny", "as session book was saved: --model tiny --kv int8")
+
+
+@pytest.mark.parametrize(
+    ("plan", "heads"),
+    [(PLAN, "--heads 0.5"), (UNIFORM, "--heads all --sink-size 4 --recent-size 64")],
+)
+def test_what_was_chosen_unasked_is_saved_with_a_session(plan: HeadPlan, heads: str, tmp_path: Path) -> None:
+    """What `auto` stands for may be another by tomorrow: after a measurement, or with less memory."""
+    engine = tiny_session(tmp_path, plan=plan, kv="int4", context=1024).engine
+    saved = chat_start.origin_of(LoadSettings(model="tiny", threads=2), engine).options
+    assert " ".join(saved) == f"--model tiny --context 1K --kv int4 {heads} --dtype float32 --threads 2"
+    asked = LoadSettings(model="tiny", heads="mine.json", context=512)
+    assert "--heads mine.json" in " ".join(chat_start.origin_of(asked, engine).options)
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("off", 0), ("0", 0), ("2GiB", 2 << 30), (None, 8 << 30)])

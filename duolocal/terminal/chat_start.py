@@ -220,8 +220,12 @@ def origin_of(settings: LoadSettings, engine: "Engine") -> "Origin":
     """Return what a session is saved with, so that it opens with it: what was asked, and what was chosen unasked."""
     from duolocal.sessions.context import Origin
 
-    dtype = str(engine.transformer.dtype).removeprefix("torch.")
+    plan, dtype = engine.plan, str(engine.transformer.dtype).removeprefix("torch.")
     chosen = replace(settings, context=engine.context, kv=engine.kv, dtype=dtype)
+    if settings.heads == "auto" and plan.num_streaming:  # the same ranking, cut at the same place
+        chosen = replace(chosen, heads=f"{plan.num_retrieval / (plan.num_retrieval + plan.num_streaming):g}")
+    elif settings.heads == "auto":  # also when the model's heads are known by then
+        chosen = replace(chosen, heads="all", sink_size=plan.sink_size, recent_size=plan.recent_size)
     return Origin(settings.model, tuple(chosen.options()))
 
 
