@@ -36,12 +36,6 @@ def replacing(path: Path, *, durable: bool = False, mode: int = 0o666, locked: b
         raise
 
 
-def unfinished(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield every temporary file of a writer that holds a lock, or was killed, and the path that it is meant for."""
-    for temporary in folder.glob(f".*{_LOCKED}"):
-        yield temporary, folder / temporary.name[1 : -len(_LOCKED)]
-
-
 def write_file(path: Path, data: bytes | str, *, durable: bool = False, locked: bool = False) -> None:
     """Put `data`, text as UTF-8, in the place of what is at `path`; the keywords are those of `replacing`."""
     with replacing(path, durable=durable, locked=locked) as temporary:

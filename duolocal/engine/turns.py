@@ -147,10 +147,6 @@ class TurnTree:
         self._give_up()
         return turn
 
-    def children(self, turn: Turn) -> list[Turn]:
-        """Return the turns that go on from `turn`, oldest first."""
-        return [other for other in self.turns.values() if other.parent is turn]
-
     def find(self, wanted: str) -> Turn:
         """Return the turn of this number, or at the end of the line of this name; raises SettingsError."""
         if wanted in self.lines:

@@ -23,7 +23,7 @@ class Fields:
 
     def _get(self, name: str, kind: type, wanted: str) -> Any:
         value = self._raw.get(name)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise self.wrong(self._label(name), wanted)
         return value
 
@@ -64,11 +64,6 @@ class Fields:
         if not all(isinstance(value, str) for value in values):
             raise self.wrong(self._label(name), "a list of strings")
         return values
-
-    def flag(self, name: str) -> bool:
-        """Return true or false."""
-        value: bool = self._get(name, bool, "true or false")
-        return value
 
     def inner(self, name: str) -> "Fields":
         """Return an object inside this one."""

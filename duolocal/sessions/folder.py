@@ -207,7 +207,9 @@ class ContextFolder:
             raise SessionError(f"{path} is damaged: {HINT}")
         fields.inner("description")
         listed = fields.inner("segments")
-        self.segments = {kind: [_segment(listed, kind, entry) for entry in _entries(listed, kind)] for kind in KINDS}
+        self.segments = {
+            kind: [_segment(listed, kind, entry) for entry in listed.array(kind, longest=_MOST)] for kind in KINDS
+        }
         self.description, self.saved, self._manifest_bytes = raw["description"], True, len(data)
 
     def _all(self) -> Iterator[Segment]:
@@ -268,10 +270,6 @@ def remove(path: Path, *, unless: Path | None = None) -> None:
         lock.release()
         with contextlib.suppress(OSError):
             _lock_file(path).unlink()
-
-
-def _entries(listed: Fields, kind: SegmentKind) -> list[Any]:
-    return listed.array(kind, longest=1 << 26)
 
 
 def _segment(listed: Fields, kind: SegmentKind, entry: object) -> Segment:

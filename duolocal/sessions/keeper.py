@@ -58,8 +58,6 @@ class ContextKeeper:
         self.folder = folder
         self.name: str | None = None  # of the session that is kept up to date
         self.notes: list[str] = []
-        self.checkpoint_s = 0.0  # seconds that checkpoints took, in all
-        self.num_checkpoints = 0
         self.extra = extra
         self.origin = origin
         self._store = store
@@ -256,8 +254,6 @@ class ContextKeeper:
         else:
             self._keep_document(session)
         now = time.perf_counter()
-        self.checkpoint_s += now - began
-        self.num_checkpoints += 1
         self._due = now + max(self._every_s, (now - began) / self._share)
 
     def _keep_session(self, session: ChatSession) -> None:

@@ -50,17 +50,20 @@ def beside(
     """
     named: dict[str, Document] = {}
     notes: list[str] = []
+    called: dict[str, list[str]] = {}  # by text
+    for name, there in known.items():
+        if there is not None:
+            called.setdefault(there.text, []).append(name)
     for document in documents:
-        there = {**known, **named}
-        called = [name for name, other in there.items() if other is not None and other.text == document.text]
-        if any(_may_be_called(document, name) for name in called):
+        if any(_may_be_called(document, name) for name in called.get(document.text, ())):
             notes.append(f"{document.name} is in the context already")
             continue
         earlier = known.get(document.name)
         has_changed = earlier is not None and earlier.path == document.path
         names = (document.name,) if has_changed else (document.name, str(document.path))
-        name = free_name(*names, taken=there.__contains__)
+        name = free_name(*names, taken=lambda name: name in known or name in named)
         named[name] = document
+        called.setdefault(document.text, []).append(name)
         if has_changed:
             notes.append(f"{document.name} has changed since: it is read as {name}, and the earlier text stays as well")
         elif name != document.name and document.name in known:
