@@ -109,7 +109,7 @@ def test_the_first_seconds_of_reading_are_kept_and_told_of(
     seconds = itertools.count()
     monkeypatch.setattr(keeper_module, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
     folder = tmp_path / "sessions"
-    session = tiny_session(tmp_path, chunk_size=16)
+    session = tiny_session(tmp_path, chunk_size=32)
     keeper = session.keeper = ContextKeeper(folder, ORIGIN, store=None if named else DocumentStore(folder))
     if named:
         keeper.begin("book", session)
@@ -119,7 +119,7 @@ def test_the_first_seconds_of_reading_are_kept_and_told_of(
         next(events)
     (path,) = contexts_in(folder if named else folder / "documents")  # a kill here leaves this
     held = ContextFolder.open(path)
-    assert 16 * 2 <= held.description["read_ahead"] == held.description["num_tokens"] <= session.engine.position
+    assert 32 * 2 <= held.description["read_ahead"] == held.description["num_tokens"] <= session.engine.position
     keeper.close()
     if named:
         other = tiny_session(tmp_path)
@@ -130,6 +130,11 @@ def test_the_first_seconds_of_reading_are_kept_and_told_of(
             f"0 tokens, 0 questions, and {held.description['num_tokens']} tokens of a reading that was stopped: load"
         )
         assert stopped in line and "nothing to read" not in line
+        other.keeper = reopened
+        finish(other.ask("Where?", GREEDY))
+        assert reopened.notes == [
+            f"the {held.description['num_tokens']} tokens of the reading that was stopped are not kept any more"
+        ]
 
 
 def test_a_reading_that_is_over_is_not_listed_as_stopped(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ class ContextFolder:
 
     def _follow_disk(self) -> None:
         """Take over what the manifest says by now, whether a commit failed before or after it was replaced."""
-        with contextlib.suppress(SessionError):
+        with contextlib.suppress(SessionError, OSError):
             if (self.path / MANIFEST).exists():
                 self._read_manifest()
             self._collect()

@@ -221,7 +221,10 @@ class ContextKeeper:
         notes = len(self.notes)
         reading, self._reading_since = self._reading_since, None
         if self._session is not None:
+            ahead, before = self._session.num_ahead, self._session.token_ids
             self._keep_session(session)
+            if ahead and self._session.token_ids[: len(before)] != before:
+                self.notes.append(f"the {ahead:,} tokens of the reading that was stopped are not kept any more")
         elif reading is not None and (self._document is not None or time.perf_counter() - reading >= self._worth_s):
             self._keep_document(session)
         kept = self._session or self._document

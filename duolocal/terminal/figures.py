@@ -3,7 +3,12 @@
 
 def tokens(count: int) -> str:
     """Write a token count with its unit: `1 token`, `8,192 tokens`."""
-    return f"{count:,} token" + ("" if count == 1 else "s")
+    return counted(count, "token")
+
+
+def counted(count: int, thing: str) -> str:
+    """Write a count of things: `1 question`, `1,024 questions`."""
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")
 
 
 def size(num_bytes: int) -> str:

@@ -113,7 +113,7 @@ def copy(host: CommandHost, rest: str) -> None:
 def opened_line(keeper: "ContextKeeper", session: Any, elapsed_s: float) -> str:
     """Say what was opened, and what of it was not read to the end."""
     turns = sum(turn.kind == "exchange" for turn in session.tree.turns.values())
-    questions = "1 question" if turns == 1 else f"{turns} questions"
+    questions = figures.counted(turns, "question")
     stopped = keeper.num_ahead
     rest = (
         f"and {figures.tokens(stopped)} of a reading that was stopped: load the same documents, and it goes on there"

@@ -105,7 +105,7 @@ def show_info(one: One, options: Listing) -> int:
     table.add_row("model", Text(clean_line(report["model"])))
     table.add_row("start with", Text(clean_line(" ".join(report["options"]))))
     table.add_row("cache", Text(clean_line(f"KV {report['kv']}, {report['dtype']}, RoPE scaling {report['rope']}")))
-    table.add_row("context", f"{figures.tokens(report['tokens'])}, {report['turns']} questions")
+    table.add_row("context", f"{figures.tokens(report['tokens'])}, {figures.counted(report['turns'], 'question')}")
     for document in report["documents"]:
         table.add_row("document", Text(clean_line(f"{document['name']}: {figures.tokens(document['tokens'])}")))
     if report["read_ahead"]:
@@ -117,7 +117,7 @@ def show_info(one: One, options: Listing) -> int:
 def _sizes(report: dict[str, Any]) -> str:
     """Say what takes how much: going back to a turn at once takes a ring, which is large beside a short context."""
     kinds, rings = report["kinds"], report["rings"]
-    places = "1 place" if rings == 1 else f"{rings} places"
+    places = figures.counted(rings, "place")
     return (
         f"{figures.size(report['bytes'])}: keys and values {figures.size(kinds['blocks'])}, recent tokens at {places} "
         f"to go on from {figures.size(kinds['rings'])}, texts and ids {figures.size(kinds['turns'] + kinds['tokens'])}"
@@ -148,8 +148,7 @@ def remove_sessions(removed: Removed, options: Listing) -> int:
     console = new_console()
     for path, size in sizes.items() if len(sizes) > 1 else ():
         console.print(Text(clean_line(f"{path.stem}: {figures.size(size)}")))
-    things = "1 saved context" if len(sizes) == 1 else f"{len(sizes)} saved contexts"
-    console.print(Text(f"removed {things}, {figures.size(freed)}"))
+    console.print(Text(f"removed {figures.counted(len(sizes), 'saved context')}, {figures.size(freed)}"))
     return 0
 
 
