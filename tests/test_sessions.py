@@ -217,6 +217,14 @@ def test_places_to_go_on_from_take_no_more_than_the_context_or_are_three(ring_by
     turns = ring_turns(session.tree.current, (1 << 30) // ring_bytes)
     assert turns[:3] == [way[-1], way[1], way[-2]]
     assert len(turns) == (9 if ring_bytes == 1 else 3)
+    assert all(turn.kind == "exchange" for turn in turns[2:])
+
+
+def test_of_many_documents_places_all_over_are_kept(tmp_path: Path) -> None:
+    session = tiny_session(tmp_path)
+    finish(session.add_documents([(f"{at}.txt", f"Note {at}.") for at in range(1, 41)]))
+    assert [turn.number for turn in ring_turns(session.tree.current, 9)] == [40, 39, 8, 16, 24, 32]
+    assert [turn.number for turn in ring_turns(session.tree.turns[35], 9)] == [35, 34, 8, 16, 24, 32]
 
 
 def test_a_context_that_is_too_small_is_named(tmp_path: Path) -> None:

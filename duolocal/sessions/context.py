@@ -21,7 +21,7 @@ from duolocal.sizes import format_tokens
 
 # Rings that are saved: one takes 15 MB for SmolLM2-135M and 42 MB for a Llama-3-8B. A turn without one can still be
 # gone to, by reading again what was read since the last that has one.
-MIN_RINGS = 3  # here, at the turn before, and at the end of the documents
+MIN_RINGS = 3  # at this turn, at the one before, and at the end of the documents
 MAX_RINGS = 9  # as long as they take no more than the blocks do
 _SEGMENT_BYTES = 32 << 20  # of blocks, at most
 _SMALL_BYTES = 1 << 20  # a last segment below this is written anew with what follows it
@@ -176,15 +176,20 @@ def _token_segments(token_ids: Sequence[int]) -> list[NewSegment]:
 
 
 def ring_turns(current: Turn, num_affordable: int) -> list[Turn]:
-    """Return the turns whose rings are saved: here, the end of the documents (where /reset returns to), the last ones.
+    """Return the turns whose rings are saved: this one, the end of the documents (where /reset returns to), the last.
 
-    num_affordable: rings that take as much as the blocks; MIN_RINGS are saved in any case.
+    After them the exchanges, the last ones first; without any, documents all over the context, of which a reading that
+    differs further on goes on. num_affordable: rings that take as much as the blocks; MIN_RINGS are saved in any case.
     """
+    count = max(MIN_RINGS, min(MAX_RINGS, num_affordable))
     way = [turn for turn in current.way() if turn.end and turn.ring is not None]
-    exchange = next((turn for turn in way if turn.kind == "exchange"), None)
-    documents = [turn for turn in way if exchange is not None and turn is exchange.parent]
-    wanted = dict.fromkeys([*way[-1:], *documents, *reversed(way)])
-    return list(wanted)[: max(MIN_RINGS, min(MAX_RINGS, num_affordable))]
+    exchanges = [turn for turn in way if turn.kind == "exchange"]
+    stride = 1
+    while len(way) // stride > count - 2:
+        stride *= 2  # so that most stay chosen while more is read
+    documents = [turn for turn in way if exchanges and turn is exchanges[0].parent]
+    further = exchanges[::-1] if exchanges else way[stride - 1 :: stride]
+    return list(dict.fromkeys([*way[-1:], *documents, *way[-2:-1], *further]))[:count]
 
 
 @dataclass
