@@ -26,6 +26,7 @@ from duolocal.terminal.chat_start import settings_of_session
 from duolocal.terminal.chat_state import ChatState
 from duolocal.terminal.docs_chat import add_documents
 from duolocal.terminal.sessions_chat import begin_or_open, extra_of
+from duolocal.terminal.sessions_view import turns_view
 from tests.session_models import DOCUMENT, PLAN, finish, in_context, tiny_session
 from tests.terminal_fakes import FACTS, unwrapped
 
@@ -305,6 +306,25 @@ def test_list_info_rm(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     code, out, _ = run(capsys, "rm", "book")
     assert code == 0 and out.startswith("removed 1 saved context, ")
     assert sorted(path.name for path in (tmp_path / "sessions").glob("*book*")) == []
+
+
+@pytest.mark.parametrize("columns", [50, 80, 160])
+def test_numbers_and_marks_of_turns_are_never_shortened(columns: int) -> None:
+    rows = [
+        (0, None, "start", "", 0, "", True, False),
+        (1234, 0, "document", "reports/a very long name of a report.txt", 1_206_389, "", True, False),
+        (1235, 1234, "exchange", "Who is the owner of all this, and since when?", 64, "main, sharper", True, True),
+        (1236, 1234, "exchange", "And?", 64, "another-line-with-a-long-name", False, False),
+    ]
+    output = StringIO()
+    Console(file=output, width=columns).print(turns_view(rows, columns=columns))
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= columns
+    shown = "".join(output.getvalue().split())
+    numbers = ("12340document", "1,206,389", "12351234exchange", "12361234exchange")
+    for wanted in (*numbers, "<-heremain,sharper", "another-line-with-a-long-name", "reports"):
+        assert wanted in shown
+    assert columns < 160 or "Who is the owner of all this, and since when?" in output.getvalue()
 
 
 def test_a_file_of_an_older_duolocal_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

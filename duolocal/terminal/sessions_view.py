@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,9 @@ from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.consoles import new_console, print_prose
 from duolocal.terminal.tables import fact_table, new_table
+
+_WIDE = 72  # columns; below there is no column for the time
+_LEAST_NAME = 8  # columns that a name is cut to at most
 
 
 def _report(path: Path) -> dict[str, Any]:
@@ -63,30 +67,34 @@ def show_list(options: Listing) -> int:
     if not sessions and not documents:
         print_prose(console, f"nothing is saved in {clean_line(str(folder))}; chat --session NAME begins a session")
         return 0
-    table = new_table("~name", ">tokens", ">turns", ">size", "<saved (UTC)", "~model, documents")
+    saved = ["<saved (UTC)"] if console.width >= _WIDE else []
+    table = new_table("~name", ">tokens", ">turns", ">size", *saved, "~model, documents")
     for report in sessions:
-        table.add_row(*_row(report, report["name"]))
+        table.add_row(*_row(report, report["name"], with_time=bool(saved)))
     for report in documents:
-        table.add_row(*_row(report, f"{DOCUMENTS}/{report['name']}"))
+        table.add_row(*_row(report, f"{DOCUMENTS}/{report['name']}", with_time=bool(saved)))
     console.print(table)
     total = figures.size(sum(report.get("bytes", 0) for report in (*sessions, *documents)))
     print_prose(console, f"{total} in {clean_line(str(folder))}", "dim")
     return 0
 
 
-def _row(report: dict[str, Any], name: str) -> list[Text]:
+def _row(report: dict[str, Any], name: str, *, with_time: bool) -> list[Text]:
     size = figures.size(report.get("bytes", 0))
+    tokens = turns = saved = ""
     if "error" in report:
-        cells = [Text(clean_line(text)) for text in (name, "", "", size, "")]
-        return [*cells, Text(clean_line(report["error"]), "red")]
-    names = ", ".join(item["name"] for item in report["documents"][:4])
-    more = f" and {len(report['documents']) - 4} more" if len(report["documents"]) > 4 else ""
-    about = f"{report['model']}: {names}{more}" if names else report["model"]
-    if report["read_ahead"]:
-        about += f" (a reading was stopped after {report['read_ahead']:,} tokens)"
-    turns = str(report["turns"]) if report["kind"] == "session" else ""
-    saved = report["saved"].replace("T", " ")[:16]
-    return [Text(clean_line(text)) for text in (name, f"{report['tokens']:,}", turns, size, saved, about)]
+        about = Text(clean_line(report["error"]), "red")
+    else:
+        names = ", ".join(item["name"] for item in report["documents"][:4])
+        more = f" and {len(report['documents']) - 4} more" if len(report["documents"]) > 4 else ""
+        text = f"{report['model']}: {names}{more}" if names else report["model"]
+        if report["read_ahead"]:
+            text += f" (a reading was stopped after {report['read_ahead']:,} tokens)"
+        about = Text(clean_line(text))
+        tokens, turns = f"{report['tokens']:,}", str(report["turns"]) if report["kind"] == "session" else ""
+        saved = report["saved"].replace("T", " ")[:16]
+    cells = (name, tokens, turns, size, *([saved] if with_time else []))
+    return [*(Text(clean_line(cell)) for cell in cells), about]
 
 
 def show_info(one: One, options: Listing) -> int:
@@ -152,18 +160,28 @@ def remove_sessions(removed: Removed, options: Listing) -> int:
     return 0
 
 
-def turns_view(rows: Sequence[tuple[int, int | None, str, str, int, str, bool, bool]]) -> Table:
-    """List turns: (number, after, kind, name, tokens, lines that end there, on the way here, current)."""
-    table = new_table(">turn", ">after", "<what", "<name", ">tokens", "<")
-    for number, after, kind, name, tokens, lines, on_way, current in rows:
-        mark = " ".join(filter(None, ("<- here" if current else "", lines)))
-        cells = (
+def turns_view(rows: Sequence[tuple[int, int | None, str, str, int, str, bool, bool]], *, columns: int) -> Table:
+    """List turns: (number, after, kind, name, tokens, lines that end there, on the way here, current).
+
+    Where `columns` are few, names are cut; numbers never are, and marks go on in a further line.
+    """
+    headings = ("turn", "after", "what", "name", "tokens", "")
+    table = new_table(*map("".join, zip(">><<>~", headings, strict=True)))
+    shown = [
+        (
             str(number),
             "" if after is None else str(after),
             kind,
             clean_line(" ".join(name.split())),
             f"{tokens:,}",
-            mark,
+            " ".join(filter(None, ("<- here" if current else "", lines))),
         )
-        table.add_row(*(Text(cell, "" if on_way else "dim") for cell in cells))
+        for number, after, kind, name, tokens, lines, _, current in rows
+    ]
+    widths = [max(map(cell_len, column)) for column in zip(headings, *shown, strict=True)]
+    room = columns - sum(widths) + widths[3] - 2 * (len(widths) - 1)
+    for row, cells in zip(rows, shown, strict=True):
+        texts = [Text(cell, "" if row[6] else "dim") for cell in cells]
+        texts[3].truncate(max(_LEAST_NAME, room), overflow="ellipsis")
+        table.add_row(*texts)
     return table

@@ -53,7 +53,7 @@ def turns(host: CommandHost, rest: str) -> None:
         current = turn is tree.current
         return turn.number, parent, turn.kind, turn.name, len(turn.token_ids), lines, turn in way, current
 
-    host.show(turns_view([row(turn) for turn in tree.turns.values()]))
+    host.show(turns_view([row(turn) for turn in tree.turns.values()], columns=host.console.width))
     host.note("/goto TURN goes there, /undo one back; dim ones are on other lines")
 
 
