@@ -220,6 +220,21 @@ def test_places_to_go_on_from_take_no_more_than_the_context_or_are_three(ring_by
     assert all(turn.kind == "exchange" for turn in turns[2:])
 
 
+def test_of_a_short_context_no_more_than_its_tokens_is_saved(tmp_path: Path) -> None:
+    session = tiny_session(tmp_path)
+    finish(session.ask("Hi?", GREEDY))
+    (ring,) = ContextFolder.open(saved(tmp_path, session)).segments["rings"]
+    cache = session.engine.cache
+    assert ring.count == session.engine.position < cache.ring.num_slots
+    assert ring.nbytes == cache.ring.nbytes // cache.ring.num_slots * ring.count
+    other = tiny_session(tmp_path)
+    opened(tmp_path, other)
+    assert torch.equal(other.engine.cache.read_ring(), cache.read_ring())
+    for each in (session, other):
+        finish(each.ask("And now?", GREEDY))
+    assert in_context(other) == in_context(session)
+
+
 def test_of_many_documents_places_all_over_are_kept(tmp_path: Path) -> None:
     session = tiny_session(tmp_path)
     finish(session.add_documents([(f"{at}.txt", f"Note {at}.") for at in range(1, 41)]))

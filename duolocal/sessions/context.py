@@ -133,7 +133,8 @@ class ContextWriter:
     def _ring(self, position: int, ring: Tensor) -> Segment | NewSegment:
         if id(ring) in self._rings:
             return self._rings[id(ring)][1]
-        return NewSegment(position, ring.nbytes, partial(_bytes, ring))
+        held = _held(ring, position)
+        return NewSegment(position, held.nbytes, partial(_bytes, held))
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -157,6 +158,11 @@ def _kept(segments: Sequence[Segment], num_same: int, num_wanted: int) -> list[S
     if count < num_wanted and kept and kept[-1].nbytes < _SMALL_BYTES:
         kept.pop()
     return [*kept]
+
+
+def _held(ring: Tensor, num_tokens: int) -> Tensor:
+    """Return the part of a ring [2, layers, heads, slots, head_dim] that holds tokens: slots are filled in order."""
+    return ring[..., :num_tokens, :]
 
 
 def _columns_bytes(engine: Engine, first: int, last: int) -> np.ndarray:
@@ -239,7 +245,7 @@ def check_shapes(folder: ContextFolder, engine: Engine) -> None:
     blocks, rings = folder.segments["blocks"], folder.segments["rings"]
     fits = sum(part.count for part in blocks) == num_tokens // layout.block_size
     fits &= all(part.nbytes == part.count * column_bytes for part in blocks)
-    fits &= all(ring.nbytes == engine.cache.ring.nbytes for ring in rings)
+    fits &= all(ring.nbytes == _held(engine.cache.ring.data, ring.count).nbytes for ring in rings)
     fits &= all(part.nbytes == 4 * part.count for part in folder.segments["tokens"])
     positions = [ring.count for ring in rings]
     if not fits or positions != sorted(set(positions)) or max(positions, default=0) > num_tokens:
@@ -256,8 +262,10 @@ def stored_tokens(folder: ContextFolder, engine: Engine) -> list[int]:
 
 def load_ring(folder: ContextFolder, ring: Segment, engine: Engine) -> Tensor:
     """Return a ring of a folder as a tensor of its own, in host memory."""
-    data = folder.read(ring)
-    return torch.from_numpy(data).view(engine.transformer.dtype).view(engine.cache.ring.data.shape)
+    loaded = torch.zeros(engine.cache.ring.data.shape, dtype=engine.transformer.dtype)
+    held = _held(loaded, ring.count)
+    held.copy_(torch.from_numpy(folder.read(ring)).view(loaded.dtype).view(held.shape))
+    return loaded
 
 
 def open_session(folder: ContextFolder, session: ChatSession, *, name: str, origin: Origin) -> ContextWriter:
