@@ -15,6 +15,7 @@ from duolocal.heads import (
     DEFAULT_RECENT_SIZE,
     DEFAULT_SINK_SIZE,
     UNMEASURED_RATIO,
+    WIDE_RECENT_SIZE,
     HeadChoice,
     HeadPattern,
     KnownPattern,
@@ -28,7 +29,7 @@ from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.transformer import Transformer
 
-WINDOW = DEFAULT_SINK_SIZE + DEFAULT_RECENT_SIZE  # tokens
+WINDOW = DEFAULT_SINK_SIZE + DEFAULT_RECENT_SIZE  # tokens, of the heads while they are ranked
 # Echo looks from one copy of random tokens back into the other, past a whole window: two copies have to fit.
 LEAST_POSITIONS = 2 * (WINDOW + 2)
 DRIFT_POSITIONS = 4096  # tokens of drift's texts, as in duolocal.identify, which is not imported until it is needed
@@ -36,12 +37,17 @@ DRIFT_POSITIONS = 4096  # tokens of drift's texts, as in duolocal.identify, whic
 
 def can_rank(config: ModelConfig, context: int) -> bool:
     """Say whether ranking the heads of this model means anything: contexts beyond the window, and room for echo."""
-    return context > WINDOW and ranking_context(config) >= LEAST_POSITIONS
+    return context > DEFAULT_SINK_SIZE + _kept_recent(config) and ranking_context(config) >= LEAST_POSITIONS
 
 
 def ranking_context(config: ModelConfig) -> int:
     """Return how many tokens of context a ranking takes."""
     return min(config.max_positions, config.sliding_window or config.max_positions, DRIFT_POSITIONS)
+
+
+def _kept_recent(config: ModelConfig) -> int:
+    """Return how many recent tokens streaming heads are given after a ranking: more than while they are ranked."""
+    return WIDE_RECENT_SIZE if ranking_context(config) == DRIFT_POSITIONS else DEFAULT_RECENT_SIZE
 
 
 def shape_of(config: ModelConfig) -> ModelShape:
@@ -109,6 +115,7 @@ def rank_on_first_use(
     ):
         if isinstance(event, IdentifyResult):  # kept before more is asked for: then its state is deleted
             result, pattern = event, as_pattern(event, source=f"pattern found here by {method}")
+            pattern = replace(pattern, recent_size=_kept_recent(config))
             try:
                 remember_pattern(pattern, source.fingerprint)
                 kept = "remembered"

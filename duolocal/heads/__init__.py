@@ -20,7 +20,7 @@ from duolocal.heads.choose import (
 )
 from duolocal.heads.known import KNOWN_PATTERNS, KnownPattern, ModelShape, known_pattern
 from duolocal.heads.pattern import PATTERN_FORMAT, HeadPattern, rank_heads
-from duolocal.heads.plan import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadPlan, uniform_plan
+from duolocal.heads.plan import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, WIDE_RECENT_SIZE, HeadPlan, uniform_plan
 
 __all__ = [
     "DEFAULT_RECENT_SIZE",
@@ -28,6 +28,7 @@ __all__ = [
     "KNOWN_PATTERNS",
     "PATTERN_FORMAT",
     "UNMEASURED_RATIO",
+    "WIDE_RECENT_SIZE",
     "HeadChoice",
     "HeadPattern",
     "HeadPlan",

@@ -23,7 +23,7 @@ from duolocal.heads.pattern import (
     read_json_pattern,
     write_json_pattern,
 )
-from duolocal.heads.plan import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadPlan, uniform_plan
+from duolocal.heads.plan import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, WIDE_RECENT_SIZE, HeadPlan, uniform_plan
 from duolocal.heads.published import read_published, write_published
 from duolocal.paths import cache_folder
 
@@ -179,7 +179,7 @@ def choose_heads(
         if pattern is None and published is not None and (is_here(published) or fingerprint is None):
             pattern, note = _published(PUBLISHED, published, fetch=False)
         if pattern is None and can_rank:
-            pattern = _unranked(num_layers, num_kv_heads)
+            pattern = replace(_unranked(num_layers, num_kv_heads), recent_size=WIDE_RECENT_SIZE)
             return HeadChoice(_cut(pattern, wish.ratio, sink_size, recent_size), None, True, wish.ratio)
         if pattern is None and wish.ratio is None:
             return HeadChoice(

@@ -11,6 +11,7 @@ from duolocal.errors import SettingsError
 
 DEFAULT_SINK_SIZE = 64  # tokens
 DEFAULT_RECENT_SIZE = 256  # tokens
+WIDE_RECENT_SIZE = 1024  # tokens, of a model whose heads nobody has tried: docs/quality.md
 
 
 @dataclass(frozen=True)
