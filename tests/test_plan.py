@@ -383,8 +383,8 @@ def test_what_only_a_loaded_model_can_tell_is_said(tmp_path: Path, monkeypatch: 
     # As first use starts where memory allows it: nothing waits for a measurement.
     roomy = planned("llama3-8b-awq", card="h100", context=MILLION)
     assert roomy.kv == "int8" and any("planned as it starts" in note for note in roomy.notes)
-    config_json(tmp_path)
-    fixed: dict[str, Any] = {"device": "cpu", "context": 1024, "kv": "int8", "outer_weights": "int8", "chunk_size": 64}
+    config_json(tmp_path, max_position_embeddings=65536)
+    fixed: dict[str, Any] = {"device": "cpu", "context": 32768, "kv": "int8", "outer_weights": "int8", "chunk_size": 64}
     small = planned(str(tmp_path), **fixed)
     assert (small.kv, small.request.heads.num_streaming) == ("int8", 0)
     tight = planned(str(tmp_path), **fixed, memory=with_kept_back(small.plan.total) + small.plan.process - 100)

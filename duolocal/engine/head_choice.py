@@ -37,7 +37,7 @@ DRIFT_POSITIONS = 4096  # tokens of drift's texts, as in duolocal.identify, whic
 
 def can_rank(config: ModelConfig, context: int) -> bool:
     """Say whether ranking the heads of this model means anything: contexts beyond the window, and room for echo."""
-    return context > DEFAULT_SINK_SIZE + _kept_recent(config) and ranking_context(config) >= LEAST_POSITIONS
+    return context > WINDOW and ranking_context(config) >= LEAST_POSITIONS
 
 
 def ranking_context(config: ModelConfig) -> int:
@@ -45,7 +45,7 @@ def ranking_context(config: ModelConfig) -> int:
     return min(config.max_positions, config.sliding_window or config.max_positions, DRIFT_POSITIONS)
 
 
-def _kept_recent(config: ModelConfig) -> int:
+def ranked_recent_size(config: ModelConfig) -> int:
     """Return how many recent tokens streaming heads are given after a ranking: more than while they are ranked."""
     return WIDE_RECENT_SIZE if ranking_context(config) == DRIFT_POSITIONS else DEFAULT_RECENT_SIZE
 
@@ -115,7 +115,7 @@ def rank_on_first_use(
     ):
         if isinstance(event, IdentifyResult):  # kept before more is asked for: then its state is deleted
             result, pattern = event, as_pattern(event, source=f"pattern found here by {method}")
-            pattern = replace(pattern, recent_size=_kept_recent(config))
+            pattern = replace(pattern, recent_size=ranked_recent_size(config))
             try:
                 remember_pattern(pattern, source.fingerprint)
                 kept = "remembered"

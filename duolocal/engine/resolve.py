@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from duolocal.engine.head_choice import can_rank
+from duolocal.engine.head_choice import can_rank, ranked_recent_size
 from duolocal.engine.kernels import activations_named, kernels_named
 from duolocal.engine.known_model import KnownModel
 from duolocal.engine.kv_choice import known_kv
@@ -215,6 +215,7 @@ def _heads(spec: HeadsSpec, model: KnownModel, settings: LoadSettings, context: 
         recent_size=settings.recent_size,
         published=model.published,
         can_rank=can_rank(model.config, context),
+        ranked_recent_size=ranked_recent_size(model.config),
         fetch=fetch,
     )
     if not choice.unranked or choice.ratio is not None:

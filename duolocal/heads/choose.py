@@ -23,7 +23,7 @@ from duolocal.heads.pattern import (
     read_json_pattern,
     write_json_pattern,
 )
-from duolocal.heads.plan import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, WIDE_RECENT_SIZE, HeadPlan, uniform_plan
+from duolocal.heads.plan import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadPlan, uniform_plan
 from duolocal.heads.published import read_published, write_published
 from duolocal.paths import cache_folder
 
@@ -148,6 +148,7 @@ def choose_heads(
     recent_size: int | None = None,
     published: KnownPattern | None = None,
     can_rank: bool = False,
+    ranked_recent_size: int = DEFAULT_RECENT_SIZE,
     fetch: bool = True,
 ) -> HeadChoice:
     """Return the plan that `heads` asks for, or that the heads have to be ranked first.
@@ -156,8 +157,9 @@ def choose_heads(
     "random" or "random:SEED" (heads by chance, to compare with), the path of a pattern file or folder; after all of
     these but "all" and a ratio, "@0.5" cuts at another ratio than the pattern's own. published: the pattern that is
     published for the model, if any. can_rank: whether the caller can find a pattern; without, "auto" for an unknown
-    model keeps the whole context in every head. fetch: whether a published pattern that is not on this machine is
-    fetched; without, a plan with as many retrieval heads stands for it, and the note says so.
+    model keeps the whole context in every head. ranked_recent_size: tokens, of streaming heads in what it would find.
+    fetch: whether a published pattern that is not on this machine is fetched; without, a plan with as many retrieval
+    heads stands for it, and the note says so.
     Raises SettingsError, and DownloadError for a published pattern that cannot be fetched.
     """
     uniform = partial(
@@ -179,7 +181,7 @@ def choose_heads(
         if pattern is None and published is not None and (is_here(published) or fingerprint is None):
             pattern, note = _published(PUBLISHED, published, fetch=False)
         if pattern is None and can_rank:
-            pattern = replace(_unranked(num_layers, num_kv_heads), recent_size=WIDE_RECENT_SIZE)
+            pattern = replace(_unranked(num_layers, num_kv_heads), recent_size=ranked_recent_size)
             return HeadChoice(_cut(pattern, wish.ratio, sink_size, recent_size), None, True, wish.ratio)
         if pattern is None and wish.ratio is None:
             return HeadChoice(
