@@ -173,6 +173,15 @@ def find(settings: Any, name: str, *, also: Sequence[str] = ()) -> Option:
     return named[name]
 
 
+def refuse_unknown(given: Iterable[str], names: Sequence[str]) -> None:
+    """Raise SettingsError where one of the names that were given is not among `names`."""
+    for unknown in given:
+        if unknown not in names:
+            close = difflib.get_close_matches(unknown, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+            raise SettingsError(f"no setting is called {unknown!r}: {hint}")
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -21,7 +21,9 @@ from duolocal.models.fingerprint import fingerprint
 from duolocal.models.gguf import open_gguf
 from duolocal.models.gguf_names import without_parts
 from duolocal.models.gguf_weights import GGUFWeights, main_format, read_config
+from duolocal.models.names import MODELS
 from duolocal.models.native import is_native, open_native
+from duolocal.models.registry import resolve
 from duolocal.models.safetensors_folder import FolderWeights, header_bytes, open_shards, read_folder_config
 from duolocal.models.weights import ModelWeights
 from duolocal.quant.weight import Weight
@@ -59,12 +61,19 @@ class ModelSource:
         )
 
 
-def open_model(path: str | Path) -> ModelSource:
-    """Open a .gguf file, or a folder with config.json and *.safetensors, or a folder that holds one .gguf.
+def open_model(model: "str | Path | ModelSource") -> ModelSource:
+    """Open a .gguf file, a folder with config.json and *.safetensors or one .gguf, or what a name or hub id means.
 
+    A name or hub id is fetched where it is not on this machine; what is open already is returned.
     Raises ModelNotFoundError where there is no model, ModelFileError and ConfigError where it cannot be used.
     """
-    path = Path(path)
+    if isinstance(model, ModelSource):
+        return model
+    if not isinstance(model, str | Path):
+        raise ModelNotFoundError(f"the model is {model!r}: give a name, a hub id or a path")
+    path = Path(model).expanduser()
+    if isinstance(model, str) and (model in MODELS or not os.path.exists(path)):
+        path = resolve(model)
     if os.path.isdir(path):  # unlike Path.is_dir false, not an exception, where access is denied
         return _open_folder(path)
     if not os.path.exists(path):

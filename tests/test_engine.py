@@ -1,5 +1,6 @@
 """The engine on seeded tiny models: cuts, undo and cancelling change nothing; what does not fit is refused first."""
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from duolocal.engine import engine as engine_module
 from duolocal.engine.engine import Cancelled, Engine
-from duolocal.errors import ContextOverflowError, DuoLocalError, TokenizerError
+from duolocal.errors import ContextOverflowError, DuoLocalError, ModelNotFoundError, SettingsError, TokenizerError
 from duolocal.heads import HeadPlan
+from duolocal.models.loader import open_model
 from duolocal.plan.fitting import Free
 from duolocal.settings import Sampling
+from duolocal.tokenizer import load_tokenizer
 from tests.oracle import OracleCache
 from tests.tiny import random_model, save_checkpoint, tiny_config, transformer_of
 
@@ -201,6 +204,36 @@ def test_transient_memory_does_not_grow_with_the_context() -> None:
             list(engine.prefill(ids(64)))
         sizes.append(largest.numel)
     assert sizes[0] == sizes[1]
+
+
+def test_prefill_called_plainly_does_its_work() -> None:
+    engine = make_engine()
+    assert engine.prefill(ids(70))[-1] == 70 == engine.position
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((5,), "the model is 5: give a name, a path, or what open_model returns"),
+        (("smollm2-135m", {"context": 64}), "settings is dict: give a LoadSettings, or context=4096 and the like"),
+    ],
+)
+def test_wrong_types_are_refused_in_words(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+        Engine.load(*arguments)
+
+
+def test_a_name_and_a_path_are_taken_wherever_a_model_is_meant(smollm2_path: Path) -> None:
+    opened = open_model(smollm2_path)
+    assert open_model("smollm2-135m").path == open_model(str(smollm2_path)).path == opened.path
+    assert open_model(opened) is opened
+    assert load_tokenizer("smollm2-135m").fingerprint == load_tokenizer(smollm2_path).fingerprint
+    engine = Engine.load(smollm2_path, context=64)
+    assert engine.source is not None and engine.source.path == opened.path
+    with pytest.raises(ModelNotFoundError, match=r"no model is called 'smollm-135m' .did you mean smollm2-135m"):
+        open_model("smollm-135m")
+    with pytest.raises(ModelNotFoundError, match="the model is 5: give a name, a hub id or a path"):
+        open_model(5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,7 @@ def measure_decode(
     sampling = Sampling(temperature=0, max_tokens=num_tokens + 1)
     for context in contexts:
         on_step(f"filling up to {context:,} tokens")
-        for _ in engine.prefill(token_ids[engine.position : context]):
-            pass
+        engine.prefill(token_ids[engine.position : context])
         moment = engine.snapshot()
         times = []
         for run in range(repeats):

@@ -86,7 +86,6 @@ def measure_prefill(
 
 
 def _fill(engine: Engine, token_ids: Sequence[int]) -> None:
-    for _ in engine.prefill(token_ids):
-        pass
+    engine.prefill(token_ids)
     if engine.transformer.device.type == "cuda":
         torch.cuda.synchronize(engine.transformer.device)

@@ -15,6 +15,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -39,10 +40,10 @@ from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.transformer import Transformer
 from duolocal.paths import cache_folder
-from duolocal.plan.free import free_places
+from duolocal.plan.free import free_places, settled_model
 from duolocal.plan.memory import dense_16bit_bytes
 from duolocal.quant.kv import DEFAULT_BLOCK_SIZE, kv_layout
-from duolocal.settings import FirstUse, LoadSettings, Sampling
+from duolocal.settings import AUTO_MODEL, CHAT_SAMPLING, FirstUse, LoadSettings, Sampling
 
 WARM_UP_TOKENS = 32  # of a short chunk, such as a question
 
@@ -95,7 +96,7 @@ class Engine:
     @classmethod
     def load(
         cls,
-        model: str | ModelSource,
+        model: str | Path | ModelSource = AUTO_MODEL,
         settings: LoadSettings | None = None,
         *,
         events: LoadEvents = QUIET,
@@ -105,14 +106,18 @@ class Engine:
     ) -> "Engine":
         """Load a model by name, hub id or path (or an opened ModelSource) and reserve its whole context.
 
-        settings: what to load it with, None for the defaults; changes: fields of LoadSettings in place of theirs, as in
+        model: where it is left out that of `settings`, else the chat's default. settings: what to load with, None for
+        the defaults; changes: fields of LoadSettings in place of theirs, as in
         `Engine.load("smollm2-135m", context=4096, kv="int8")`. events: told of what takes time. first_use, reading
         (tokens of the documents that follow): how an unknown model is begun with (`duolocal.engine.first_use`).
         Raises DuoLocalError with one line saying what to do, before any work is done in vain.
         """
         settings = settings_with(model, settings, changes)
         if not isinstance(model, ModelSource):
-            model = open_model(registry.resolve(model, on_progress=events.fetching))
+            settings, reason = settled_model(settings)
+            if reason is not None:
+                events.announce(reason)
+            model = open_model(registry.resolve(settings.model, on_progress=events.fetching))
         resolved = resolve(settings, OpenedModel(model, settings.model, events))
         free = free_places(resolved.device, cache_folder())
         chosen = choose(resolved, free)
@@ -202,7 +207,14 @@ class Engine:
             dense_16bit=dense_16bit_bytes(self.config, self.context),
         )
 
-    def prefill(self, token_ids: Sequence[int]) -> Iterator[int]:
+    def prefill(self, token_ids: Sequence[int]) -> list[int]:
+        """Append tokens chunk by chunk; return how many of them were in the cache after each.
+
+        The work is done when this returns; `iter_prefill` yields on the way. Raises as that does.
+        """
+        return list(self.iter_prefill(token_ids))
+
+    def iter_prefill(self, token_ids: Sequence[int]) -> Iterator[int]:
         """Append tokens chunk by chunk, yielding after each how many of them are in the cache.
 
         Raises ContextOverflowError before any work when they do not fit, and Cancelled, with every finished chunk
@@ -217,7 +229,7 @@ class Engine:
             yield done
 
     def generate(
-        self, token_ids: Sequence[int], sampling: Sampling, *, eos_ids: frozenset[int] | None = None
+        self, token_ids: Sequence[int], sampling: Sampling = CHAT_SAMPLING, *, eos_ids: frozenset[int] | None = None
     ) -> Iterator[int]:
         """Append tokens (at least one), then yield sampled ids until an end token, `max_tokens` or a full context.
 

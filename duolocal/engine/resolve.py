@@ -6,9 +6,9 @@ they cannot differ; nothing is built, loaded or computed here. What the loaded w
 (`Resolved.undecided`) is `duolocal.engine.loading`'s.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
 from duolocal.models.loader import ModelSource
 from duolocal.models.rope import extended, parse_rope_scaling
+from duolocal.options import refuse_unknown
 from duolocal.plan.request import Request
 from duolocal.plan.weights import Weights
 from duolocal.quant.kv import KV_FORMATS, kv_layout
-from duolocal.settings import LoadSettings
+from duolocal.settings import AUTO_MODEL, LoadSettings
 
 DEFAULT_CONTEXT = 32 * 1024  # tokens; a million are asked for
 DEFAULT_CHUNK_SIZE = {"cpu": 512, "cuda": 4096}  # tokens
@@ -185,24 +186,29 @@ def default_context(config: ModelConfig) -> int:
     return min(config.max_positions, DEFAULT_CONTEXT)
 
 
-def settings_with(model: str | ModelSource, settings: LoadSettings | None, changes: Mapping[str, Any]) -> LoadSettings:
+def settings_with(
+    model: str | Path | ModelSource, settings: LoadSettings | None, changes: Mapping[str, Any]
+) -> LoadSettings:
     """Return `settings`, None for the default ones, with fields of LoadSettings in place of theirs.
 
     `heads`, `kv` and `select` may be numbers. Raises SettingsError for a name that is no field, and as LoadSettings
     does.
     """
-    names = [field.name for field in fields(LoadSettings)]
-    for unknown in changes.keys() - set(names):
-        close = difflib.get_close_matches(unknown, names, n=1)
-        hint = f": did you mean {close[0]}?" if close else f": there are {', '.join(names)}"
-        raise SettingsError(f"no setting is called {unknown!r}{hint}")
-    if isinstance(model, str):
-        name = model
+    if settings is not None and not isinstance(settings, LoadSettings):
+        raise SettingsError(f"settings is {type(settings).__name__}: give a LoadSettings, or context=4096 and the like")
+    settings = settings or LoadSettings()
+    refuse_unknown(changes, [field.name for field in fields(LoadSettings)])
+    if isinstance(model, ModelSource):
+        name = model.path.name if settings.model == AUTO_MODEL else settings.model
+    elif model == AUTO_MODEL:
+        name = settings.model
+    elif isinstance(model, str | Path):
+        name = str(model)
     else:
-        name = model.path.name if settings is None else settings.model
+        raise SettingsError(f"the model is {model!r}: give a name, a path, or what open_model returns")
     given = {**changes, "model": name}
     given |= {option: str(given[option]) for option in ("heads", "kv", "select") if option in given}
-    return LoadSettings(**given) if settings is None else replace(settings, **given)
+    return replace(settings, **given)
 
 
 def _heads(spec: HeadsSpec, model: KnownModel, settings: LoadSettings, context: int, *, fetch: bool) -> HeadChoice:

@@ -407,7 +407,7 @@ class ChatSession:
         return len(self.tokenizer.chat_pieces(messages[:index], add_generation_prompt=True))
 
     def _prefill(self, token_ids: Sequence[int]) -> Iterator[int]:
-        for count in self.engine.prefill(token_ids):
+        for count in self.engine.iter_prefill(token_ids):
             if self._cancelled:
                 raise Cancelled
             yield count

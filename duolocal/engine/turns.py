@@ -197,7 +197,7 @@ class TurnTree:
         done, total = 0, sum(len(turn.token_ids) for turn in again)
         for turn in again:
             try:
-                for count in self._engine.prefill(turn.token_ids):
+                for count in self._engine.iter_prefill(turn.token_ids):
                     yield done + count, total
             finally:
                 if self._engine.position == turn.end:

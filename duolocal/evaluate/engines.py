@@ -24,7 +24,7 @@ from duolocal.files import free_name
 from duolocal.heads import HeadPlan, KnownPattern, plan_heads, uniform_plan
 from duolocal.kernels.sparse import SparsePrefill
 from duolocal.models.config import ModelConfig
-from duolocal.models.loader import ModelSource
+from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.transformer import Transformer
 from duolocal.paths import cache_folder
 from duolocal.plan.fitting import Free
@@ -105,7 +105,7 @@ class Lineup:
     @classmethod
     def load(
         cls,
-        source: ModelSource,
+        source: str | Path | ModelSource,
         choices: Sequence[Setting],
         settings: LoadSettings | None = None,
         *,
@@ -119,6 +119,7 @@ class Lineup:
         no more than two. Raises DuoLocalError, MemoryLimitError before the weights are loaded.
         """
         shared = replace(settings_with(source, settings, changes), kv_device_memory=None)
+        source = open_model(source)
         model = OpenedModel(source, shared.model, events)
         asked = [replace(shared, **vars(choice)) for choice in choices]
         free = free_places(resolve(asked[0], model).device, cache_folder())

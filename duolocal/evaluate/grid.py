@@ -52,7 +52,7 @@ def ask(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Iter
     for prompt in prompts:
         engine.reset()
         began_s = clock(engine)
-        for count in engine.prefill(prompt.token_ids[:-1]):
+        for count in engine.iter_prefill(prompt.token_ids[:-1]):
             yield done + count
         read_s = clock(engine)
         before = engine.snapshot()

@@ -1,12 +1,15 @@
 """What this machine has free, in each place that a cache may take."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 
+from duolocal.models.default import default_model
 from duolocal.plan.fitting import Free
+from duolocal.settings import AUTO_MODEL, LoadSettings
 
 
 def available_bytes(device: torch.device) -> int:
@@ -17,6 +20,14 @@ def available_bytes(device: torch.device) -> int:
     available = psutil.virtual_memory().available
     limit = _cgroup_available()
     return available if limit is None else min(available, limit)
+
+
+def settled_model(settings: LoadSettings) -> tuple[LoadSettings, str | None]:
+    """Return `settings` with the model that is meant where none was named, and why it is not the better one, if so."""
+    if settings.model != AUTO_MODEL:
+        return settings, None
+    name, reason = default_model(free_memory=available_bytes(torch.device("cpu")))
+    return replace(settings, model=name), reason
 
 
 def free_places(device: torch.device, folder: Path) -> Free:

@@ -13,7 +13,7 @@ from torch import Tensor
 from duolocal.errors import ModelFileError
 from duolocal.files import replacing_folder
 from duolocal.models.assemble import Role, roles
-from duolocal.models.loader import ModelSource
+from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.safetensors_folder import hf_module
 from duolocal.quantize.checkpoint import SHARD_BYTES, beside_weights, check_room
 from duolocal.quantize.files import write_bytes, write_json, write_tensors
@@ -24,12 +24,15 @@ _CPU = torch.device("cpu")
 _INDEX = "model.safetensors.index.json"
 
 
-def write_dense(source: ModelSource, folder: Path, *, on_progress: Callable[[int, int], None] | None = None) -> int:
-    """Write `source` to `folder`, new or empty, as float16 safetensors; return the bytes of its weights.
+def write_dense(
+    source: str | Path | ModelSource, folder: Path, *, on_progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Write a model (`open_model`) to `folder`, new or empty, as float16 safetensors; return the bytes of its weights.
 
     `on_progress` gets (tensors done, in all). Raises DuoLocalError where the folder is not empty, where there is no
     room, and for a model that transformers has no config for.
     """
+    source = open_model(source)
     if source.kind == "native":
         raise ModelFileError(f"{source.path}: is a native folder; give the model that it was made of")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

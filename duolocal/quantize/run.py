@@ -22,7 +22,7 @@ from duolocal.engine.place import device_named
 from duolocal.errors import SettingsError
 from duolocal.models.assemble import layer_roles, outer_roles
 from duolocal.models.config import ModelConfig
-from duolocal.models.loader import ModelSource
+from duolocal.models.loader import ModelSource, open_model
 from duolocal.quantize.checkpoint import beside_weights, check_room, outer_bytes, write_checkpoint
 from duolocal.quantize.forward import advance, capture
 from duolocal.quantize.layer import Parts, QuantizedLayer, load_layer, quantize_layer
@@ -43,7 +43,7 @@ VERSION = 1  # of what is computed; work of another version is not gone on with
 
 
 def quantize(
-    source: ModelSource,
+    source: str | Path | ModelSource,
     out: Path,
     settings: QuantizeSettings | None = None,
     *,
@@ -51,13 +51,14 @@ def quantize(
     device: str = "auto",
     threads: int | None = None,
 ) -> Generator[QuantizeProgress | QuantizeResult, None, None]:
-    """Write `source` to the folder `out` in 4 bits; yield progress and at last one QuantizeResult.
+    """Write a model (`open_model`) to the folder `out` in 4 bits; yield progress and at last one QuantizeResult.
 
     out: new or empty, or left by an interrupted run of the same settings, which is gone on with; text: for
     calibration, None for Python's own help texts; device: "auto", "cpu" or "cuda"; threads: of the CPU, None as torch
     has it. Raises DuoLocalError, for settings before any work.
     """
     began_s = time.monotonic()
+    source = open_model(source)
     settings = QuantizeSettings() if settings is None else settings
     group_size = _check(source, settings)
     where, config = device_named(device), source.config

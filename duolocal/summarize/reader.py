@@ -58,7 +58,7 @@ class Reader:
         """Empty the context and prefill what comes before every document."""
         self.engine.reset()
         self._snapshot = None
-        for _ in self.engine.prefill(self.frame.prefix):
+        for _ in self.engine.iter_prefill(self.frame.prefix):
             self._check()
         self._snapshot = self.engine.snapshot()
 
@@ -74,7 +74,7 @@ class Reader:
         began_s = time.perf_counter()
         engine.restore(self._snapshot)
         yield Step("reading", 0, len(token_ids))
-        for count in engine.prefill(token_ids[:-1]):
+        for count in engine.iter_prefill(token_ids[:-1]):
             self._check()
             yield Step("reading", count, len(token_ids))
         stream, stops = tokenizer.stream(continues=True), StopStrings(sampling.stop)

@@ -33,8 +33,7 @@ def bench_profile(options: Profile, settings: LoadSettings) -> int:
         ceilings = measure_ceilings(kernels)
         for context in contexts:
             line.show(f"filling up to {context:,} tokens")
-            for _ in engine.prefill(token_ids[engine.position : context]):
-                pass
+            engine.prefill(token_ids[engine.position : context])
             line.show(f"{context:,} tokens: profiling")
             following = token_ids[context : context + chunk]
             profiles.append(("decode", profile_decode(engine, following[0], repeats=options.repeats)))

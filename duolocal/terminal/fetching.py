@@ -1,6 +1,5 @@
 """Finding or fetching a model, with a bar: what every command that opens one does first."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,17 +47,13 @@ def _fetch_pattern(path: Path, model: str) -> None:
 
 def settle_model(settings: LoadSettings) -> LoadSettings:
     """Return `settings` with the model that is meant where none was named; where it is not the better one, say why."""
-    if settings.model != AUTO_MODEL:
-        return settings
-    import torch
+    if settings.model == AUTO_MODEL:
+        from duolocal.plan.free import settled_model
 
-    from duolocal.models.default import default_model
-    from duolocal.plan.free import available_bytes
-
-    name, reason = default_model(free_memory=available_bytes(torch.device("cpu")))
-    if reason is not None:
-        say(reason)
-    return replace(settings, model=name)
+        settings, reason = settled_model(settings)
+        if reason is not None:
+            say(reason)
+    return settings
 
 
 def fetch_model(options: Fetch) -> int:

@@ -30,8 +30,7 @@ class DuoLocalRunner:
         }
 
     def prefill(self, token_ids: Sequence[int]) -> None:
-        for _ in self.engine.prefill(token_ids):
-            pass
+        self.engine.prefill(token_ids)
 
     def greedy(self, token_id: int, num_tokens: int) -> Iterator[int]:
         sampling = Sampling(temperature=0, max_tokens=num_tokens)
