@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from duolocal import __version__
 from duolocal.commands import bench, chat, docs, eval, heads, models, plan, quantize, sessions, summarize, tune
 from duolocal.commands.parsing import Command, Parser, parser_of
-from duolocal.errors import DuoLocalError, SettingsError
+from duolocal.errors import DuoLocalError, SettingsError, refusal
 from duolocal.processes import INTERRUPTED
 from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
@@ -24,6 +24,8 @@ from duolocal.terminal.consoles import progress_console, say, starting_notice
 _MODULES = (chat, models, bench, heads, sessions, eval, docs, plan, tune, quantize, summarize)  # in the order of --help
 COMMANDS = {command.name: command for module in _MODULES for command in module.COMMANDS}
 GROUPS = {group.name: group for module in (models, bench, heads, sessions, eval, docs) for group in module.GROUPS}
+
+_OPTIONS = ("--help", "--version")  # that stand without a command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,9 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader went away: nothing is left to say, not even by the interpreter's own flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_output()  # the reader went away: nothing is left to say
         return 128 + 13
+    except (OSError, MemoryError) as error:
+        say(refusal(error))
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is the output that takes no more
+            _abandon_output()
+        return 1
+
+
+def _abandon_output() -> None:
+    """Lose what is still to be written to standard output, so that the interpreter's flush at exit does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(command: Command, values: Sequence[Any]) -> int:
@@ -88,7 +101,7 @@ def read(argv: Sequence[str]) -> tuple[Command, tuple[Any, ...]] | None:
     first, rest = argv[0], argv[1:]
     names = sorted({name.split()[0] for name in COMMANDS})
     if first not in names:
-        raise SettingsError(f"unknown command {first!r}: {_hint(first, names)}")
+        raise SettingsError(f"unknown command {first!r}: {_hint(first, names, _OPTIONS)}")
     if first in GROUPS:
         group = GROUPS[first]
         if rest[:1] in (["-h"], ["--help"]):
@@ -109,8 +122,8 @@ def read(argv: Sequence[str]) -> tuple[Command, tuple[Any, ...]] | None:
     return command, tuple(part.value(words) for part in command.parts)
 
 
-def _hint(word: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+def _hint(word: str, names: Sequence[str], options: Sequence[str] = ()) -> str:
+    close = difflib.get_close_matches(word, [*names, *options], n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"give one of {', '.join(names)}"
 
 

@@ -5,6 +5,8 @@ Only the command line turns one into a printed line and an exit code. Messages q
 whatever is in them, a message is one line without control characters.
 """
 
+import errno
+
 _LONGEST = 1000  # characters of a message
 _ENDING = 300  # of them kept of the end, where it says what to do
 
@@ -25,6 +27,23 @@ def _printable(character: str) -> str:
     if character.isspace():
         return " "
     return chr(0x2400 + ord(character)) if character < " " else "\ufffd"  # ␛, as the terminal shows names
+
+
+def refusal(error: OSError | MemoryError) -> str:
+    """Return what the system refused as one line: the file, if one is known, and why."""
+    if isinstance(error, MemoryError):
+        return "the memory of this machine is used up: close other programs, or use a smaller --context"
+    reason = error.strerror or str(error) or type(error).__name__
+    name = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else error.filename
+    advice = {
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space",
+        errno.EACCES: "look at the permissions of the file and its folders",
+        errno.EPERM: "look at the permissions of the file and its folders",
+        errno.EROFS: "use another place",
+        errno.ENAMETOOLONG: "use a shorter name",
+    }.get(error.errno or 0)
+    return one_line(": ".join(str(part) for part in (name, reason, advice) if part is not None))
 
 
 class DuoLocalError(Exception):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from duolocal.errors import SettingsError
+from duolocal.paths import user_path
 from duolocal.sizes import format_tokens, parse_bytes, parse_threads, parse_tokens
 
 REQUIRED: Any = MISSING
@@ -230,7 +231,7 @@ def path(wanted: str) -> Kind:
     def read(text: str, name: str) -> Path:
         if not text.strip():
             raise ValueError(text)
-        return Path(text).expanduser()
+        return user_path(text)
 
     return Kind(read, wanted, metavar="FILE")
 

@@ -9,7 +9,7 @@ have, and the reading of single values.
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from duolocal.errors import ConfigError
@@ -96,9 +96,12 @@ def check_config(config: ModelConfig, where: str) -> ModelConfig:
         raise wrong("rope_theta", config.rope_theta, "a number above 1")
     if config.sliding_window is not None and config.sliding_window < 1:
         raise wrong("sliding_window", config.sliding_window, "a positive number of tokens or null")
-    for token in (config.bos_id, *config.eos_ids):
-        if token is not None and not 0 <= token < config.vocab_size:
-            raise wrong("a bos or eos token id", token, f"0 to {config.vocab_size - 1} (the vocabulary)")
+    known = range(config.vocab_size)
+    config = replace(
+        config,
+        bos_id=config.bos_id if config.bos_id in known else None,
+        eos_ids=tuple(token for token in config.eos_ids if token in known),
+    )
     factors = config.rope_freq_factors
     if factors is not None and (
         len(factors) != config.head_dim // 2 or not all(math.isfinite(f) and f > 0 for f in factors)
@@ -106,6 +109,20 @@ def check_config(config: ModelConfig, where: str) -> ModelConfig:
         raise wrong("rope_freqs", factors, f"{config.head_dim // 2} positive numbers")
     _check_rope(config.rope_scaling, wrong)
     return config
+
+
+def stray_ids(ids: Mapping[str, Any], config: ModelConfig) -> tuple[str, ...]:
+    """Return a line for people about special ids, by name, outside the vocabulary; `check_config` drops them."""
+    every = [(name, token) for name, value in ids.items() for token in (value if isinstance(value, list) else [value])]
+    found = [
+        f"{name} {token:,}" for name, token in every if isinstance(token, int) and token not in range(config.vocab_size)
+    ]
+    if not found:
+        return ()
+    told = ", ".join(found)
+    return (
+        f"{told}: not in the vocabulary of {config.vocab_size:,} tokens, so what the chat template writes is taken",
+    )
 
 
 def _check_rope(rope: RopeScaling, wrong: Any) -> None:

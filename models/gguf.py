@@ -21,6 +21,7 @@ from torch import Tensor
 from duolocal.errors import ModelFileError
 from duolocal.models.config import label, shown
 from duolocal.models.gguf_names import part_of, parts_of
+from duolocal.models.stand_ins import stand_in
 from duolocal.quant.gguf import GGUF_TYPES, GGUFType
 
 _MAGIC = b"GGUF"
@@ -226,6 +227,8 @@ class _Parser:
 
     def _header(self) -> tuple[int, int]:
         if self._data[:4] != _MAGIC:
+            if (instead := stand_in(bytes(self._data[:64]))) is not None:
+                raise self._error(instead)
             raise self._error(f"not a GGUF file: begins with {bytes(self._data[:4])!r}, wanted {_MAGIC!r}")
         self._at = 4
         version = self._unpack("<I", "the version")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 
@@ -23,3 +24,9 @@ def parts_of(name: str) -> list[str]:
 def without_parts(names: Iterable[str]) -> list[str]:
     """Return the names that stand for a model each: of the parts of a split file only the first."""
     return sorted({parts_of(name)[0] for name in names})
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """Return the .gguf files in a folder, in whatever case, of a split one the first part, by name."""
+    names = (path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf" and path.is_file())
+    return [folder / name for name in without_parts(names)]

@@ -28,7 +28,10 @@ _IGNORED = frozenset(
     unsloth_version use_cache use_return_dict repetition_penalty length_penalty do_sample num_beams min_length
     typical_p diversity_penalty early_stopping encoder_no_repeat_ngram_size no_repeat_ngram_size num_beam_groups
     num_return_sequences remove_invalid_values suppress_tokens begin_suppress_tokens
-    exponential_decay_length_penalty
+    exponential_decay_length_penalty attention_probs_dropout_prob attn_pdrop auto_map classifier_dropout embd_pdrop
+    forced_decoder_ids hidden_dropout_prob ignore_index loss_function loss_type neftune_noise_alpha pad_token
+    resid_pdrop summary_first_dropout use_flash_attention use_flash_attention_2 use_flash_attn
+    _use_flash_attention_2
     """.split()  # noqa: SIM905  (one word per line would be a page)
 )
 # Keys that are harmless at these values only.
@@ -47,6 +50,15 @@ _ONLY_AT: dict[str, tuple[Any, ...]] = {
     "use_mrope": (None, False),
 }
 _ROPE_IGNORED = frozenset({"finetuned"})
+# Of a quantization_config: how the weights were made or how to run them, not what they are.
+_AWQ_IGNORED = frozenset(
+    """
+    act_group_aware backend batch_size block_name_to_quantize cache_block_outputs damp_percent dataset do_fuse
+    exllama_config fuse_max_seq_len max_input_length meta model_seqlen module_name_preceding_first_block
+    modules_in_block_to_quantize modules_to_fuse pad_token_id sym tokenizer true_sequential
+    """.split()  # noqa: SIM905
+)
+_AWQ_ONLY_AT = {"desc_act": (False,), "format": ("gemm", "awq"), "checkpoint_format": ("gemm", "awq")}
 # transformers' class defaults where the key is absent; llama and any null: num_attention_heads.
 _NUM_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
@@ -142,10 +154,11 @@ def awq_settings(raw: Mapping[str, Any], where: str) -> AWQSettings | None:
     modules = read.value("modules_to_not_convert") or []
     if not isinstance(modules, list) or not all(isinstance(name, str) and name for name in modules):
         raise read.wrong("modules_to_not_convert", "a list of module names or null")
-    for key in ("backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config"):
-        read.value(key)  # how to run it, not what it is
     for key in read.unread():
-        raise ConfigError(f"{where}.{label(key)} is {shown(quantization[key])}, which duolocal does not know; {advice}")
+        value = quantization[key]
+        if value is None or key in _AWQ_IGNORED or value in _AWQ_ONLY_AT.get(key, ()):
+            continue
+        raise ConfigError(f"{where}.{label(key)} is {shown(value)}, which duolocal does not know; {advice}")
     return AWQSettings(group_size=group_size, dense_modules=tuple(modules))
 
 
@@ -263,7 +276,7 @@ def _eos_ids(read: Reader, generation: Mapping[str, Any] | None, where: str) -> 
 def _refuse_unknown(read: Reader) -> None:
     for key in read.unread():
         value = read.raw[key]
-        if key in _IGNORED or (key in _ONLY_AT and value in _ONLY_AT[key]):
+        if value is None or key in _IGNORED or (key in _ONLY_AT and value in _ONLY_AT[key]):
             continue
         raise ConfigError(
             f"{read.where}: {label(key)} is {shown(value)}: it would change the computation in a way duolocal does not "

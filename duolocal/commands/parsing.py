@@ -111,6 +111,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SettingsError(message.removeprefix("argument "))
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:  # argparse's own says nothing where help cannot be written
+            print(message, end="", file=file or sys.stderr, flush=True)
+
 
 def literal(text: str) -> str:
     return text.replace("%", "%%")

@@ -22,6 +22,7 @@ from duolocal.documents.text import is_blank, looks_binary
 from duolocal.documents.zipped import Archive, ArchiveCache, ArchiveError
 from duolocal.errors import DocumentError
 from duolocal.files import free_name
+from duolocal.paths import user_path
 
 MAX_FILES = 50_000  # seen, taken or not; no context holds so many
 _LONGEST_ARCHIVE = 40  # characters of its name
@@ -140,7 +141,7 @@ class _Walk:
         self._looked_into = 0  # bytes
 
     def add(self, path: str | Path) -> None:
-        word, path = str(path), Path(path).expanduser()
+        word, path = str(path), user_path(path)
         try:
             info = path.stat()
         except FileNotFoundError:

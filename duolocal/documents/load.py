@@ -18,6 +18,7 @@ from duolocal.documents.packed import unpack
 from duolocal.documents.text import NotTextError, decode, is_blank
 from duolocal.documents.zipped import Archive
 from duolocal.errors import DocumentError
+from duolocal.paths import user_path
 
 # A million tokens are about 4 MB of English; no context holds a file of this size.
 MAX_BYTES = 256 * 2**20
@@ -38,7 +39,7 @@ def load_document(
 
     `converter` lets several files share a process; `on_progress` gets the pages done, and of how many.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     return decode_document(read_bytes(path), path, name, converter=converter, on_progress=on_progress)
 
 

@@ -83,7 +83,16 @@ class Resolved:
     @property
     def notes(self) -> list[str]:
         """Say for people what was decided beyond what they asked for."""
-        found = [*self.model.notes, self.rope_note, self.heads.note, self.kv_note, self.fit_note, self.kernels_note]
+        read = self.model.source.notes if self.model.source is not None else ()
+        found = [
+            *read,
+            *self.model.notes,
+            self.rope_note,
+            self.heads.note,
+            self.kv_note,
+            self.fit_note,
+            self.kernels_note,
+        ]
         found.append(None if self.select is None else selection_note(self.select))
         found.append(None if self.sparse is None else prefill_note(self.sparse))
         return [note for note in found if note]

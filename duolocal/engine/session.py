@@ -17,7 +17,7 @@ from torch import Tensor
 from duolocal.engine.engine import Cancelled, Engine
 from duolocal.engine.fitting import Fit
 from duolocal.engine.turns import ContextItem, Turn, TurnTree
-from duolocal.errors import ContextOverflowError, SettingsError
+from duolocal.errors import ContextOverflowError, SettingsError, TokenizerError
 from duolocal.sampling import StopStrings
 from duolocal.settings import Sampling
 from duolocal.tokenizer import ChatPiece, Message, Tokenizer
@@ -253,10 +253,16 @@ class ChatSession:
     def set_system(self, text: str | None) -> Iterator[Event]:
         """Begin anew with another system prompt: the conversation is forgotten, documents are read again.
 
-        Raises ContextOverflowError, with nothing changed, where they no longer fit.
+        Raises ContextOverflowError, with nothing changed, where they no longer fit, or no question would.
         """
-        texts = self.texts
-        self._check_documents_fit(self._plan_documents(texts, after=Turn(0, None, "start", text=text or "")), used=0)
+        texts, start = self.texts, Turn(0, None, "start", text=text or "")
+        least, context = len(self._encode_user("?", closed=True, after=start)), self.engine.context
+        if least >= context:
+            raise ContextOverflowError(
+                f"with this system message the shortest question has {least:,} tokens, and the context {context:,}: "
+                "shorten it, or start with a larger --context"
+            )
+        self._check_documents_fit(self._plan_documents(texts, after=start), used=0)
         self.system = text or None
         self.reset()
         return self.add_documents(texts) if texts else iter(())
@@ -384,7 +390,12 @@ class ChatSession:
         last = len(messages)
         whole = content if open_content is None else f"{open_content}\n\n{content}"
         pieces = self.tokenizer.chat_pieces([*messages, Message("user", whole)], add_generation_prompt=closed)
-        at = max(index for index, piece in enumerate(pieces) if piece.message == last)
+        at = max((index for index, piece in enumerate(pieces) if piece.message == last), default=-1)
+        if at < 0:
+            raise TokenizerError(
+                "this model's chat template leaves a message of the user out, so the model would not read it: "
+                "ask more than blanks, or take a file of the model with another template"
+            )
         if open_content is None:
             begin = self._end_of_answer(pieces, messages)
             continues = begin > 0

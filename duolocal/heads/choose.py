@@ -25,7 +25,7 @@ from duolocal.heads.pattern import (
 )
 from duolocal.heads.plan import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadPlan, uniform_plan
 from duolocal.heads.published import read_published, write_published
-from duolocal.paths import cache_folder
+from duolocal.paths import cache_folder, user_path
 
 # Where nothing is measured for a model: careful: SmolLM2 is served by a half (docs/quality.md).
 UNMEASURED_RATIO = 2 / 3
@@ -60,7 +60,7 @@ class HeadsSpec:
         if (number := _number(heads.removeprefix("ratio="))) is not None:
             return cls("auto", _ratio(number, heads))
         pattern, at, tail = heads.rpartition("@")
-        if at and pattern and (number := _number(tail)) is not None and not Path(heads).expanduser().exists():
+        if at and pattern and (number := _number(tail)) is not None and not user_path(heads).exists():
             return cls(pattern, _ratio(number, heads))
         return cls(heads)
 
@@ -120,7 +120,7 @@ def load_pattern(path: str | Path) -> HeadPattern:
 
     Raises SettingsError naming the file and what is wrong with it.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     return read_published(path) if path.is_dir() else read_json_pattern(path)
 
 
@@ -129,8 +129,8 @@ def save_pattern(pattern: HeadPattern, path: str | Path, *, published: bool | No
 
     published: None goes by the path: a folder where it ends with a slash or is one. Raises SettingsError.
     """
-    folder = str(path).endswith(("/", "\\")) or Path(path).expanduser().is_dir()
-    path = Path(path).expanduser()
+    folder = str(path).endswith(("/", "\\")) or user_path(path).is_dir()
+    path = user_path(path)
     if folder if published is None else published:
         write_published(pattern, path)
     else:

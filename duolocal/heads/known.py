@@ -19,7 +19,7 @@ from duolocal.downloads import UnreachableError, fetch_small
 from duolocal.errors import DownloadError, SettingsError
 from duolocal.heads.pattern import MAX_FILE_BYTES, HeadPattern
 from duolocal.heads.published import CONFIG_FILE, SCORES_FILE, read_published
-from duolocal.paths import cache_folder
+from duolocal.paths import cache_folder, user_path
 
 SOURCE = "github.com/mit-han-lab/duo-attention"
 LICENCE = "MIT"
@@ -164,7 +164,7 @@ def _address() -> str:
 def _mirror() -> Path | None:
     """Return the local folder that stands for the repository, or None."""
     address = _address()
-    return None if re.match(r"https?://", address) else Path(address).expanduser()
+    return None if re.match(r"https?://", address) else user_path(address)
 
 
 def _kept(known: KnownPattern) -> Path:

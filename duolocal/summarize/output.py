@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from duolocal.errors import SettingsError, SummaryFileError
 from duolocal.files import Lock, sync_folder, write_file
-from duolocal.paths import cache_folder
+from duolocal.paths import cache_folder, user_path
 from duolocal.summarize.records import LINE_START, Record, parse_line
 from duolocal.summarize.render import RENDERERS
 
@@ -35,7 +35,7 @@ class Output:
     def __init__(self, path: str | Path, *, format: OutputFormat = "jsonl", resume: bool = False) -> None:
         """Open or make the file. Raises SettingsError where it exists and `resume` was not asked for, or is in use,
         and SummaryFileError where it is damaged or of something else."""
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         if format not in FORMATS:
             raise SettingsError(f"--format is {format!r}: give one of {', '.join(FORMATS)}")
         self._render = RENDERERS.get(format)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duolocal.errors import SettingsError
+from duolocal.paths import user_path
 
 DOCUMENT, LENGTH = "{document}", "{length}"
 LENGTHS = ("short", "medium", "long")
@@ -104,7 +105,7 @@ def make_prompt(wanted: str = DEFAULT_PRESET, *, length: str | None = None, syst
     preset = PRESETS.get(wanted)
     if preset is not None:
         return _filled(wanted, preset.template, preset, length, system)
-    path = Path(wanted).expanduser()
+    path = user_path(wanted)
     template = _read(wanted, path)
     shown = f"the prompt {path}"
     count = template.count(DOCUMENT)

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 
 from duolocal.documents import Document
 from duolocal.engine.session import Event, Finished
-from duolocal.errors import DuoLocalError
+from duolocal.errors import DuoLocalError, refusal
 from duolocal.terminal import commands, reader_view, views
 from duolocal.terminal.chat_state import ChatState
 from duolocal.terminal.clean import clean
@@ -62,6 +62,8 @@ class Chat:
                 self.handle(text)
             except DuoLocalError as error:
                 self.complain(str(error))
+            except (OSError, MemoryError) as error:
+                self.complain(refusal(error))
             except KeyboardInterrupt:
                 self.note("stopped")
             self._show_notes()

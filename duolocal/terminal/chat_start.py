@@ -12,10 +12,10 @@ from duolocal.commands.parsing import program_of
 from duolocal.commands.sessions import keep_bytes
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.options import values_in, words_of
-from duolocal.paths import sessions_folder
+from duolocal.paths import sessions_folder, user_path
 from duolocal.settings import FirstUse, LoadSettings, Sampling
 from duolocal.startup import without_collection
-from duolocal.terminal.consoles import new_console, progress_console, say, starting_notice
+from duolocal.terminal.consoles import new_console, progress_console, say, starting_notice, telling_after
 from duolocal.terminal.fetching import settle_model
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from duolocal.sessions.context import Origin
     from duolocal.sessions.keeper import ContextKeeper
     from duolocal.terminal.chat_state import ChatState
+
+_STDIN_PATIENCE_S = 1.0
 
 # What a chat takes from its session where nothing was asked.
 _TAKEN = frozenset(
@@ -151,7 +153,11 @@ def _piped_stdin() -> bytes | None:
         return None
     if stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode):  # /dev/null, as under cron
         return None
-    return sys.stdin.buffer.read() or None
+    with telling_after(
+        _STDIN_PATIENCE_S,
+        "waiting for a document on standard input (`< /dev/null` where there is none, as in a loop of the shell)",
+    ):
+        return sys.stdin.buffer.read() or None
 
 
 def _question(options: Chat) -> tuple[str | None, "Document | None"]:
@@ -161,6 +167,8 @@ def _question(options: Chat) -> tuple[str | None, "Document | None"]:
     piped = _piped_stdin()
     document = decode_document(piped, Path("stdin")) if piped and piped.strip() else None
     if options.prompt is not None:
+        if document is not None and piped is not None:
+            say(f"{len(piped):,} bytes of standard input are read as a document (`< /dev/null` keeps it out)")
         return options.prompt, document
     if document is not None:
         return document.text.strip(), None
@@ -188,7 +196,7 @@ def history_file() -> Path:
     """Return where the chat keeps what was typed: below DUOLOCAL_CACHE, or the user's state folder."""
     chosen = os.environ.get("DUOLOCAL_CACHE")
     if chosen:
-        return Path(chosen).expanduser() / "history"
+        return user_path(chosen) / "history"
     import platformdirs
 
     return platformdirs.user_state_path("duolocal", appauthor=False) / "history"

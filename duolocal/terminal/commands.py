@@ -15,7 +15,7 @@ COMMANDS = Commands(
     {**docs_chat.COMMANDS, **settings_chat.COMMANDS, **turns_chat.COMMANDS, **sessions_chat.COMMANDS}
 )  # in the order of /help
 _COMMAND = re.compile(r"/([A-Za-z]+|\?)(?:\s+(.*))?", re.DOTALL)
-_ALIASES = {"exit": "quit", "q": "quit", "?": "help"}
+_ALIASES = {"exit": "quit", "q": "quit", "?": "help", "doc": "load"}
 
 
 def help_lines() -> dict[str, str]:

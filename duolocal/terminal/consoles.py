@@ -3,6 +3,7 @@
 import os
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,18 @@ def progress_console(*, no_color: bool = False) -> "Console":
 def say(text: str) -> None:
     """Write one line of ours to standard error, whatever is in the text."""
     print(f"duolocal: {clean_line(text)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def telling_after(seconds: float, text: str) -> Iterator[None]:
+    """Say `text` where the block takes longer."""
+    timer = threading.Timer(seconds, say, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

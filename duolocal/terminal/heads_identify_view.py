@@ -27,6 +27,7 @@ from duolocal.heads import (
 from duolocal.heads.published import SCORES_FILE
 from duolocal.identify import IdentifyProgress, agreement, identify
 from duolocal.models.loader import ModelSource, open_model
+from duolocal.paths import user_path
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
@@ -126,7 +127,7 @@ def _check_place(out: str | None, published: bool | None) -> bool:
     """Say whether `out` is a folder; refuse, before hours of work, a place that cannot or should not be written."""
     if out is None:
         return False
-    path = Path(out).expanduser()
+    path = user_path(out)
     folder = published if published is not None else out.endswith(("/", "\\")) or path.is_dir()
     parent = path.parent
     if not folder and path.is_dir():
@@ -163,7 +164,7 @@ def _state_file(out: str | None, source: ModelSource, method: str) -> Path | Non
         path = remembered_file(source.fingerprint)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.with_suffix(suffixes[method])
-    path = Path(out).expanduser()
+    path = user_path(out)
     return path.with_name(path.name + suffixes[method])
 
 
@@ -208,5 +209,5 @@ def _picture_path(png: str | None, out: str | None, place: Path, folder: bool) -
     if png == "none" or (png is None and out is None):
         return None
     if png is not None:
-        return Path(png).expanduser()
+        return user_path(png)
     return place / "heads.png" if folder else place.with_suffix(".png")

@@ -22,6 +22,7 @@ from duolocal.heads.known import LICENCE, SOURCE, pattern_called, published_patt
 from duolocal.models.loader import ModelSource, open_model
 from duolocal.models.names import MODELS
 from duolocal.models.registry import cached_path, resolve
+from duolocal.paths import user_path
 from duolocal.settings import LoadSettings
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.consoles import new_console
@@ -52,7 +53,7 @@ def show_heads(options: Show, settings: LoadSettings) -> int:
 
 def short_name(name: str) -> str:
     """Return what a model or pattern is called in a title: of a path its last part."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     return path.name if path.name and path.exists() else name
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duolocal.errors import SettingsError
+from duolocal.paths import user_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,7 +141,7 @@ def _figure(width: float, height: float, path: str | Path) -> "Figure":
 
 
 def _save(figure: "Figure", path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = user_path(path)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     try:

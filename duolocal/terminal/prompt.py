@@ -12,6 +12,7 @@ from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import ColorDepth, Output
 
 QUOTES = "'''"
@@ -75,6 +76,7 @@ class InputLine:
     ) -> None:
         self._status = status
         self._armed = False  # one Ctrl-C was pressed and nothing typed since
+        self._pasted = False  # into this input: it is sent as it is, whatever marks it begins or ends with
         self._session: PromptSession[str] = PromptSession(
             multiline=True,
             history=_history(history_file),
@@ -92,8 +94,9 @@ class InputLine:
 
     def read(self) -> str:
         """Return the next input; raises EOFError when the user leaves."""
-        self._armed = False
-        return unwrap(self._session.prompt("> "))
+        self._armed = self._pasted = False
+        text = self._session.prompt("> ")
+        return text if self._pasted else unwrap(text)
 
     def _is_command(self) -> bool:
         return self._session.default_buffer.text.startswith("/")
@@ -105,6 +108,8 @@ class InputLine:
     def _toolbar(self) -> str:
         if self._armed:
             return " Ctrl-C again or Ctrl-D leaves the chat "
+        if not self._pasted and self._session.default_buffer.text.lstrip().startswith(QUOTES):
+            return f" {QUOTES} ends the text, Ctrl-C drops it "
         return self._status(self._session.app.output.get_size().columns)
 
     def _keys(self) -> KeyBindings:
@@ -113,13 +118,18 @@ class InputLine:
         @keys.add("enter")
         def accept(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
-            if not is_open(buffer.text):
+            if self._pasted or not is_open(buffer.text):
                 buffer.validate_and_handle()
                 return
             if buffer.text.endswith("\\") and not buffer.text.strip().startswith(QUOTES):
                 buffer.text = buffer.text[:-1]
                 buffer.cursor_position = len(buffer.text)
             buffer.insert_text("\n")
+
+        @keys.add(Keys.BracketedPaste)
+        def paste(event: KeyPressEvent) -> None:
+            self._pasted = True
+            event.current_buffer.insert_text(event.data.replace("\r\n", "\n").replace("\r", "\n"))
 
         @keys.add("escape", "enter")
         def newline(event: KeyPressEvent) -> None:
@@ -131,7 +141,7 @@ class InputLine:
                 event.app.exit(exception=EOFError())
                 return
             event.current_buffer.reset()
-            self._armed = True
+            self._armed, self._pasted = True, False
 
         return keys
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from duolocal.documents import Document, Part
 from duolocal.errors import ContextOverflowError, SettingsError
+from duolocal.paths import user_path
 from duolocal.sessions.identity import OtherStartError
 from duolocal.sessions.names import is_saved, near_names, session_path
 from duolocal.terminal import figures, transcript
@@ -58,7 +59,7 @@ def save(host: CommandHost, rest: str) -> None:
     """Save the chat under a name and keep it up to date from now on, or write its transcript."""
     name, force = _one_name("save", rest, "/save NAME keeps this chat, /save chat.md writes the transcript")
     if is_transcript(name):
-        path = Path(name).expanduser()
+        path = user_path(name)
         transcript.save(_transcript(host.state), path, overwrite=force)
         host.note(f"saved {path}")
         return

@@ -37,7 +37,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     _check_size(path, _MAX_JSON_BYTES)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, RecursionError, ValueError) as error:
         raise TokenizerError(f"{path.name}: cannot be read as JSON ({' '.join(str(error).split())})") from error
     if not isinstance(value, dict):
@@ -57,7 +57,7 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if own.exists():
         _check_size(own, _MAX_TEMPLATE_FILE)
         try:
-            return own.read_text(encoding="utf-8")
+            return own.read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{own.name}: cannot be read ({' '.join(str(error).split())})") from error
     template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")

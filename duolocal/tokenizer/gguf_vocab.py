@@ -134,8 +134,8 @@ def read_gguf(metadata: Mapping[str, Any], *, name: str) -> TokenizerParts:
     if len(types) != len(tokens):
         raise TokenizerError(f"{name}: {len(tokens)} tokens but {len(types)} token types; the file is damaged")
     template = metadata.get("tokenizer.chat_template")
-    bos_id = _token_id(metadata, "bos_token_id", len(tokens), name)
-    declared = {_token_id(metadata, f"{key}_token_id", len(tokens), name) for key in ("eos", "eot", "eom")} - {None}
+    bos_id = _token_id(metadata, "bos_token_id", len(tokens))
+    declared = {_token_id(metadata, f"{key}_token_id", len(tokens)) for key in ("eos", "eot", "eom")} - {None}
     named = {i for i, text in enumerate(tokens) if text in END_TOKENS and types[i] != PieceType.NORMAL}
     ends = frozenset(i for i in declared if i is not None) | named
     specials = _specials(tokens, types, template, ends | ({bos_id} if bos_id is not None else set()))
@@ -160,9 +160,9 @@ def read_gguf(metadata: Mapping[str, Any], *, name: str) -> TokenizerParts:
     else:
         raise TokenizerError(f"{name}: tokenizer.ggml.model is {model!r}; duolocal reads 'gpt2' (BPE) and 'llama'")
     hidden = {i for i, kind in enumerate(types) if kind in (PieceType.CONTROL, PieceType.UNKNOWN)} | ends
-    names = {"bos_token": bos_id, "eos_token": _token_id(metadata, "eos_token_id", len(tokens), name)}
-    names["unk_token"] = _token_id(metadata, "unknown_token_id", len(tokens), name)
-    names["pad_token"] = _token_id(metadata, "padding_token_id", len(tokens), name)
+    names = {"bos_token": bos_id, "eos_token": _token_id(metadata, "eos_token_id", len(tokens))}
+    names["unk_token"] = _token_id(metadata, "unknown_token_id", len(tokens))
+    names["pad_token"] = _token_id(metadata, "padding_token_id", len(tokens))
     return TokenizerParts(
         backend=backend,
         token_bytes=table,
@@ -180,13 +180,10 @@ def read_gguf(metadata: Mapping[str, Any], *, name: str) -> TokenizerParts:
     )
 
 
-def _token_id(metadata: Mapping[str, Any], key: str, num_tokens: int, name: str) -> int | None:
+def _token_id(metadata: Mapping[str, Any], key: str, num_tokens: int) -> int | None:
+    """Return a special id; None where the file has none, or one that is not in the vocabulary."""
     value = metadata.get(_PREFIX + key)
-    if value is None:
-        return None
-    if not 0 <= int(value) < num_tokens:
-        raise TokenizerError(f"{name}: {_PREFIX}{key} is {value}, outside the vocabulary of {num_tokens} tokens")
-    return int(value)
+    return None if value is None or int(value) not in range(num_tokens) else int(value)
 
 
 def sentencepiece_proto(
