@@ -131,6 +131,13 @@ def test_load_docs_context_undo(tmp_path: Path) -> None:
     assert shown(output) == "undone: 2 tokens freed, 4 in the context"
 
 
+def test_doc_is_another_name_of_load(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("the door is green")
+    chat, output = make_chat()
+    chat.handle(f"/doc {tmp_path / 'notes.txt'}")
+    assert "loaded notes.txt" in shown(output)
+
+
 def test_load_takes_patterns_folders_and_spaces(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("b.md", "a.md", "c.txt", "d e.txt", "sub/10.txt", "sub/9.txt", "sub/x.bin"):
