@@ -230,7 +230,10 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path: Path) -> None:
     events = list(Summarizer(engine, tokenizer, sampling=GREEDY).run([tmp_path / "in", document("c.txt", text_of(2))]))
     (began,) = [event for event in events if isinstance(event, Began)]
     assert [item.name for item in began.skipped] == ["in/b.png"]
-    assert [record.name for record in records(events)] == ["in/a.txt", "c.txt"]
+    made = records(events)
+    assert [record.name for record in made] == ["in/a.txt", "c.txt", "in/b.png"]
+    assert made[2].finish_reason == "skipped" and made[2].error and made[2].error.startswith("left out: ")
+    assert isinstance(events[-1], Ended) and events[-1].failed == 0
 
 
 def test_no_inputs_at_all_is_an_error(tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ def test_only_what_is_new_is_done_and_the_order_is_that_of_the_inputs(tmp_path: 
     made, began = run(summarizer, documents(a=text_of(1)), out)
     assert made == [] and began.others == 4
     assert len(out.read_bytes().splitlines()) == 5  # nothing that was done is thrown away
-    with pytest.raises(SettingsError, match="another prompt"):
+    with pytest.raises(SettingsError, match="made with the prompt summary, not bullets"):
         run(Summarizer(engine, tokenizer, prompt="bullets", sampling=GREEDY), first, out)
 
 

@@ -18,6 +18,7 @@ PRESETS = {
     "minutes": "what was discussed, decided, and who does what by when",
 }
 FORMATS = ("jsonl", "md", "csv")
+_ENDINGS = {"": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl", ".md": "md", ".markdown": "md", ".csv": "csv"}
 _PRESET_LINES = "\n".join(f"  {name:9} {about}" for name, about in PRESETS.items())
 _MORE = f"""\
   duolocal summarize reports/ --out summaries.jsonl
@@ -71,11 +72,16 @@ class Summarize:
         if self.out == STDOUT and self.format not in (None, "jsonl"):
             raise SettingsError(f"--out - writes JSON lines, not {self.format}: leave --format out, or name a file")
 
+        ending = "" if self.out is None else self.out.suffix.lower()
+        if self.format is None and ending not in _ENDINGS:
+            raise SettingsError(
+                f"--out {self.out}: {ending} tells no format: end it in .jsonl, .md or .csv, or give --format"
+            )
+
     @property
     def written(self) -> Any:
         """The format of `out`."""
-        ending = "" if self.out is None else self.out.suffix.lower().removeprefix(".")
-        return self.format or {"markdown": "md"}.get(ending, ending if ending in FORMATS else FORMATS[0])
+        return self.format or _ENDINGS["" if self.out is None else self.out.suffix.lower()]
 
 
 COMMANDS = (

@@ -100,20 +100,32 @@ class _Seen:
     depth: int
 
 
-def gather(paths: Sequence[str | Path], *, on_found: Callable[[int], None] = lambda count: None) -> Gathered:
+def gather(
+    paths: Sequence[str | Path],
+    *,
+    on_found: Callable[[int], None] = lambda count: None,
+    on_failure: Callable[[DocumentError], None] | None = None,
+) -> Gathered:
     """Expand files, folders, patterns and zip archives; raises DocumentError.
 
     A named file is taken whatever it is: whether it can be read is seen when it is loaded. Of what a pattern picks and
     of what is in folders and archives, that which cannot be a document is skipped, with the reason; in folders so are
     hidden and ignored files, and links that lead out of the folder. Raises for a path that is not there, a pattern that
     nothing matches, and where nothing at all is found.
-    `on_found` gets the files and folders seen so far.
+    `on_found` gets the files and folders seen so far; `on_failure` what is wrong with one path, so that the rest is
+    taken.
     """
-    walk = _Walk(on_found)
+    walk, failed = _Walk(on_found), False
     for path in paths:
-        walk.add(path)
+        try:
+            walk.add(path)
+        except DocumentError as error:
+            if on_failure is None:
+                raise
+            on_failure(error)
+            failed = True
     found = _named(walk.seen)
-    if paths and not found:
+    if paths and not found and not failed:
         raise DocumentError(_nothing(paths, walk.skipped))
     return Gathered(found, tuple(walk.skipped))
 

@@ -20,11 +20,15 @@ class Loaded:
 
 
 def iter_load(
-    gathered: Gathered, *, on_progress: Progress = lambda done, total, name: None
+    gathered: Gathered,
+    *,
+    on_progress: Progress = lambda done, total, name: None,
+    on_failure: Callable[[DocumentError], None] | None = None,
 ) -> Iterator[Document | Skipped]:
     """Load file after file: a Document each, or Skipped for one found in a folder or archive that cannot be read.
 
-    Raises DocumentError for one that the user named, and at the end where nothing at all could be read.
+    Raises DocumentError for one that the user named, where no `on_failure` takes it, and at the end where nothing at
+    all could be read.
     """
     total, num_read, last = len(gathered.found), 0, None
     for done, found in enumerate(gathered.found):
@@ -37,7 +41,10 @@ def iter_load(
             document = found.load(on_progress=on_page)
         except DocumentError as error:
             if found.named:
-                raise
+                if on_failure is None:
+                    raise
+                on_failure(error)
+                continue
             last = Skipped(found.name, str(error).removeprefix(found.source).strip())
             yield last
         else:
@@ -47,11 +54,16 @@ def iter_load(
         raise DocumentError(f"none of {total:,} files could be read (the last, {last.name}, {last.reason})")
 
 
-def load_all(gathered: Gathered, *, on_progress: Progress = lambda done, total, name: None) -> Loaded:
+def load_all(
+    gathered: Gathered,
+    *,
+    on_progress: Progress = lambda done, total, name: None,
+    on_failure: Callable[[DocumentError], None] | None = None,
+) -> Loaded:
     """Load all files; see `iter_load`. What was skipped when gathering comes first."""
     documents: list[Document] = []
     skipped = list(gathered.skipped)
-    for item in iter_load(gathered, on_progress=on_progress):
+    for item in iter_load(gathered, on_progress=on_progress, on_failure=on_failure):
         if isinstance(item, Skipped):
             skipped.append(item)
         else:

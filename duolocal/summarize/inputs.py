@@ -11,7 +11,7 @@ from pathlib import Path
 from duolocal.documents import Document, Found, Skipped, gather
 from duolocal.errors import DocumentError
 
-Summarizable = str | Path | Found | Document
+Summarizable = str | Path | Found | Document | Skipped
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class Input:
     index: int
     name: str
     source: str  # the path; of a file in an archive: the archive's, "/" and the name inside
-    item: Found | Document
+    item: Found | Document | Skipped
     digest: str | None = None  # SHA-256 of the file's bytes, hex; None where they cannot be read
     occurrence: int = 0  # how many of the inputs before this one have the same bytes
 
     def load(self) -> Document:
         """Return the document; raises DocumentError."""
+        if isinstance(self.item, Skipped):
+            raise DocumentError(f"left out: {self.item.reason}")
         return self.item if isinstance(self.item, Document) else self.item.load()
 
 
@@ -45,7 +47,11 @@ def inputs_of(
             found += gathered.found
             skipped += gathered.skipped
         else:
-            found += [item for item in items if not isinstance(item, str | Path)]
+            for item in items:
+                if isinstance(item, Skipped):
+                    skipped.append(item)
+                elif not isinstance(item, str | Path):
+                    found.append(item)
     ours = {os.path.realpath(path) for path in without}
     kept = [item for item in found if isinstance(item, Document) or os.path.realpath(item.path) not in ours]
     return [Input(index, item.name, _source(item), item) for index, item in enumerate(kept)], tuple(skipped)
@@ -65,7 +71,9 @@ def _source(item: Found | Document) -> str:
     return f"{item.path}/{member}" if member is not None else str(item.path)
 
 
-def _digest(item: Found | Document) -> str | None:
+def _digest(item: Found | Document | Skipped) -> str | None:
+    if isinstance(item, Skipped):
+        return None
     if isinstance(item, Document):
         return item.digest or hashlib.sha256(item.text.encode("utf-8", "surrogatepass")).hexdigest()
     try:

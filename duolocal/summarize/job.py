@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from duolocal import __version__
-from duolocal.documents import Document
+from duolocal.documents import Document, Skipped
 from duolocal.engine.engine import Cancelled, Engine
 from duolocal.errors import DocumentError, DuoLocalError, SummaryFileError
 from duolocal.models.outer_weights import outer_formats
@@ -20,13 +20,15 @@ from duolocal.summarize.events import Began, Ended, Looked, Opened, Planned, Pro
 from duolocal.summarize.frame import Frame, make_frame
 from duolocal.summarize.inputs import Input, Summarizable, inputs_of, with_digests
 from duolocal.summarize.output import Output
+from duolocal.summarize.parts import part_key
 from duolocal.summarize.plan import BETWEEN, Plan, group, make_plan, part_answer, part_limit
-from duolocal.summarize.prompts import Prompt, make_prompt
+from duolocal.summarize.prompts import Prompt, make_prompt, whole_sentences
 from duolocal.summarize.reader import Answer, Reader
 from duolocal.summarize.records import Record, Timings
 from duolocal.summarize.resume import INFORMATIVE, Standing, stand
 from duolocal.tokenizer import Tokenizer
 
+NEAR_EMPTY = 16  # tokens: a text of fewer is its own summary
 Event = Looked | Began | Opened | Planned | Progress | Record | Ended
 
 
@@ -91,6 +93,7 @@ class Summarizer:
         self.part_sampling = replace(self.sampling, max_tokens=part_answer(self.limit, max_tokens))
         self.settings = self._settings(model, part_tokens, stop_repeats)
         self._stop_repeats = stop_repeats
+        self._ends_whole = sampling.max_tokens is None  # the limit is ours, not one that was asked for
         self._reader = Reader(engine, self.frame)
         self._stopped = False
 
@@ -114,7 +117,7 @@ class Summarizer:
         self._reader = Reader(self.engine, self.frame)
         began_s = time.perf_counter()
         inputs: list[Input] = []
-        ours = () if output is None else (output.path, output.journal)
+        ours = () if output is None else output.files
         given, skipped = inputs_of(documents, without=ours)
         for item in with_digests(given):
             inputs.append(item)
@@ -127,7 +130,7 @@ class Summarizer:
         yield Began(len(inputs), done, standing.num_failed, standing.num_changed, others, skipped)
         made: list[Record] = []
         try:
-            for event in self._each([item for item in inputs if item.index not in standing.done]):
+            for event in self._each(inputs, standing.done, skipped, output):
                 if isinstance(event, Record):
                     if output is not None:
                         output.append(event)
@@ -138,9 +141,9 @@ class Summarizer:
             self.engine.reset()
             if output is not None:
                 output.rewrite(standing.in_order(output.records))
-                output.finish()
+                output.finish(done=len(standing.done) + len(made) == len(inputs) + len(skipped))
         summarized = [record for record in (*standing.done.values(), *made) if record.error is None]
-        failed = sum(record.error is not None for record in made)
+        failed = sum(record.error is not None and record.finish_reason != "skipped" for record in made)
         yield Ended(
             total=len(inputs),
             summarized=len(summarized),
@@ -152,28 +155,55 @@ class Summarizer:
 
     # --- one after the other ---------------------------------------------------------------------------------------
 
-    def _each(self, inputs: Sequence[Input]) -> Iterator[Event]:
-        """Do the inputs in turn until they end or the job is cancelled."""
+    def _each(
+        self, inputs: Sequence[Input], done: Mapping[int, Record], skipped: Sequence[Skipped], output: Output | None
+    ) -> Iterator[Event]:
+        """Do the inputs in turn until they end or the job is cancelled; at last note what was left out."""
         begun = False
-        for number, item in enumerate(inputs, start=1):
+        known = {record.digest: record for record in done.values() if record.digest is not None}
+        left = [item for item in inputs if item.index not in done]
+        for number, item in enumerate(left, start=1):
             if self._stopped:
                 return
-            yield Opened(item.index, item.name, number, len(inputs))
+            yield Opened(item.index, item.name, number, len(left))
             work = _Work(item, time.perf_counter())
+            if item.digest in known:
+                yield self._copy(item, known[item.digest])
+                continue
             try:
                 if not begun:
                     self._reader.begin()
                     begun = True
                     work.began_s = time.perf_counter()  # the prompt is every document's
-                yield from self._one(work)
+                for event in self._one(work, output):
+                    if isinstance(event, Record) and event.digest is not None:
+                        known[event.digest] = event
+                    yield event
             except Cancelled:
                 return
             except SummaryFileError:
                 raise
             except DuoLocalError as error:
                 yield self._record(work, None, error=str(error))
+        for index, left_out in enumerate(() if self._stopped else skipped, start=len(inputs)):
+            work = _Work(Input(index, left_out.name, left_out.name, left_out), time.perf_counter())
+            yield replace(self._record(work, None, error=f"left out: {left_out.reason}"), finish_reason="skipped")
 
-    def _one(self, work: _Work) -> Iterator[Event]:
+    def _copy(self, item: Input, first: Record) -> Record:
+        """Return the record of an input whose bytes have been summarised."""
+        note = f"the same bytes as {first.source}: its summary"
+        return replace(
+            first,
+            **{name: getattr(item, name) for name in ("index", "name", "source", "occurrence")},
+            prompt_tokens=0,
+            completion_tokens=0,
+            timings=Timings(),
+            notes=(*first.notes, note),
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            extra={},
+        )
+
+    def _one(self, work: _Work, output: Output | None) -> Iterator[Event]:
         """Read one input, yielding its Record at last."""
         work.document = document = work.item.load()
         if document.digest and document.digest != work.item.digest:
@@ -181,15 +211,26 @@ class Summarizer:
         work.load_s = time.perf_counter() - work.began_s
         work.plan = plan = self.plan(document)
         yield Planned(work.item.index, work.item.name, plan.tokens, len(plan.pieces))
+        if plan.tokens < NEAR_EMPTY:
+            yield self._near_empty(work, plan)
+            return
         texts = [plan.text[piece.start : piece.end].strip("\n") for piece in plan.pieces]
         answers: list[Answer] = []
         while True:
             sampling = self.sampling if len(texts) == 1 else self.part_sampling
             for part, text in enumerate(texts, start=1):
+                key = part_key(self.settings_digest, sampling.max_tokens, text)
+                kept = output.parts.get(key) if output is not None else None
+                if kept is not None:
+                    answers.append(kept)
+                    work.tally.add(kept)
+                    continue
                 for event in self._reader.read(text, sampling, stop_repeats=self._stop_repeats):
                     if isinstance(event, Answer):
                         answers.append(event)
                         work.tally.add(event)
+                        if output is not None and len(plan.pieces) > 1:
+                            output.keep_part(key, event)
                     else:
                         place = (work.item.index, work.item.name, event.doing, part, len(texts), work.levels)
                         yield Progress(*place, event.done, event.total)
@@ -204,7 +245,19 @@ class Summarizer:
             work.levels += 1
         if not answers or not answers[-1].text:
             raise DocumentError(f"{work.item.source}: the model's answer is empty; try another --prompt or model")
-        yield self._record(work, answers[-1])
+        yield self._record(work, self._ended(answers[-1]))
+
+    def _ended(self, answer: Answer) -> Answer:
+        """Return an answer that our own limit cut off as far as it is whole."""
+        if not self._ends_whole or answer.finish_reason != "length":
+            return answer
+        return replace(answer, text=whole_sentences(answer.text), finish_reason="sentence")
+
+    def _near_empty(self, work: _Work, plan: Plan) -> Record:
+        """Return the record of a document that says too little to be summarised: its text, marked as such."""
+        note = f"near-empty, {plan.tokens} tokens: its text stands in place of a summary"
+        record = self._record(work, None)
+        return replace(record, summary=plan.text, finish_reason="near-empty", notes=(*record.notes, note))
 
     def _record(self, work: _Work, answer: Answer | None, *, error: str | None = None) -> Record:
         item, document, plan, tally = work.item, work.document, work.plan, work.tally

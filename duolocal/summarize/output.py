@@ -17,6 +17,8 @@ from typing import Literal, get_args
 from duolocal.errors import SettingsError, SummaryFileError
 from duolocal.files import Lock, sync_folder, write_file
 from duolocal.paths import cache_folder, user_path
+from duolocal.summarize.parts import KeptParts
+from duolocal.summarize.reader import Answer
 from duolocal.summarize.records import LINE_START, Record, parse_line
 from duolocal.summarize.render import RENDERERS
 
@@ -40,6 +42,7 @@ class Output:
             raise SettingsError(f"--format is {format!r}: give one of {', '.join(FORMATS)}")
         self._render = RENDERERS.get(format)
         self.journal = self.path if self._render is None else self.path.with_name(self.path.name + ".jsonl")
+        self._parts_path = self.journal.with_name(self.journal.name + ".parts")
         self.records: list[Record] = []
         self.cut_bytes = 0  # of a torn last line
         self._rendered_s, self._render_took_s = 0.0, 0.0
@@ -93,9 +96,18 @@ class Output:
             raise self._unwritable(error) from error
         self.records = list(records)
 
-    def finish(self) -> None:
-        """Bring csv or md up to date. Raises SummaryFileError."""
+    def keep_part(self, key: str, answer: Answer) -> None:
+        """Keep an answer about a part until `finish`. Raises SummaryFileError."""
+        try:
+            self.parts.add(key, answer)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def finish(self, *, done: bool = True) -> None:
+        """Bring csv or md up to date; where all is done, remove what was kept of parts. Raises SummaryFileError."""
         self._show()
+        if done:
+            self.parts.remove()
 
     def close(self) -> None:
         """Let other processes in. A file that was made for nothing is removed: it would be in the way of the next."""
@@ -106,6 +118,11 @@ class Output:
                 for path in {self.journal, self.path}:
                     path.unlink(missing_ok=True)
         self._lock.release()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that is written: none of it is an input."""
+        return self.path, self.journal, self._parts_path
 
     # --- opening ---------------------------------------------------------------------------------------------------
 
@@ -125,6 +142,7 @@ class Output:
             raise SettingsError(
                 f"--out {self.path} exists without the {self.journal.name} that a resume needs: name another"
             )
+        self.parts = KeptParts(self._parts_path, resume=resume)
         data = self.journal.read_bytes() if self.journal.exists() else b""
         whole = self._read(data)
         self._file = self._appending()

@@ -129,6 +129,15 @@ def prompt_of(template: str, *, name: str = "own", length: str | None = None, sy
     return _filled(name, template, None, length, system)
 
 
+_ENDS = re.compile(r"[.!?…][\"'”’»)\]]*(?=\s|$)|[。！？][」』”’]*|\n")
+
+
+def whole_sentences(text: str) -> str:
+    """Return a text that was cut off as far as its last sentence or line that is whole; all of it where none is."""
+    ends = [match.end() for match in _ENDS.finditer(text)]
+    return text[: ends[-1]].rstrip() if ends else text
+
+
 def _filled(name: str, template: str, preset: Preset | None, length: str | None, system: str | None) -> Prompt:
     before, _, after = template.partition(DOCUMENT)
     if LENGTH not in template:

@@ -16,7 +16,7 @@ from duolocal.settings import Sampling
 from duolocal.summarize.frame import Frame
 from duolocal.summarize.repeats import Repeats
 
-FinishReason = Literal["stop", "length", "context", "repeat"]
+FinishReason = Literal["stop", "length", "sentence", "context", "repeat"]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ class Record:
     parts: int  # that it was read in; 1 where it fits
     levels: int  # of merging; 0 where there was nothing to merge
     summary: str | None
-    finish_reason: str | None  # "stop"; "length": cut off by max_tokens; "repeat": it went round in circles; "context"
+    # "stop"; "length": cut off by max_tokens; "sentence": ended with a whole one where --length ends; "repeat": it went
+    # round in circles; "context"; "near-empty": the text itself; "skipped": left out of a folder, see `error`
+    finish_reason: str | None
     parts_cut: int  # summaries of parts that were cut off by max_tokens
     prompt_tokens: int  # read for this input, over all parts and merges
     completion_tokens: int

@@ -17,7 +17,6 @@ INFORMATIVE = frozenset({"model", "device", "dtype", "heads_source", "prompt"})
 _WORDS = {
     "fingerprint": "another model",
     "tokenizer": "another tokenizer",
-    "prompt_digest": "another prompt",
     "heads_digest": "another choice of heads",
 }
 
@@ -42,6 +41,7 @@ def stand(
     records: Sequence[Record], inputs: Sequence[Input], settings: Mapping[str, Any], *, out: object = "OUT"
 ) -> Standing:
     """Match an earlier run's records with the inputs. Raises SettingsError where the settings differ."""
+    records = [record for record in records if record.finish_reason != "skipped"]  # said anew by every run
     for record in records:
         check_same(record.settings, settings, out=out)
     wanted: dict[tuple[str | None, int], Input] = {
@@ -69,6 +69,9 @@ def check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], *, out: obje
         if name in INFORMATIVE or there.get(name) == wanted.get(name):
             continue
         what = _WORDS.get(name) or f"{name} {there.get(name)}, not {wanted.get(name)}"
+        if name == "prompt_digest":
+            before, now = there.get("prompt"), wanted.get("prompt")
+            what = f"other words of the prompt {now}" if before == now else f"the prompt {before}, not {now}"
         raise SettingsError(
             f"--out {out} holds summaries made with {what}: give the same to go on, or name another --out"
         )

@@ -26,7 +26,7 @@ def load(host: CommandHost, rest: str) -> None:
         raise SettingsError("/load needs a path: /load FILE...")
     # Quotes as in a shell; one path may hold spaces without them.
     paths = [rest] if os.path.exists(os.path.expanduser(rest)) else split_words(rest)
-    loaded = load_paths(paths, host.console)
+    loaded = load_paths(paths, host.console, on_failure=lambda error: host.complain(str(error)))
     left_out = summary(loaded.skipped)
     if left_out:
         host.note(left_out)

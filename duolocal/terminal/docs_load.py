@@ -1,11 +1,12 @@
 """Reading documents from disk with a bar: what `--doc` and `/load` do before anything reaches the model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duolocal.commands.docs import Tokens
 from duolocal.documents import Document, Gathered, Loaded, gather, load_all
+from duolocal.errors import DocumentError
 from duolocal.files import free_name
 from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
@@ -15,11 +16,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def load_paths(paths: Sequence[str | Path], console: "Console") -> Loaded:
-    """Load files, folders, patterns and zip archives, with a bar on `console`; raises DocumentError."""
+def load_paths(
+    paths: Sequence[str | Path], console: "Console", *, on_failure: Callable[[DocumentError], None] | None = None
+) -> Loaded:
+    """Load files, folders, patterns and zip archives, with a bar on `console`.
+
+    on_failure: gets what is wrong with one path, and the others are loaded; None: it is raised as DocumentError.
+    """
     if not paths:
         return Loaded((), ())
-    gathered = gather_with_bar(paths, console)
+    gathered = gather_with_bar(paths, console, on_failure=on_failure)
     from duolocal.terminal.clean import clean_line
     from duolocal.terminal.progress import bar
 
@@ -29,15 +35,19 @@ def load_paths(paths: Sequence[str | Path], console: "Console") -> Loaded:
             shown.describe(f"reading {clean_line(name)}")
             shown.update(done, total)
 
-        return load_all(gathered, on_progress=on_progress)
+        return load_all(gathered, on_progress=on_progress, on_failure=on_failure)
 
 
-def gather_with_bar(paths: Sequence[str | Path], console: "Console") -> Gathered:
-    """Find what can be loaded, with a bar on `console`; raises DocumentError."""
+def gather_with_bar(
+    paths: Sequence[str | Path], console: "Console", *, on_failure: Callable[[DocumentError], None] | None = None
+) -> Gathered:
+    """Find what can be loaded, with a bar on `console`; raises DocumentError where no `on_failure` takes it."""
     from duolocal.terminal.progress import bar
 
     with bar(console, "looking for files", "") as shown:
-        return gather(paths, on_found=lambda count: shown.describe(f"looking for files: {count:,}"))
+        return gather(
+            paths, on_found=lambda count: shown.describe(f"looking for files: {count:,}"), on_failure=on_failure
+        )
 
 
 def beside(

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from duolocal.commands.summarize import STDOUT, Summarize
-from duolocal.documents import Found, gather
+from duolocal.documents import Found, Skipped, gather
 from duolocal.processes import INTERRUPTED, cancel_on_interrupt
 from duolocal.settings import FirstUse, LoadSettings, Sampling
 from duolocal.summarize import (
@@ -130,7 +130,7 @@ def estimate_files(
 
 def _run(
     settings: LoadSettings,
-    found: Sequence[Found],
+    found: Sequence[Found | Skipped],
     options: Mapping[str, Any],
     output: Output | None,
     progress: Console,
@@ -176,24 +176,24 @@ def _exit_code(summarized: int, failed: int) -> int:
     return SOME_FAILED if summarized else 1
 
 
-def _gathered(paths: Sequence[str]) -> Sequence[Found]:
+def _gathered(paths: Sequence[str]) -> Sequence[Found | Skipped]:
     gathered = gather(paths)
     skipped = gathered.skipped
     if skipped:
         named = "; ".join(f"{item.name} ({item.reason})" for item in skipped[:_NAMED])
         more = f"; and {len(skipped) - _NAMED:,} more" if len(skipped) > _NAMED else ""
         say(f"left out: {named}{more}")
-    return gathered.found
+    return (*gathered.found, *skipped)
 
 
 def _summarizer(
     settings: LoadSettings,
-    found: Sequence[Found],
+    found: Sequence[Found | Skipped],
     options: Mapping[str, Any],
     progress: Console,
     first_use: FirstUse,
 ) -> Summarizer:
-    reading = sum(file.num_bytes for file in found) // CHARACTERS_PER_TOKEN
+    reading = sum(file.num_bytes for file in found if isinstance(file, Found)) // CHARACTERS_PER_TOKEN
     started = start(settings, system=None, progress=progress, first_use=first_use, reading=reading)
     session = started.session
     summarizer = Summarizer(session.engine, session.tokenizer, model=settings.model, **options)
@@ -267,6 +267,8 @@ class _Shown:
         self._tokens.update(event.done, event.total, time.monotonic() - self._stage_s)
 
     def _record(self, record: Record) -> None:
+        if record.finish_reason == "skipped":
+            return  # said before anything was loaded
         self._done += 1
         self._fresh += 1
         # What was done before took this run no time: scaled so that the time left is right.
@@ -285,6 +287,8 @@ class _Shown:
 def _ending(record: Record) -> str:
     if record.cut_off:
         return ", cut off by max_tokens"
+    if record.finish_reason == "near-empty":
+        return ", near-empty: its text stands in place of a summary"
     return ", ended where it repeated itself" if record.finish_reason == "repeat" else ""
 
 
@@ -304,6 +308,8 @@ def _go_on(output: Output | None) -> str:
     if output is None:
         return "interrupted; stdout ends with a whole line"
     if not output.records:
+        if len(output.parts):
+            return f"interrupted; {len(output.parts):,} parts are kept: the same command with --resume goes on"
         return "interrupted before the first summary was done; nothing was written"
     return f"interrupted; {output.path} is whole: the same command with --resume goes on"
 
