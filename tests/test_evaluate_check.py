@@ -145,6 +145,8 @@ def test_the_advice_names_the_cheapest_dial_that_is_enough() -> None:
         replace(heads, kl=0.005, rise=0.005),
         replace(bits, kl=0.024, rise=0.01),
     ]
+    same = [replace(point, kl=0.00001, rise=0.0) for point in part]
+    assert "the same KL of 0.0000, " in advise("good", [replace(same[0], kv_bytes=5000), *same[1:]])
     assert advise("small loss", part, whole_kl=0.05).startswith("turn --heads 0.75: KL about 0.0100 instead of 0.0500")
     assert "--heads all --kv 16" in advise("small loss", [part[0], part[2]], whole_kl=0.05)
     assert advise("good", [here]) == "no other setting was measured"

@@ -23,7 +23,7 @@ from duolocal.sources import Source
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.docs_chat import add_documents
 from duolocal.terminal.docs_load import beside
-from duolocal.terminal.reader_view import picked_report, picked_view
+from duolocal.terminal.reader_view import picked_report, picked_view, place
 from duolocal.tokenizer import load_tokenizer
 from tests.session_models import GREEDY, tiny_session
 from tests.terminal_fakes import make_chat
@@ -197,6 +197,26 @@ def test_passages_are_listed_for_people_and_for_programs() -> None:
     report = json.loads(json.dumps(picked_report(picked, files)))
     assert report["tokens_read"] == 131072 and report["passages"][0]["text"] == text[11:38]
     assert [(each["part"], each["line"]) for each in report["passages"]] == [("page 1", 2), ("page 2", 3)]
+
+
+def test_a_passage_is_where_a_person_finds_it() -> None:
+    text = "# One\n\nA mill.\n\n## Two\nA pond.\n\nA ship."
+    at = text.index("A ship")
+    ship, head = Source("a.docx", text, at, len(text), 0.5), Source("a.docx", text, 0, 5, 0.5)
+    chapters = (Part("chapter 1", 0), Part("chapter 2", text.index("A pond")))
+    for kind, parts, wanted in (
+        ("docx", (), "a.docx, “Two”"),
+        ("html", (), "a.docx, “Two”"),
+        ("epub", chapters, "a.docx, chapter 2"),  # the heading is of the chapter before
+        ("pdf", (Part("page 1", 0),), "a.docx, page 1, “Two”"),
+        ("markdown", (), "a.docx, line 8"),
+        ("code", (), "a.docx, line 8"),
+    ):
+        files = {"a.docx": document("a.docx", text, kind=kind, parts=parts)}
+        assert place(ship, files) == wanted, kind
+    assert place(head, {}) == "a.docx, “One”"  # of a session whose file is gone: by its name
+    rows = picked_report(Picked((ship,), 3, 9), {"a.docx": document("a.docx", text, kind="docx")})["passages"]
+    assert (rows[0]["heading"], rows[0]["line"]) == ("Two", None)
 
 
 # --- the command line ---

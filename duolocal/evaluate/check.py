@@ -321,4 +321,7 @@ def _affordable(prompts: Sequence[Prompt], sides: Sequence[Comparison], seconds:
 def _change(here: Point, there: Point, about: str) -> str:
     factor = there.kv_bytes / here.kv_bytes
     memory = f"{factor - 1:.0%} more" if factor >= 1 else f"{1 - factor:.0%} less"
-    return f"KL {about}{there.kl:.4f} instead of {here.kl:.4f}, perplexity {about}{there.rise:+.1%}, {memory} KV memory"
+    kl = f"KL {about}{there.kl:.4f} instead of {here.kl:.4f}"
+    if f"{there.kl:.4f}" == f"{here.kl:.4f}":
+        kl = f"the same KL of {about}{there.kl:.4f}"
+    return f"{kl}, perplexity {about}{there.rise:+.1%}, {memory} KV memory"

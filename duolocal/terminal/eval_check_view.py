@@ -75,8 +75,9 @@ def _print(result: CheckResult, whole: int, document: Document, console: Console
     table.add_row("passkeys found", *map(_found, runs))
     console.print(table)
     saved = result.kv_bytes[0] - result.kv_bytes[1]
-    change = f"{figures.size(abs(saved))} {'saved' if saved >= 0 else 'more than dense'}"
-    console.print(Text(f"KV memory: {change} ({saved / result.kv_bytes[0]:.0%} of the dense 16-bit cache)"))
+    change = f"{figures.size(abs(saved))} {'saved' if saved >= 0 else 'more'}"
+    share = abs(saved) / result.kv_bytes[0]
+    console.print(Text(f"KV memory: {change} ({share:.0%} of the dense 16-bit cache)"))
     if result.needle_tokens and result.needle_tokens < result.num_tokens:
         console.print(f"passkeys were hidden in the first {result.needle_tokens:,} tokens", style="dim")
     if result.point_tokens:

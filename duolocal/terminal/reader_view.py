@@ -1,12 +1,15 @@
 """What `--reader retrieve` shows: what it does with documents, and the passages that an answer was given."""
 
+import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from duolocal.documents import Document
+from duolocal.documents.formats import CONVERTED
 from duolocal.reader.session import Picked
 from duolocal.sources import Source
 from duolocal.terminal import figures
@@ -17,14 +20,45 @@ EXPLAINED = (
     "documents are read in full for each question, and the model is given only the passages that its attention picks, "
     "not the whole text: good for looking things up, not for summaries (docs/reader.md)"
 )
+_HEADING = re.compile(r"^#{1,6} +(.*\S)", re.MULTILINE)
 _EXCERPT = 160  # characters
 _BAR = 8  # columns
 
 
 def place(source: Source, files: Mapping[str, Document]) -> str:
-    """Say where a passage stands: document, page, line."""
-    label = part_label(source, files)
-    return f"{source.document}, {'' if label is None else f'{label}, '}line {source.line}"
+    """Say where a person finds a passage: document, page or chapter, heading, and line of a file that is text."""
+    heading, line = heading_of(source, files), line_of(source, files)
+    lies = (
+        source.document,
+        part_label(source, files),
+        None if heading is None else f"“{heading}”",
+        None if line is None else f"line {line}",
+    )
+    return ", ".join(word for word in lies if word is not None)
+
+
+def line_of(source: Source, files: Mapping[str, Document]) -> int | None:
+    """Return the line of the file, from 1; None where the text is not the file's own but was converted from it."""
+    return None if _is_converted(source, files) else source.line
+
+
+def heading_of(source: Source, files: Mapping[str, Document]) -> str | None:
+    """Return the last heading before the end of a passage's first line, within its part, of a converted document."""
+    if not _is_converted(source, files):
+        return None
+    document = files.get(source.document)
+    part = None if document is None else document.part_at(source.start)
+    first = len(source.text[source.start : source.stop]) - len(source.text[source.start : source.stop].lstrip())
+    end = source.text.find("\n", source.start + first)
+    before = source.text[0 if part is None else part.start : len(source.text) if end < 0 else end]
+    found = _HEADING.findall(before)
+    return found[-1] if found else None
+
+
+def _is_converted(source: Source, files: Mapping[str, Document]) -> bool:
+    document = files.get(source.document)
+    kind = PurePath(source.document).suffix[1:].lower() if document is None else document.kind
+    return {"htm": "html", "ipynb": "notebook", "eml": "mail"}.get(kind, kind) in CONVERTED
 
 
 def part_label(source: Source, files: Mapping[str, Document]) -> str | None:
@@ -70,7 +104,8 @@ def picked_report(picked: Picked, files: Mapping[str, Document]) -> dict[str, An
         {
             "document": source.document,
             "part": part_label(source, files),
-            "line": source.line,
+            "heading": heading_of(source, files),
+            "line": line_of(source, files),
             "start": source.start,
             "stop": source.stop,
             "score": round(source.score, 4),
