@@ -7,16 +7,13 @@ import sys
 from pathlib import Path
 
 from duolocal import Engine
-from duolocal.models.loader import open_model
-from duolocal.models.registry import resolve
 from duolocal.summarize import Output, summarize
 from duolocal.tokenizer import load_tokenizer
 
 
 def main(folder: str, out: str = "summaries.jsonl", model: str = "smollm2-135m") -> None:
     """Print every new summary; all of them are in `out`."""
-    source = open_model(resolve(model))
-    engine, tokenizer = Engine.load(source), load_tokenizer(source)
+    engine, tokenizer = Engine.load(model), load_tokenizer(model)
     with Output(Path(out), resume=True) as output:
         for record in summarize([folder], engine, tokenizer, out=output, length="short"):
             print(f"{record.name}: {record.error or record.summary}\n")

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from duolocal.cli import main
 from duolocal.documents import Document, Part
+from duolocal.documents.loading import beside
 from duolocal.engine.engine import Engine
 from duolocal.engine.session import ChatSession, Event, Finished, Prefilled, Text
 from duolocal.errors import ContextOverflowError, SettingsError
@@ -22,7 +23,6 @@ from duolocal.settings import Sampling
 from duolocal.sources import Source
 from duolocal.terminal.chat import Chat
 from duolocal.terminal.docs_chat import add_documents
-from duolocal.terminal.docs_load import beside
 from duolocal.terminal.reader_view import picked_report, picked_view, place
 from duolocal.tokenizer import load_tokenizer
 from tests.session_models import GREEDY, tiny_session

@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from duolocal import cli
+from duolocal.chat.kept import extra_of
+from duolocal.chat.opening import origin_of, settings_of_session
 from duolocal.commands.chat import Chat as ChatOptions
 from duolocal.commands.sessions import KEEP, keep_bytes
 from duolocal.documents import Document
@@ -22,10 +24,9 @@ from duolocal.sessions.store import DocumentStore
 from duolocal.settings import FirstUse, LoadSettings, Sampling
 from duolocal.terminal import chat_start
 from duolocal.terminal.chat import Chat
-from duolocal.terminal.chat_start import settings_of_session
 from duolocal.terminal.chat_state import ChatState
 from duolocal.terminal.docs_chat import add_documents
-from duolocal.terminal.sessions_chat import begin_or_open, extra_of
+from duolocal.terminal.sessions_chat import begin_or_open
 from duolocal.terminal.sessions_view import turns_view
 from tests.session_models import DOCUMENT, PLAN, finish, in_context, tiny_session
 from tests.terminal_fakes import FACTS, unwrapped
@@ -234,10 +235,10 @@ def test_what_was_not_asked_is_taken_from_the_session(tmp_path: Path) -> None:
 def test_what_was_chosen_unasked_is_saved_with_a_session(plan: HeadPlan, heads: str, tmp_path: Path) -> None:
     """What `auto` stands for may be another by tomorrow: after a measurement, or with less memory."""
     engine = tiny_session(tmp_path, plan=plan, kv="int4", context=1024).engine
-    saved = chat_start.origin_of(LoadSettings(model="tiny", threads=2), engine).options
+    saved = origin_of(LoadSettings(model="tiny", threads=2), engine).options
     assert " ".join(saved) == f"--model tiny --context 1K --kv int4 {heads} --dtype float32 --threads 2"
     asked = LoadSettings(model="tiny", heads="mine.json", context=512)
-    assert "--heads mine.json" in " ".join(chat_start.origin_of(asked, engine).options)
+    assert "--heads mine.json" in " ".join(origin_of(asked, engine).options)
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("off", 0), ("0", 0), ("2GiB", 2 << 30), (None, 8 << 30)])

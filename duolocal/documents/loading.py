@@ -1,12 +1,13 @@
 """Everything that was gathered, loaded: what the user named must work, what was found beside it may be left out."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from duolocal.documents.finding import Gathered, Skipped
 from duolocal.documents.model import Document
 from duolocal.errors import DocumentError
+from duolocal.files import free_name
 
 Progress = Callable[[int, int, str], None]  # files done, of how many, what is being read
 
@@ -81,3 +82,38 @@ def summary(skipped: Sequence[Skipped]) -> str | None:
     rest = f" and {more:,} other reasons" if more > 0 else ""
     what = "1 file or folder" if len(skipped) == 1 else f"{len(skipped):,} files or folders"
     return f"{what} left out ({shown}{rest}); `duolocal docs tokens PATH` lists them"
+
+
+def beside(
+    documents: Iterable[Document], known: Mapping[str, Document | None]
+) -> tuple[dict[str, Document], list[str]]:
+    """Return documents by names of their own, without those that are known already, and what is to be said of that.
+
+    known: those that are there, by name; None for one of which no more is known. A name that is taken becomes the
+    path, and then a number is added.
+    """
+    named: dict[str, Document] = {}
+    notes: list[str] = []
+    called: dict[str, list[str]] = {}  # by text
+    for name, there in known.items():
+        if there is not None:
+            called.setdefault(there.text, []).append(name)
+    for document in documents:
+        if any(_may_be_called(document, name) for name in called.get(document.text, ())):
+            notes.append(f"{document.name} is in the context already")
+            continue
+        earlier = known.get(document.name)
+        has_changed = earlier is not None and earlier.path == document.path
+        names = (document.name,) if has_changed else (document.name, str(document.path))
+        name = free_name(*names, taken=lambda name: name in known or name in named)
+        named[name] = document
+        called.setdefault(document.text, []).append(name)
+        if has_changed:
+            notes.append(f"{document.name} has changed since: it is read as {name}, and the earlier text stays as well")
+        elif name != document.name and document.name in known:
+            notes.append(f"another {document.name} is in the context: this one is {name}")
+    return named, notes
+
+
+def _may_be_called(document: Document, name: str) -> bool:
+    return name in (document.name, str(document.path)) or name.startswith(f"{document.name} (")

@@ -4,13 +4,13 @@ import os
 from collections.abc import Sequence
 
 from duolocal.documents import Document
-from duolocal.documents.loading import summary
+from duolocal.documents.loading import beside, summary
 from duolocal.errors import DuoLocalError, SettingsError
 from duolocal.sources import find_sources
 from duolocal.terminal import docs_view, figures, views
 from duolocal.terminal.chat_state import CommandHost, Commands, no_words, split_words, whole_number
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.docs_load import beside, load_paths
+from duolocal.terminal.docs_load import load_paths
 from duolocal.terminal.progress import bar
 from duolocal.terminal.sources_view import sources_view
 

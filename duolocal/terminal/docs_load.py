@@ -1,13 +1,12 @@
 """Reading documents from disk with a bar: what `--doc` and `/load` do before anything reaches the model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duolocal.commands.docs import Tokens
-from duolocal.documents import Document, Gathered, Loaded, gather, load_all
+from duolocal.documents import Gathered, Loaded, gather, load_all
 from duolocal.errors import DocumentError
-from duolocal.files import free_name
 from duolocal.settings import LoadSettings
 from duolocal.startup import without_collection
 from duolocal.terminal.consoles import new_console, progress_console, starting_notice
@@ -48,41 +47,6 @@ def gather_with_bar(
         return gather(
             paths, on_found=lambda count: shown.describe(f"looking for files: {count:,}"), on_failure=on_failure
         )
-
-
-def beside(
-    documents: Iterable[Document], known: Mapping[str, Document | None]
-) -> tuple[dict[str, Document], list[str]]:
-    """Return documents by names of their own, without those that are known already, and what is to be said of that.
-
-    known: those that are there, by name; None for one of which no more is known. A name that is taken becomes the
-    path, and then a number is added.
-    """
-    named: dict[str, Document] = {}
-    notes: list[str] = []
-    called: dict[str, list[str]] = {}  # by text
-    for name, there in known.items():
-        if there is not None:
-            called.setdefault(there.text, []).append(name)
-    for document in documents:
-        if any(_may_be_called(document, name) for name in called.get(document.text, ())):
-            notes.append(f"{document.name} is in the context already")
-            continue
-        earlier = known.get(document.name)
-        has_changed = earlier is not None and earlier.path == document.path
-        names = (document.name,) if has_changed else (document.name, str(document.path))
-        name = free_name(*names, taken=lambda name: name in known or name in named)
-        named[name] = document
-        called.setdefault(document.text, []).append(name)
-        if has_changed:
-            notes.append(f"{document.name} has changed since: it is read as {name}, and the earlier text stays as well")
-        elif name != document.name and document.name in known:
-            notes.append(f"another {document.name} is in the context: this one is {name}")
-    return named, notes
-
-
-def _may_be_called(document: Document, name: str) -> bool:
-    return name in (document.name, str(document.path)) or name.startswith(f"{document.name} (")
 
 
 def docs_tokens(options: Tokens, settings: LoadSettings) -> int:

@@ -1,25 +1,23 @@
-"""The chat's commands over what outlives it: /save, /open, /copy; and how saved sessions keep their documents."""
+"""The chat's commands over what outlives it: /save, /open, /copy."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from duolocal.documents import Document, Part
+from duolocal.chat import kept
+from duolocal.documents import Document
 from duolocal.errors import ContextOverflowError, SettingsError
 from duolocal.paths import user_path
 from duolocal.sessions.identity import OtherStartError
-from duolocal.sessions.names import is_saved, near_names, session_path
 from duolocal.terminal import figures, transcript
 from duolocal.terminal.chat_state import ChatState, CommandHost, Commands, all_or_nothing, split_words
 
 if TYPE_CHECKING:
+    from duolocal.engine.session import ChatSession
     from duolocal.sessions.keeper import ContextKeeper
 
 COMMANDS = Commands()
 _TRANSCRIPTS = (".md", ".txt", ".markdown")
-# Of what is known of a document's file: field -> its type, as JSON holds it.
-_FIELDS = {"encoding": str, "num_bytes": int, "num_replaced": int, "kind": str, "digest": str}
 
 
 def is_transcript(name: str) -> bool:
@@ -91,7 +89,7 @@ def open_named(host: CommandHost, rest: str) -> None:
         host.note(f"session {name} was saved with another model or other settings: starting with its own")
         state.reopen, state.leaving = name, True
         return
-    state.files = documents_of(session, extra)
+    state.files = kept.documents_of(session, extra)
     state.last_answer = state.last_load = None
     state.follow()
     host.note(opened_line(keeper, session, time.perf_counter() - began))
@@ -111,7 +109,7 @@ def copy(host: CommandHost, rest: str) -> None:
     host.note(f"{len(text):,} characters sent to the terminal's clipboard (OSC 52; not every terminal takes it)")
 
 
-def opened_line(keeper: "ContextKeeper", session: Any, elapsed_s: float) -> str:
+def opened_line(keeper: "ContextKeeper", session: "ChatSession", elapsed_s: float) -> str:
     """Say what was opened, and what of it was not read to the end."""
     turns = sum(turn.kind == "exchange" for turn in session.tree.turns.values())
     questions = figures.counted(turns, "question")
@@ -127,58 +125,12 @@ def opened_line(keeper: "ContextKeeper", session: Any, elapsed_s: float) -> str:
     )
 
 
-def begin_or_open(keeper: "ContextKeeper", session: Any, name: str, *, system: str | None) -> dict[str, Document]:
+def begin_or_open(
+    keeper: "ContextKeeper", session: "ChatSession", name: str, *, system: str | None
+) -> dict[str, Document]:
     """Open the session that --session names, or begin it; returns its documents. Raises DuoLocalError."""
     began = time.perf_counter()
-    if not is_saved(session_path(keeper.folder, name)):
-        near = near_names(keeper.folder, name)
-        keeper.begin(name, session)
-        keeper.save(session)
-        meant = f" (there is also {', '.join(near)})" if near else ""
-        keeper.notes.append(f"session {name} is new{meant}; it is saved after every turn in {keeper.folder}")
-        return {}
-    extra = keeper.open(name, session)
-    if system is not None and system != session.system:
-        raise SettingsError(
-            f"session {name} has another system message: leave --system out, or begin a session of another name"
-        )
-    keeper.notes.append(opened_line(keeper, session, time.perf_counter() - began))
-    return documents_of(session, extra)
-
-
-def extra_of(files: Mapping[str, Document]) -> dict[str, Any]:
-    """Return what a session is saved with besides itself: where the documents came from."""
-    return {
-        "documents": {
-            name: {
-                "path": str(document.path),
-                "parts": [[part.label, part.start] for part in document.parts],
-                "notes": document.notes,
-                **{field: getattr(document, field) for field in _FIELDS},
-            }
-            for name, document in files.items()
-        }
-    }
-
-
-def documents_of(session: Any, extra: Mapping[str, Any]) -> dict[str, Document]:
-    """Return the documents of a session that was opened, by name, with what is known of their files."""
-    known = extra.get("documents")
-    found = {}
-    for name, text in session.texts:
-        about = known.get(name) if isinstance(known, dict) else None
-        about = about if isinstance(about, dict) else {}
-        fields: dict[str, Any] = {"encoding": "utf-8", "num_bytes": len(text.encode("utf-8", "replace"))}
-        fields |= {field: about[field] for field, kind in _FIELDS.items() if isinstance(about.get(field), kind)}
-        parts, notes = about.get("parts"), about.get("notes")
-        if isinstance(parts, list) and all(map(_is_part, parts)):
-            fields["parts"] = tuple(Part(label, start) for label, start in parts)
-        if isinstance(notes, list) and all(isinstance(note, str) for note in notes):
-            fields["notes"] = tuple(notes)
-        path = about.get("path")
-        found[name] = Document(name, Path(path if isinstance(path, str) and "\0" not in path else name), text, **fields)
-    return found
-
-
-def _is_part(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
+    found = kept.begin_or_open(keeper, session, name, system=system)
+    if found is not None:
+        keeper.notes.append(opened_line(keeper, session, time.perf_counter() - began))
+    return found or {}

@@ -5,19 +5,13 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from duolocal.engine.engine import Engine
+from duolocal.chat.opening import open_session
 from duolocal.engine.session import ChatSession
-from duolocal.models.loader import open_model
-from duolocal.models.quantized import quantize_on_load
 from duolocal.settings import FirstUse, LoadSettings
-from duolocal.startup import without_collection
 from duolocal.terminal.clean import clean_line
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
 from duolocal.terminal.views import Facts
-from duolocal.tokenizer import load_tokenizer
-
-CHARACTERS_PER_TOKEN = 4  # of ordinary text: enough to tell a page from a book
 
 
 @dataclass(frozen=True)
@@ -44,17 +38,14 @@ def start(
     path = fetch(settings.model, progress)
     began_s = time.perf_counter()
     with bar(progress, f"loading {name}", "layers") as shown:
-        with without_collection():
-            source = quantize_on_load(open_model(path), settings.weights)
-            tokenizer = load_tokenizer(source)
-        engine = Engine.load(source, settings, events=shown, first_use=first_use, reading=reading)
-        session = ChatSession(engine, tokenizer, system=system)
-    plan = engine.plan
+        session = open_session(path, settings, system=system, events=shown, first_use=first_use, reading=reading)
+    engine, plan = session.engine, session.engine.plan
+    assert engine.source is not None
     return Started(
         session,
         Facts(
             model=settings.model,
-            weight_format=source.weight_format,
+            weight_format=engine.source.weight_format,
             kv_format=engine.kv,
             context=engine.context,
             num_retrieval=plan.num_retrieval,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from duolocal.chat.opening import CHARACTERS_PER_TOKEN
 from duolocal.commands.summarize import STDOUT, Summarize
 from duolocal.documents import Found, Skipped, gather
 from duolocal.processes import INTERRUPTED, cancel_on_interrupt
@@ -36,7 +37,7 @@ from duolocal.terminal import figures
 from duolocal.terminal.clean import clean, clean_line
 from duolocal.terminal.consoles import new_console, progress_console, say
 from duolocal.terminal.progress import Bar, bar, bars
-from duolocal.terminal.start import CHARACTERS_PER_TOKEN, start
+from duolocal.terminal.start import start
 from duolocal.terminal.tables import new_table
 
 SOME_FAILED = 3
