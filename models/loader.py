@@ -28,6 +28,7 @@ from duolocal.models.registry import resolve
 from duolocal.models.safetensors_folder import FolderWeights, header_bytes, open_shards, read_folder_config
 from duolocal.models.stand_ins import stand_in_at
 from duolocal.models.weights import ModelWeights
+from duolocal.paths import user_path
 from duolocal.quant.weight import Weight
 
 
@@ -74,7 +75,7 @@ def open_model(model: "str | Path | ModelSource") -> ModelSource:
         return model
     if not isinstance(model, str | Path):
         raise ModelNotFoundError(f"the model is {model!r}: give a name, a hub id or a path")
-    path = Path(model).expanduser()
+    path = user_path(model)
     if isinstance(model, str) and (model in MODELS or not os.path.exists(path)):
         path = resolve(model)
     if os.path.isdir(path):  # unlike Path.is_dir false, not an exception, where access is denied
