@@ -15,6 +15,26 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_PLAIN = str.maketrans("█▉▊▋▌▍▎▏▆▅▃▓▒░▁·◀", "######::###%+-..<")
+
+
+def plain_text(encoding: str | None = None) -> bool:
+    """Tell whether pictures are drawn in ASCII: in a POSIX locale, and where `encoding` is not UTF-8 (None: stdout's).
+
+    Python takes the POSIX locale for UTF-8 (PEP 538, 540), which the terminal need not be.
+    """
+    ctype = os.environ.get("LC_CTYPE", "")
+    given = (os.environ.get("LC_ALL"), "" if ctype == "C.UTF-8" else ctype, os.environ.get("LANG"))
+    locale = next(filter(None, given), "")
+    encoding = encoding or getattr(sys.stdout, "encoding", None) or "utf-8"
+    return locale in ("C", "POSIX") or not encoding.lower().startswith("utf")
+
+
+def drawn(marks: str, encoding: str | None = None) -> str:
+    """Return the marks of a bar or picture as this terminal shows them, one column each."""
+    return marks.translate(_PLAIN) if plain_text(encoding) else marks
+
+
 def new_console(*, stderr: bool = False, no_color: bool = False) -> "Console":
     """Return a console; colours as the terminal and NO_COLOR say."""
     from rich.console import Console

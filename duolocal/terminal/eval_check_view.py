@@ -42,6 +42,8 @@ def eval_check(options: Check, variants: Variants, settings: LoadSettings) -> in
     print_choices(lineup, console)
     if document.note:
         console.print(Text(clean_line(document.note), style="dim"))
+    takes = f"this reads {len(token_ids):,} tokens twice, dense and as chosen, and then takes up to {options.minutes:g}"
+    console.print(f"{takes} minutes for passkeys and other settings (--minutes)", style="dim")
     with bar(progress, "reading", "tokens") as shown:
 
         def step(what: str, done: int, total: int) -> None:

@@ -18,7 +18,7 @@ from duolocal.models.quantized import quantize_on_load
 from duolocal.sample_text import license_text
 from duolocal.settings import LoadSettings
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.consoles import new_console, progress_console
+from duolocal.terminal.consoles import drawn, new_console, progress_console
 from duolocal.terminal.fetching import fetch
 from duolocal.terminal.progress import bar
 
@@ -106,7 +106,7 @@ def shaded(nll: float, *, found: bool) -> Text:
 def bars(value: float, most: float, width: int = 24) -> str:
     """Return a bar whose length is value / most of `width` columns, in eighths."""
     eighths = 0 if most <= 0 else round(8 * width * min(1.0, max(0.0, value) / most))
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+    return drawn("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip())
 
 
 def picture_for(path: Path, name: str, *, alone: bool) -> Path:

@@ -25,13 +25,12 @@ from duolocal.models.registry import cached_path, resolve
 from duolocal.paths import user_path
 from duolocal.settings import LoadSettings
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.consoles import new_console
+from duolocal.terminal.consoles import drawn, new_console, plain_text
 from duolocal.terminal.pictures import heat_map
 from duolocal.terminal.tables import new_table
 
 # Two ways to tell a retrieval head from a streaming head without colour: its height, and its shape. Best first.
 _RETRIEVAL, _STREAMING = "█▆▅▃", "▁·"
-_ASCII = {"█": "#", "▆": "#", "▅": "#", "▃": "#", "▁": ".", "·": "."}
 _LAYERS_PER_BLOCK = 16  # more of them stand side by side
 _METHOD_SHOWN = 200  # characters
 
@@ -88,13 +87,12 @@ def print_map(pattern: HeadPattern | None, plan: HeadPlan, console: Console, *, 
     )
     console.print(Text(_origin(pattern, plan), style="dim"))
     marks = _marks(pattern, plan)
-    plain = not (console.encoding or "").lower().startswith("utf")
-    console.print(_blocks(plan, marks, console.width, plain=plain))
+    console.print(_blocks(plan, marks, console.width, console.encoding))
     legend = (
         f"{_RETRIEVAL} retrieval heads, the best ranked first; {_STREAMING} streaming heads; then how many of the "
         "layer are retrieval heads"
     )
-    if plain:
+    if plain_text(console.encoding):
         legend = "# retrieval heads; . streaming heads; then how many of the layer are retrieval heads"
     console.print(Text(legend, style="dim"))
     counts = Counter(sum(row) for row in plan.retrieval)
@@ -207,7 +205,7 @@ def _marks(pattern: HeadPattern | None, plan: HeadPlan) -> list[list[str]]:
     return marks
 
 
-def _blocks(plan: HeadPlan, marks: Sequence[Sequence[str]], width: int, *, plain: bool) -> Text:
+def _blocks(plan: HeadPlan, marks: Sequence[Sequence[str]], width: int, encoding: str) -> Text:
     """Lay out the layers in rows, several blocks side by side where they fit."""
     wide = 2 if plan.num_kv_heads <= 16 else 1  # columns per head
     digits = len(str(plan.num_kv_heads))
@@ -225,7 +223,7 @@ def _blocks(plan: HeadPlan, marks: Sequence[Sequence[str]], width: int, *, plain
             text.append((" " * gap if at else "") + f"{layer:>{label}}  ", "dim")
             for head, mark in enumerate(marks[layer]):
                 style = "cyan" if plan.retrieval[layer][head] else "bright_black"
-                text.append((_ASCII[mark] if plain else mark).ljust(wide), style)
+                text.append(drawn(mark, encoding).ljust(wide), style)
             text.append(f" {sum(plan.retrieval[layer]):>{digits}}")
         text.append("\n" if row + 1 < rows else "")
     return text

@@ -23,7 +23,7 @@ from duolocal.plan.session_size import session_bytes
 from duolocal.settings import LoadSettings
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
-from duolocal.terminal.consoles import new_console, progress_console
+from duolocal.terminal.consoles import drawn, new_console, progress_console
 from duolocal.terminal.progress import bar
 from duolocal.terminal.tables import bare_table, fact_table
 
@@ -154,10 +154,10 @@ def memory_bar(rows: list[tuple[str, int, str]], memory: int, columns: int) -> T
         done += size
         stop = round(done * scale)
         inside = max(0, min(stop, end) - at)
-        line.append("█" * inside, _style(number))
+        line.append(drawn("█" * inside), _style(number))
         over = stop - max(at, end) if stop > end else 0
         if over > 0:
-            line.append("▒" * over, "red")
+            line.append(drawn("▒" * over), "red")
         at = stop
     line.append("·" * max(0, end - at), "bright_black")
     if total > memory:
@@ -191,7 +191,7 @@ def _memory(planned: Planned, rows: list[tuple[str, int, str]]) -> Table:
     for number, (name, size, known) in enumerate(rows):
         if name == "weights":
             known = _weights_known(planned.request)
-        table.add_row(Text("█", _style(number)), name, figures.size(size), known)
+        table.add_row(Text(drawn("█"), _style(number)), name, figures.size(size), known)
     total = sum(size for _, size, _ in rows)
     table.add_row("", Text("together", "bold"), Text(figures.size(total), "bold"), "")
     plan = planned.plan

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from duolocal.engine.events import LoadEvents
 from duolocal.terminal import figures
+from duolocal.terminal.consoles import plain_text
 
 _SHOW_AFTER_S = 0.3  # what is done sooner needs no bar
 _SAY_AFTER_S = 3.0  # into a pipe, where there is no bar, longer work that comes once is said in a line
@@ -32,7 +33,8 @@ class _Line(ProgressColumn):
         self._columns = columns
 
     def render(self, task: Task) -> Text:
-        description = f"{_SPINNER[int(time.monotonic() * 10) % len(_SPINNER)]} {task.description}"
+        spinner = "|/-\\" if plain_text() else _SPINNER
+        description = f"{spinner[int(time.monotonic() * 10) % len(spinner)]} {task.description}"
         parts = _figures(task)
         least = min(cell_len(description), _MIN_DESCRIPTION)
         while len(parts) > 1 and least + sum(cell_len(part) + 2 for part in parts) > self._columns:
@@ -46,7 +48,8 @@ class _Line(ProgressColumn):
         width = min(_MAX_BAR, room - cell_len(description) - 1)
         if task.total and width >= _MIN_BAR:
             filled = int(width * min(1.0, task.completed / task.total))
-            line.append(" ").append("━" * filled, "cyan").append("━" * (width - filled), "bright_black")
+            done, left = ("#", ".") if plain_text() else ("━", "━")
+            line.append(" ").append(done * filled, "cyan").append(left * (width - filled), "bright_black")
         return line.append(tail)
 
 

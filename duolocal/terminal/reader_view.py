@@ -14,6 +14,7 @@ from duolocal.reader.session import Picked
 from duolocal.sources import Source
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import drawn
 from duolocal.terminal.tables import bare_table
 
 EXPLAINED = (
@@ -76,7 +77,7 @@ def excerpt(source: Source, most: int) -> str:
 
 def score_bar(share: float, columns: int) -> str:
     """Draw a share in whole columns; a small one is still seen."""
-    return "█" * max(1, round(share * columns))
+    return drawn("█" * max(1, round(share * columns)))
 
 
 def headline(picked: Picked) -> str:

@@ -12,6 +12,7 @@ from duolocal.engine.speculation import Speculation
 from duolocal.sizes import format_tokens
 from duolocal.terminal import figures
 from duolocal.terminal.clean import clean_line
+from duolocal.terminal.consoles import drawn
 from duolocal.terminal.tables import add_columns, fact_table, new_table
 
 BAR_COLUMNS = 20
@@ -120,7 +121,7 @@ def share_bar(part: int, whole: int) -> str:
     if part and not eighths:
         eighths = 1
     full, rest = divmod(eighths, 8)
-    return "█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
+    return drawn("█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest])
 
 
 def stats_view(
