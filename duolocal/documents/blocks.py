@@ -178,6 +178,13 @@ class TextBuilder:
         if not self.lists:
             self.loosen()
 
+    def set_depth(self, depth: int) -> None:
+        """End the block and go on within so many lists."""
+        self.end()
+        was, self.lists = self.lists, depth
+        if was and not depth:
+            self.loosen()
+
     def loosen(self) -> None:
         """Let a blank line follow the last block."""
         blocks = self._frames[-1].blocks

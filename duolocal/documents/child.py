@@ -22,50 +22,36 @@ _DEEP = 3000  # Python frames; deeper nesting than any document has ends in Recu
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # by UTF-8, and by what reads C strings; one character for one
 
 Report = Callable[[int, int], None]
-_MODULES = {
-    "html": "duolocal.documents.html_text",
-    "pdf": "duolocal.documents.pdf",
-    "docx": "duolocal.documents.docx",
-    "epub": "duolocal.documents.epub",
-    "xlsx": "duolocal.documents.xlsx",
-    "pptx": "duolocal.documents.pptx",
-    "mail": "duolocal.documents.mail",
-    "mhtml": "duolocal.documents.mail",
-    "notebook": "duolocal.documents.notebook",
-    "rtf": "duolocal.documents.rtf",
-    "odt": "duolocal.documents.odf",
-    "ods": "duolocal.documents.odf",
-    "odp": "duolocal.documents.odf",
-}
-_CALLED = {
-    "html": "a web page",
-    "pdf": "a PDF",
-    "docx": "a Word document",
-    "epub": "an EPUB book",
-    "xlsx": "an Excel workbook",
-    "pptx": "a PowerPoint file",
-    "mail": "a mail",
-    "mhtml": "a saved web page",
-    "notebook": "a Jupyter notebook",
-    "rtf": "a rich-text file",
-    "odt": "an OpenDocument text",
-    "ods": "an OpenDocument sheet",
-    "odp": "an OpenDocument presentation",
+_READERS = {  # module, and what a file of that kind is called
+    "html": ("html_text", "a web page"),
+    "pdf": ("pdf", "a PDF"),
+    "docx": ("docx", "a Word document"),
+    "epub": ("epub", "an EPUB book"),
+    "xlsx": ("xlsx", "an Excel workbook"),
+    "pptx": ("pptx", "a PowerPoint file"),
+    "mail": ("mail", "a mail"),
+    "mhtml": ("mail", "a saved web page"),
+    "notebook": ("notebook", "a Jupyter notebook"),
+    "rtf": ("rtf", "a rich-text file"),
+    "odt": ("odf", "an OpenDocument text"),
+    "ods": ("odf", "an OpenDocument sheet"),
+    "odp": ("odf", "an OpenDocument presentation"),
 }
 
 
 def convert_bytes(data: bytes, kind: str, report: Report = lambda done, total: None) -> Converted:
     """Convert in this process, without any limit of time or memory; raises ConversionError."""
+    module, called = _READERS[kind]
     try:
-        converted: Converted = importlib.import_module(_MODULES[kind]).convert(data, report)
+        converted: Converted = importlib.import_module(f"duolocal.documents.{module}").convert(data, report)
     except (ConversionError, MemoryError):
         raise
     except RecursionError:
-        raise ConversionError(f"is nested deeper than {_CALLED[kind]} can be: it is damaged or made to harm") from None
+        raise ConversionError(f"is nested deeper than {called} can be: it is damaged or made to harm") from None
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")[:200]
         raise ConversionError(
-            f"cannot be read as {_CALLED[kind]} ({reason}): it may be damaged; open it elsewhere and save it anew"
+            f"cannot be read as {called} ({reason}): it may be damaged; open it elsewhere and save it anew"
         ) from error
     return replace(converted, text=_UNWRITABLE.sub("\ufffd", converted.text))
 

@@ -19,14 +19,13 @@ from duolocal.documents.symbols import in_symbols, is_symbol_font, symbol
 from duolocal.documents.told import Told
 from duolocal.documents.word_numbering import BULLET, Numbering
 from duolocal.documents.word_styles import RunFormat, Styles, paragraph_format, run_format
-from duolocal.documents.word_ticks import show_tick, tick
-from duolocal.documents.xml_tree import attribute, child, local, whole
-from duolocal.documents.zipped import Archive, ArchiveError
+from duolocal.documents.word_ticks import field_tick, show_tick, tick
+from duolocal.documents.xml_tree import attribute, child, local, val, whole
+from duolocal.documents.zipped import Archive
 
 _MAX_XML_BYTES = 96 * 2**20  # a tree of it takes many times that size
 _MAX_NESTED = 2  # documents within documents
 _PARAGRAPHS_PER_REPORT = 2000
-_ON = ("1", "true", "on")
 _SKIPPED = frozenset(
     """pPr rPr tblPr tblGrid tblPrEx trPr tcPr sectPr sdtPr sdtEndPr customXmlPr smartTagPr rubyPr fldData instrText
     delText delInstrText footnoteRef endnoteRef annotationRef separator continuationSeparator lastRenderedPageBreak
@@ -43,13 +42,10 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
 
 
 def _convert(data: bytes, report: Callable[[int, int], None], nested: int) -> Converted:
-    try:
-        with Archive(unflattened(data)) as archive:
-            package = Package(archive, most=_MAX_XML_BYTES)
-            reader = _Reader(package, package.main("word/document.xml"), report, nested)
-            return reader.convert()
-    except ArchiveError as error:
-        raise ConversionError(str(error)) from error
+    with Archive(unflattened(data)) as archive:
+        package = Package(archive, most=_MAX_XML_BYTES)
+        reader = _Reader(package, package.main("word/document.xml"), report, nested)
+        return reader.convert()
 
 
 class _Field:
@@ -86,12 +82,12 @@ class _Reader:
 
     def convert(self) -> Converted:
         self._blocks(self._package.tree(self._main))
-        self._set_depth(0)
+        self._out.set_depth(0)
         done = 0
         while done < len(self._notes):  # notes may hold further ones
             self._prefix, element = self._notes[done]
             self._blocks(element)
-            self._set_depth(0)
+            self._out.set_depth(0)
             if self._prefix:
                 self._out.add(self._prefix.strip())
                 self._prefix = ""
@@ -145,8 +141,7 @@ class _Reader:
         if self._count % _PARAGRAPHS_PER_REPORT == 0:
             self._report(0, 1)
         properties = child(item, "pPr")
-        style = child(properties, "pStyle")
-        key = attribute(style, "val") if style is not None else ""
+        key = val(properties, "pStyle")
         of_style, own = self._styles.paragraph(key), paragraph_format(properties)
         outline = of_style.outline if own.outline is None else own.outline
         list_key = of_style.list_key if own.list_key is None else own.list_key
@@ -178,29 +173,23 @@ class _Reader:
         self._out.end()
         self._was_hidden = False
         if outline:
-            self._set_depth(0)
+            self._out.set_depth(0)
             self._out.begin("#" * min(outline, 6) + " ")
             if number and number != BULLET:
                 self._out.push(f"{number} ")
         elif not number:
-            self._set_depth(0)
+            self._out.set_depth(0)
             self._out.begin()
         else:
-            self._set_depth(level + 1)
+            self._out.set_depth(level + 1)
             self._out.begin(number if number == BULLET else f"{number} ")
         if self._prefix and not outline:
             self._out.mark = self._prefix + self._out.mark
             self._prefix = ""
 
-    def _set_depth(self, depth: int) -> None:
-        self._out.end()
-        was, self._out.lists = self._out.lists, depth
-        if was and not depth:
-            self._out.loosen()
-
     def _table(self, table: Element) -> None:
         self._goes_on = False
-        self._set_depth(0)
+        self._out.set_depth(0)
         self._out.begin()
         self._out.open_table()
         above: set[int] = set()  # columns in which a merged cell may go on
@@ -210,7 +199,7 @@ class _Reader:
                 self._deleted(row)
                 continue
             self._out.open_row()
-            column = _value(child(properties, "gridBefore"))
+            column = whole(val(properties, "gridBefore"))
             self._out.skip_columns(column)
             merged: set[int] = set()
             for cell in _flattened(row, "tc"):
@@ -222,18 +211,18 @@ class _Reader:
                     is_shown = False
                 if vertical is not None:
                     merged.add(column)
-                span = max(1, _value(child(about, "gridSpan")))
+                span = max(1, whole(val(about, "gridSpan")))
                 self._out.open_cell(columns=span, is_shown=is_shown)
                 if is_shown:
                     self._blocks(cell)
-                self._set_depth(0)
+                self._out.set_depth(0)
                 column += span
             above = merged
         self._out.close_table()
 
     def _chunk(self, item: Element) -> None:
         """Read a document of another format that Word would show in this place."""
-        self._set_depth(0)
+        self._out.set_depth(0)
         key = next((value for name, value in item.attrib.items() if local(name) == "id"), "")
         relation = self._by_key.get(key)
         text = ""
@@ -247,7 +236,7 @@ class _Reader:
     def _converted(self, data: bytes, relation: Relation) -> str:
         from duolocal.documents.child import convert_bytes
         from duolocal.documents.formats import HEAD, format_of
-        from duolocal.documents.text import NotTextError, decode
+        from duolocal.documents.text import decode
 
         try:
             found = format_of(data[:HEAD], relation.target, lambda: Archive(data))
@@ -256,7 +245,7 @@ class _Reader:
             if found.how == "convert" and found.kind in ("html", "mhtml", "rtf"):
                 return convert_bytes(data, found.kind).text
             return decode(data).text.strip() if found.how == "decode" else ""
-        except (ConversionError, NotTextError):
+        except ConversionError:
             return ""
 
     # --- text ------------------------------------------------------------------------------------------------------
@@ -286,8 +275,8 @@ class _Reader:
         properties = child(run, "rPr")
         look = inherited
         if properties is not None:
-            named = child(properties, "rStyle")
-            of_style = self._styles.paragraph(attribute(named, "val")).run if named is not None else RunFormat()
+            named = val(properties, "rStyle")
+            of_style = self._styles.paragraph(named).run if named else RunFormat()
             look = run_format(properties).over(of_style).over(inherited)
         self._out.style = look.style
         self._pieces(run, look)
@@ -352,17 +341,13 @@ class _Reader:
                 field = _Field()
                 self._fields.append(field)
                 data = child(item, "ffData")
-                box, choices = child(data, "checkBox"), child(data, "ddList")
-                if box is not None:
-                    checked = child(box, "checked")
-                    checked = child(box, "default") if checked is None else checked
-                    is_checked = checked is not None and attribute(checked, "val", "1") in _ON
-                    self._out.push("[x] " if is_checked else "[ ] ")
+                choices = child(data, "ddList")
+                if (mark := field_tick(data)) is not None:
+                    self._out.push(mark)
                     field.is_done = True
                 elif choices is not None:
                     names = [attribute(entry, "val") for entry in choices if local(entry.tag) == "listEntry"]
-                    chosen = child(choices, "result")
-                    at = _value(child(choices, "default") if chosen is None else chosen)
+                    at = whole(val(choices, "result", default=val(choices, "default")))
                     self._out.push(names[at] if at < len(names) else "")
                     field.is_done = True
             case "separate" if self._fields:
@@ -478,10 +463,6 @@ def _wrapped(item: Element) -> Element:
     wrapper = Element("body")
     wrapper.append(item)
     return wrapper
-
-
-def _value(item: Element | None) -> int:
-    return whole(attribute(item, "val")) if item is not None else 0
 
 
 def _code(text: str) -> int:

@@ -33,11 +33,8 @@ _HEADING = re.compile(r"#{1,3} (.+)")
 
 def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     """Convert a book; its parts are its chapters. Raises ConversionError."""
-    try:
-        with Archive(data) as archive:
-            return _book(archive, report)
-    except ArchiveError as error:
-        raise ConversionError(str(error)) from error
+    with Archive(data) as archive:
+        return _book(archive, report)
 
 
 def _book(archive: Archive, report: Callable[[int, int], None]) -> Converted:
@@ -247,7 +244,7 @@ def _titles(archive: Archive, items: list[Element], names: _Names, folder: str) 
                     if source is not None and label is not None:
                         target = names.find(inside, attribute(source, "src"))
                         titles.setdefault(target, " ".join("".join(label.itertext()).split()))
-    except (ConversionError, ArchiveError):
+    except ConversionError:
         return titles  # the chapters can be read without their names
     return titles
 

@@ -16,7 +16,7 @@ from duolocal.documents.converted import ConversionError, Converted
 from duolocal.documents.embedded import without_pictures
 from duolocal.documents.inline import PLAIN, Style
 from duolocal.documents.numbering import numbered
-from duolocal.documents.text import NotTextError, decode
+from duolocal.documents.text import decode
 from duolocal.documents.told import Told
 
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{2,40})""", re.IGNORECASE)
@@ -84,10 +84,7 @@ _FIELDS = frozenset(("", "text", "number", "date", "email", "tel", "url", "searc
 
 def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     """Convert a web page; raises ConversionError."""
-    try:
-        decoded = decode(data, declared=declared_encoding(data))
-    except NotTextError as error:
-        raise ConversionError(str(error)) from error
+    decoded = decode(data, declared=declared_encoding(data))
     page = read_page(decoded.text)
     text = page.text
     if not text:

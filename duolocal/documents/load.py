@@ -15,7 +15,7 @@ from duolocal.documents.embedded import without_pictures
 from duolocal.documents.formats import HEAD, Format, format_of, inner_name
 from duolocal.documents.model import Document
 from duolocal.documents.packed import unpack
-from duolocal.documents.text import NotTextError, decode, is_blank
+from duolocal.documents.text import decode, is_blank
 from duolocal.documents.zipped import Archive
 from duolocal.errors import DocumentError
 from duolocal.paths import user_path
@@ -79,7 +79,7 @@ def decode_document(
         else:
             with Converter() as own:
                 read = own.convert(content, kind, on_progress=on_progress)
-    except (NotTextError, ConversionError) as error:
+    except ConversionError as error:
         raise DocumentError(f"{shown} {error}") from error
     if not read.text.strip():
         raise DocumentError(f"{shown} is empty: load a file that has text in it")

@@ -11,7 +11,7 @@ from duolocal.documents.converted import Assembler, ConversionError, Converted
 from duolocal.documents.odf_sheets import read_sheets
 from duolocal.documents.odf_text import OpenReader
 from duolocal.documents.xml_tree import attribute, child, local, parse_xml
-from duolocal.documents.zipped import Archive, ArchiveError
+from duolocal.documents.zipped import Archive
 
 _MAX_XML_BYTES = 96 * 2**20
 
@@ -21,18 +21,15 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     if not data.startswith(b"PK"):
         root = parse_xml(data, "the document")
         return _read([root], report)
-    try:
-        with Archive(data) as archive:
-            if "META-INF/manifest.xml" in archive and b"encryption-data" in archive.read("META-INF/manifest.xml"):
-                raise ConversionError("is locked with a password: save it without one and load that")
-            names = ("content.xml", "styles.xml")
-            roots = [
-                parse_xml(archive.read(name, most=_MAX_XML_BYTES), name)
-                for name in names
-                if name in archive or name == "content.xml"
-            ]
-    except ArchiveError as error:
-        raise ConversionError(str(error)) from error
+    with Archive(data) as archive:
+        if "META-INF/manifest.xml" in archive and b"encryption-data" in archive.read("META-INF/manifest.xml"):
+            raise ConversionError("is locked with a password: save it without one and load that")
+        names = ("content.xml", "styles.xml")
+        roots = [
+            parse_xml(archive.read(name, most=_MAX_XML_BYTES), name)
+            for name in names
+            if name in archive or name == "content.xml"
+        ]
     return _read(roots, report)
 
 

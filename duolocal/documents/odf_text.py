@@ -66,17 +66,11 @@ class OpenReader:
         done = 0
         while done < len(self._notes):
             self._mark, note = self._notes[done]
-            self._set_depth(0)
+            self._out.set_depth(0)
             self._blocks(note)
             done += 1
         self._notes = []
         return self._out.text()
-
-    def _set_depth(self, depth: int) -> None:
-        self._out.end()
-        was, self._out.lists = self._out.lists, depth
-        if was and not depth:
-            self._out.loosen()
 
     def _blocks(self, element: Element) -> None:
         for item in element:
@@ -104,12 +98,12 @@ class OpenReader:
         out.end()
         mark, self._mark = self._mark, ""
         if name == "h":
-            self._set_depth(0)
+            self._out.set_depth(0)
             level = max(1, whole(attribute(item, "outline-level", "1")))
             number = self._heading_number(level) if attribute(item, "is-list-header") != "true" else ""
             mark = "#" * min(level, 6) + f" {number or ('' if mark == BULLET else mark)}"
         elif self._depth == 0:
-            self._set_depth(0)
+            self._out.set_depth(0)
         out.begin(mark)
         style, hidden = self._style, self._is_hidden
         self._style, self._is_hidden = self.styles.look(attribute(item, "style-name"), style, is_hidden=hidden)
@@ -147,10 +141,10 @@ class OpenReader:
             if local(entry.tag) in ("list-item", "list-header"):
                 self._entry(entry, found)
         self._list, self._depth = outer, self._depth - 1
-        self._set_depth(min(self._out.lists, self._depth))
+        self._out.set_depth(min(self._out.lists, self._depth))
 
     def _entry(self, entry: Element, found: _List) -> None:
-        self._set_depth(self._depth)
+        self._out.set_depth(self._depth)
         levels = self.styles.lists.get(found.style, {})
         starts_with_list = len(entry) > 0 and local(entry[0].tag) == "list"
         if local(entry.tag) == "list-item" and not starts_with_list:
@@ -167,7 +161,7 @@ class OpenReader:
 
     def _table(self, table: Element) -> None:
         depth, self._depth = self._depth, 0
-        self._set_depth(0)
+        self._out.set_depth(0)
         out = self._out
         out.begin()
         out.open_table()
@@ -185,7 +179,7 @@ class OpenReader:
                     for _ in range(times):
                         out.open_cell()
                         self._blocks(cell)
-                        self._set_depth(0)
+                        self._out.set_depth(0)
         out.close_table()
         self._depth = depth
 

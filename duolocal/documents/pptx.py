@@ -14,7 +14,7 @@ from duolocal.documents.numbering import numbered
 from duolocal.documents.package import Package, Relation, alternative, unflattened
 from duolocal.documents.told import Told
 from duolocal.documents.xml_tree import attribute, child, local
-from duolocal.documents.zipped import Archive, ArchiveError
+from duolocal.documents.zipped import Archive
 
 MAX_SLIDES = 5_000
 _MAX_XML_BYTES = 256 * 2**20
@@ -36,11 +36,8 @@ _NOT_SPOKEN = ("sldNum", "sldImg", "dt", "hdr", "ftr")  # placeholders of a page
 
 def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     """Convert a presentation; its parts are its slides. Raises ConversionError."""
-    try:
-        with Archive(unflattened(data)) as archive:
-            return _presentation(Package(archive, most=_MAX_XML_BYTES), report)
-    except ArchiveError as error:
-        raise ConversionError(str(error)) from error
+    with Archive(unflattened(data)) as archive:
+        return _presentation(Package(archive, most=_MAX_XML_BYTES), report)
 
 
 def _presentation(package: Package, report: Callable[[int, int], None]) -> Converted:
@@ -136,7 +133,7 @@ class _Reader:
                 case "pic":
                     self.told["picture"] += 1
                     about = next((inner for inner in item.iter() if local(inner.tag) == "cNvPr"), None)
-                    described = " ".join(attribute(about, "descr").split()) if about is not None else ""
+                    described = " ".join(attribute(about, "descr").split())
                     if described:
                         yield f"[image: {described}]"
                 case "tr":
@@ -182,7 +179,7 @@ class _Reader:
             if not text:
                 continue
             properties = child(item, "pPr")
-            level = attribute(properties, "lvl", "0") if properties is not None else "0"
+            level = attribute(properties, "lvl", "0")
             at = int(level) if level in "012345678" and level else 0
             bullet = _bullet([properties, *(child(style, f"lvl{at + 1}pPr") for style in styles)])
             for deeper in [other for other in counts if other > at]:
@@ -217,7 +214,7 @@ class _Reader:
 
 def _is_hidden(shape: Element) -> bool:
     about = next((inner for inner in shape.iter() if local(inner.tag) == "cNvPr"), None)
-    return about is not None and attribute(about, "hidden") in ("1", "true")
+    return attribute(about, "hidden") in ("1", "true")
 
 
 def _style(properties: Element | None) -> Style:

@@ -7,6 +7,7 @@ import codecs
 import re
 from dataclasses import dataclass
 
+from duolocal.documents.converted import ConversionError
 from duolocal.documents.guess import guess_encoding, guess_utf16, has_normalizer
 
 # Control characters that do occur in text: tab, newlines, form feed, escape (in logs), backspace (man pages).
@@ -24,7 +25,7 @@ _MARKS = (
 )
 
 
-class NotTextError(Exception):
+class NotTextError(ConversionError):
     """Bytes that are no text; `str()` goes on after the name of a file."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from xml.etree.ElementTree import Element
 
 from duolocal.documents.numbering import numbered
-from duolocal.documents.xml_tree import attribute, child, local, whole
+from duolocal.documents.xml_tree import attribute, child, is_on, local, val, whole
 
 _PLACE = re.compile("%([1-9])")
 _MAX_LEVEL = 8
@@ -102,13 +102,11 @@ def _number(number: int, style: str) -> str:
 
 def _definition(item: Element) -> _Definition:
     levels = {whole(attribute(at, "ilvl")): _read_level(at) for at in item if local(at.tag) == "lvl"}
-    link = child(item, "numStyleLink")
-    return _Definition(levels, attribute(link, "val") if link is not None else "")
+    return _Definition(levels, val(item, "numStyleLink"))
 
 
 def _list(item: Element) -> _List:
-    definition = child(item, "abstractNumId")
-    found = _List(attribute(definition, "val") if definition is not None else "")
+    found = _List(val(item, "abstractNumId"))
     for override in item:
         if local(override.tag) != "lvlOverride":
             continue
@@ -122,21 +120,16 @@ def _list(item: Element) -> _List:
 
 
 def _read_level(item: Element) -> _Level:
-    def value(name: str, default: str = "") -> str:
-        found = child(item, name)
-        return attribute(found, "val", default) if found is not None else default
-
     formats = [inner for inner in item.iter() if local(inner.tag) == "numFmt"]  # a newer one, and one for old readers
     style = attribute(formats[0], "val", "decimal") if formats else "decimal"
     if style == "custom":
         pattern = re.match(r"0*1(?=\D|$)", attribute(formats[0], "format"))
         style = pattern[0] if pattern else attribute(formats[-1], "val", "decimal")
-    legal = child(item, "isLgl")
     return _Level(
-        start=whole(value("start")),
+        start=whole(val(item, "start")),
         style=style,
-        text=value("lvlText"),
-        is_legal=legal is not None and attribute(legal, "val", "1") not in ("0", "false", "off"),
-        restart=whole(value("lvlRestart")) if value("lvlRestart") else None,
-        paragraph_style=value("pStyle"),
+        text=val(item, "lvlText"),
+        is_legal=is_on(item, "isLgl"),
+        restart=whole(restart) if (restart := val(item, "lvlRestart")) else None,
+        paragraph_style=val(item, "pStyle"),
     )

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from duolocal.documents.inline import Style
-from duolocal.documents.xml_tree import attribute, child, local, whole
+from duolocal.documents.xml_tree import attribute, child, is_on, local, val, whole
 
 _HEADING = re.compile(r"heading ?([1-9])")
 _MAX_CHAIN = 20  # styles based on each other
 _LEVELS = {"superscript": 1, "subscript": -1}
-_OFF = ("0", "false", "off", "none")
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,10 @@ class Styles:
         for item in root:
             if local(item.tag) != "style":
                 continue
-            key, name, base = attribute(item, "styleId"), child(item, "name"), child(item, "basedOn")
+            key = attribute(item, "styleId")
             self._styles[key] = _Style(
-                attribute(name, "val").lower() if name is not None else "",
-                attribute(base, "val") if base is not None else "",
+                val(item, "name").lower(),
+                val(item, "basedOn"),
                 paragraph_format(child(item, "pPr"), run=run_format(child(item, "rPr"))),
             )
             if attribute(item, "type") == "paragraph" and attribute(item, "default") in ("1", "true", "on"):
@@ -125,13 +124,13 @@ def run_format(properties: Element | None) -> RunFormat:
     for item in () if properties is None else properties:
         match local(item.tag):
             case "strike" | "dstrike":
-                struck = bool(struck) or attribute(item, "val", "1") not in _OFF
+                struck = bool(struck) or is_on(item)
             case "vertAlign":
                 level = _LEVELS.get(attribute(item, "val"), 0)
             case "position" if level is None and (raised := attribute(item, "val").strip("0")):
                 level = -1 if raised.startswith("-") else 1
             case "vanish":
-                hidden = attribute(item, "val", "1") not in _OFF
+                hidden = is_on(item)
             case "rFonts":
                 font = attribute(item, "ascii") or attribute(item, "hAnsi") or None
     return RunFormat(struck, level, hidden, font)

@@ -18,7 +18,7 @@ from duolocal.documents.told import Told
 from duolocal.documents.xlsx_2003 import read_xml_workbook
 from duolocal.documents.xlsx_styles import LEVELS, CellStyles, date_of, duration
 from duolocal.documents.xml_tree import DamagedXmlError, attribute, child, local, parse_xml, scan_xml, whole
-from duolocal.documents.zipped import Archive, ArchiveError
+from duolocal.documents.zipped import Archive
 
 _MAX_XML_BYTES = 256 * 2**20  # sheets are read as a stream
 _MAX_CELLS = 20_000_000  # filled ones
@@ -36,11 +36,8 @@ def convert(data: bytes, report: Callable[[int, int], None]) -> Converted:
     """Convert a workbook; its parts are its sheets. Raises ConversionError."""
     if not data.startswith(b"PK") and WORKBOOK_2003 in data[:HEAD]:
         return read_xml_workbook(parse_xml(data, "the workbook"), report)
-    try:
-        with Archive(unflattened(data)) as archive:
-            return _workbook(Package(archive, most=_MAX_XML_BYTES), report)
-    except ArchiveError as error:
-        raise ConversionError(str(error)) from error
+    with Archive(unflattened(data)) as archive:
+        return _workbook(Package(archive, most=_MAX_XML_BYTES), report)
 
 
 @dataclass
@@ -98,8 +95,7 @@ def _workbook(package: Package, report: Callable[[int, int], None]) -> Converted
     styles = CellStyles(package, relations)
     if styles.fault:
         faults.broken.append(styles.fault)
-    properties = child(workbook, "workbookPr")
-    is_1904 = properties is not None and attribute(properties, "date1904") in ("1", "true")
+    is_1904 = attribute(child(workbook, "workbookPr"), "date1904") in ("1", "true")
     sheets = [item for item in workbook.iter() if local(item.tag) == "sheet"]
     by_key = {relation.key: relation for relation in relations}
     assembler = Assembler()

@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element
 
 from duolocal.documents.inline import PLAIN, Style
 from duolocal.documents.package import Package, Relation
-from duolocal.documents.xml_tree import DamagedXmlError, attribute, child, local, whole
+from duolocal.documents.xml_tree import DamagedXmlError, attribute, child, is_on, local, val, whole
 
 Kind = Literal["number", "date", "duration"]
 LEVELS = {"superscript": 1, "subscript": -1}
@@ -48,9 +48,7 @@ class CellStyles:
 
 
 def _font(font: Element) -> Style:
-    strike, level = child(font, "strike"), child(font, "vertAlign")
-    is_struck = strike is not None and attribute(strike, "val", "1") not in ("0", "false")
-    return Style(is_struck, LEVELS.get(attribute(level, "val"), 0) if level is not None else 0)
+    return Style(is_on(font, "strike"), LEVELS.get(val(font, "vertAlign"), 0))
 
 
 def _kind(number: int, code: str | None) -> Kind:

@@ -80,8 +80,10 @@ def local(tag: str) -> str:
     return tag.rpartition("}")[2]
 
 
-def attribute(item: Element, name: str, default: str = "") -> str:
-    """Return an attribute by its name without namespace."""
+def attribute(item: Element | None, name: str, default: str = "") -> str:
+    """Return an attribute by its name without namespace; the default where it, or the element, is missing."""
+    if item is None:
+        return default
     value = item.get(name)
     if value is not None:
         return value
@@ -95,6 +97,17 @@ def child(item: Element | None, *names: str) -> Element | None:
             return None
         item = next((inner for inner in item if local(inner.tag) == name), None)
     return item
+
+
+def val(item: Element | None, *names: str, default: str = "") -> str:
+    """Return the `val` of a descendant, as Office writes most properties; the default where it is missing."""
+    return attribute(child(item, *names), "val", default)
+
+
+def is_on(item: Element | None, *names: str) -> bool:
+    """Tell whether a property of Office that is on or off is there, and on."""
+    found = child(item, *names)
+    return found is not None and attribute(found, "val", "1") not in ("0", "false", "off", "none")
 
 
 def whole(text: str) -> int:

@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
+from duolocal.documents.converted import ConversionError
 from duolocal.documents.guess import guess_names
 
 MAX_MEMBERS = 50_000
@@ -22,7 +23,7 @@ _ENTRY_BYTES = 46  # the least that an entry of the directory takes
 _PIECE = 1 << 20
 
 
-class ArchiveError(Exception):
+class ArchiveError(ConversionError):
     """An archive that cannot be read; `str()` goes on after the name of the file."""
 
 
