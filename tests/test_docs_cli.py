@@ -4,6 +4,8 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,14 @@ from rich.console import Console
 
 from duolocal import cli
 from duolocal.documents import Document, Part, gather
+from duolocal.documents.tokens import count_document
 from duolocal.engine.fitting import Fit
-from duolocal.engine.session import document_content
+from duolocal.engine.session import ChatSession, document_content
 from duolocal.terminal import docs_tokens
 from duolocal.terminal.docs_load import load_paths
+from duolocal.tokenizer import ChatPiece, Message
 from tests.document_files import epub, pdf, zipped
+from tests.summarize_models import tiny_engine
 from tests.terminal_fakes import make_chat
 
 
@@ -35,10 +40,16 @@ class Words:
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         return [0] * len(text.split())
 
+    def chat_pieces(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[ChatPiece]:
+        return [ChatPiece(message.content, message=at) for at, message in enumerate(messages)]
+
+    def encode_pieces(self, pieces: Sequence[ChatPiece], *, continues: bool) -> list[int]:
+        return [token for piece in pieces for token in self.encode(piece.text)]
+
 
 @pytest.fixture
 def words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docs_tokens, "_open", lambda model, progress: (Words(), 100))
+    monkeypatch.setattr(docs_tokens, "_open", lambda model, progress: (Words(), 100, 2048))
 
 
 def run(*arguments: str, columns: int = 100, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -139,7 +150,9 @@ def test_the_tokens_are_those_of_the_real_model(smollm2_path: Path, capsys) -> N
     code, out, _ = run(str(readme), "--json", "--model", str(smollm2_path), capsys=capsys)
     report = json.loads(out)
     tokenizer = load_tokenizer(open_model(smollm2_path))
-    expected = len(tokenizer.encode(document_content("README.md", readme.read_text(encoding="utf-8")), continues=True))
+    message = Message("user", document_content("README.md", readme.read_text(encoding="utf-8")))
+    pieces = tokenizer.chat_pieces([message], add_generation_prompt=False)
+    expected = len(tokenizer.encode_pieces(pieces)) - len(tokenizer.encode("<|im_end|>\n", special=True))
     assert (code, report["context"], report["documents"][0]["num_tokens"]) == (0, 8192, expected)
 
 
@@ -210,6 +223,26 @@ def test_what_to_drop_is_enough_and_as_few_as_can_be(sizes: list[int], context: 
         message = fit.refusal()
         assert message.isprintable() and f"start with --context {fit.needed}" in message
         assert int(fit.needed[:-1]) * 1024 >= sum(sizes) + used + kept
+
+
+def test_docs_tokens_and_the_chat_count_alike(tmp_path: Path) -> None:
+    engine, tokenizer = tiny_engine(tmp_path / "model", context=4096)
+    texts = [("a.txt", "One mill."), ("b.txt", "Two ponds,\nand a ship.")]
+    session = ChatSession(engine, tokenizer)
+    for _ in session.add_documents(texts):
+        pass
+    sizes = [item.num_tokens for item in session.context_items() if item.kind == "document"]
+    counted = [
+        count_document(Document(name, Path(name), text, "", 0), tokenizer, first=not at).num_tokens
+        for at, (name, text) in enumerate(texts)
+    ]
+    assert counted == sizes and sum(counted) == engine.position
+
+
+def test_a_context_beyond_the_trained_one_is_marked() -> None:
+    fit = Fit((("a.txt", 9000),), 8192, kept=128, trained=8192)
+    assert "start with --context 9K (beyond the 8,192 tokens that the model was trained for), start" in fit.refusal()
+    assert "beyond" not in replace(fit, trained=16384).refusal()
 
 
 def test_a_refusal_names_the_largest_and_counts_the_rest() -> None:

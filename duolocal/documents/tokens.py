@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from duolocal.documents.model import Document
-from duolocal.engine.session import document_content
+from duolocal.engine.session import document_ids
 from duolocal.tokenizer import Tokenizer
 
 
@@ -23,11 +23,8 @@ class Counted:
     digest: str
 
 
-def count_document(document: Document, tokenizer: Tokenizer) -> Counted:
-    """Count the tokens of a document with the lines that name it.
-
-    The template around it, and what stands between two documents, are a few tokens more.
-    """
+def count_document(document: Document, tokenizer: Tokenizer, *, first: bool) -> Counted:
+    """Count the tokens that a document takes of a new chat; first: with what the template writes before it."""
     return Counted(
         name=document.name,
         source=str(document.path),
@@ -36,7 +33,7 @@ def count_document(document: Document, tokenizer: Tokenizer) -> Counted:
         pages=document.pages,
         num_bytes=document.num_bytes,
         num_characters=len(document.text),
-        num_tokens=len(tokenizer.encode(document_content(document.name, document.text), continues=True)),
+        num_tokens=len(document_ids(tokenizer, document.name, document.text, first=first)),
         notes=document.notes,
         digest=document.digest,
     )

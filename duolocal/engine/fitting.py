@@ -15,6 +15,7 @@ class Fit:
     context: int
     used: int = 0
     kept: int = 0
+    trained: int | None = None  # tokens that the model was trained for
 
     @property
     def total(self) -> int:
@@ -29,6 +30,11 @@ class Fit:
     def needed(self) -> str:
         """The context that holds all of it, as --context takes it."""
         return f"{-(-(self.used + self.total + self.kept) // 1024)}K"
+
+    def _beyond(self) -> str:
+        if self.trained is None or self.used + self.total + self.kept <= self.trained:
+            return ""
+        return f" (beyond the {self.trained:,} tokens that the model was trained for)"
 
     def to_drop(self) -> list[tuple[str, int]]:
         """Return the fewest documents without which the rest fits, the largest first; all where none fits."""
@@ -56,7 +62,7 @@ class Fit:
             choices.append(f"leave out {_list(dropped)}")
         elif self.used:
             choices.append("/reset all")
-        choices.append(f"start with --context {self.needed}")
+        choices.append(f"start with --context {self.needed}{self._beyond()}")
         choices.append(f"start with --reader retrieve, which reads {'them' if many else 'it'} for each question")
         choices.append("summarise first with `duolocal summarize`")
         return (

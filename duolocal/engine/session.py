@@ -97,6 +97,20 @@ def document_content(name: str, text: str) -> str:
     return f'<document name="{html.escape(name)}">\n{text}\n</document>'
 
 
+def document_ids(tokenizer: Tokenizer, name: str, text: str, *, first: bool) -> list[int]:
+    """Return the ids that a document takes of a new conversation.
+
+    first: with all that the template writes before it; else it goes on in the same message, where no template writes.
+    Raises TokenizerError.
+    """
+    content = document_content(name, text)
+    if not first:
+        return tokenizer.encode_pieces([ChatPiece(f"\n\n{content}")], continues=True)
+    pieces = tokenizer.chat_pieces([Message("user", content)], add_generation_prompt=False)
+    last = max((index for index, piece in enumerate(pieces) if piece.message == 0), default=-1)
+    return tokenizer.encode_pieces(pieces[: last + 1], continues=False)
+
+
 def messages_until(turn: Turn) -> tuple[list[Message], str | None]:
     """Return the messages up to the last answer before or at a turn, and the content of the user message that is open.
 
@@ -274,18 +288,17 @@ class ChatSession:
     ) -> list["_PlannedDocument"]:
         planned: list[_PlannedDocument] = []
         for name, text in documents:
-            content = document_content(name, text)
-            if planned:  # goes on in the same message: no template writes between them
-                token_ids = self.tokenizer.encode_pieces([ChatPiece(f"\n\n{content}")], continues=True)
+            if planned:
+                token_ids = document_ids(self.tokenizer, name, text, first=False)
             else:
-                token_ids = self._encode_user(content, closed=False, after=after)
+                token_ids = self._encode_user(document_content(name, text), closed=False, after=after)
             planned.append(_PlannedDocument(name, text, token_ids))
         return planned
 
     def _check_documents_fit(self, planned: Sequence["_PlannedDocument"], *, used: int | None = None) -> None:
         used = self.engine.position if used is None else used
         sizes = tuple((document.name, len(document.token_ids)) for document in planned)
-        fit = Fit(sizes, self.engine.context, used=used, kept=ROOM_TO_ASK)
+        fit = Fit(sizes, self.engine.context, used=used, kept=ROOM_TO_ASK, trained=self.engine.config.max_positions)
         if not fit.fits:
             raise ContextOverflowError(fit.refusal())
 

@@ -28,6 +28,7 @@ class Report:
 
     model: str
     context: int
+    trained: int  # tokens that the model was trained for
     counted: tuple[Counted, ...]
     skipped: tuple[Skipped, ...]
 
@@ -35,12 +36,12 @@ class Report:
     def fit(self) -> Fit:
         """Whether it fits, and what could be done."""
         sizes = tuple((item.name, item.num_tokens) for item in self.counted)
-        return Fit(sizes, self.context, kept=ROOM_TO_ASK)
+        return Fit(sizes, self.context, kept=ROOM_TO_ASK, trained=self.trained)
 
 
 def count_gathered(gathered: Gathered, *, model: str, context: int | None, progress: Console) -> Report:
     """Load and count what was gathered, one text in memory at a time; bars go to `progress`. Raises DuoLocalError."""
-    tokenizer, default = _open(model, progress)
+    tokenizer, default, trained = _open(model, progress)
     counted: list[Counted] = []
     skipped = list(gathered.skipped)
     with bar(progress, "reading files", "files") as shown:
@@ -54,16 +55,16 @@ def count_gathered(gathered: Gathered, *, model: str, context: int | None, progr
                 skipped.append(item)
             else:
                 shown.describe(f"counting {clean_line(item.name)}")
-                counted.append(count_document(item, tokenizer))
-    return Report(model, context or default, tuple(counted), tuple(skipped))
+                counted.append(count_document(item, tokenizer, first=not counted))
+    return Report(model, context or default, trained, tuple(counted), tuple(skipped))
 
 
-def _open(model: str, progress: Console) -> tuple[Tokenizer, int]:
-    """Return the tokenizer of a model and its default context; its weights stay on the disk."""
+def _open(model: str, progress: Console) -> tuple[Tokenizer, int, int]:
+    """Return the tokenizer of a model, its default context and the one it was trained for; loads no weights."""
     path = fetch(model, progress)
     with bar(progress, f"opening the tokenizer of {clean_line(model)}", ""):
         source = open_model(path)
-        return load_tokenizer(source), default_context(source.config)
+        return load_tokenizer(source), default_context(source.config), source.config.max_positions
 
 
 def print_table(report: Report, console: Console) -> None:
@@ -95,6 +96,7 @@ def print_json(report: Report) -> None:
             {
                 "model": report.model,
                 "context": report.context,
+                "trained_context": report.trained,
                 "documents": documents,
                 "skipped": [asdict(item) for item in report.skipped],
                 "total_tokens": fit.total,

@@ -13,6 +13,7 @@ from duolocal.terminal.tables import add_columns, new_table
 from duolocal.terminal.views import BAR_COLUMNS, share_bar
 
 _WIDE = 72  # columns; below there is no bar
+_WITH_SOURCE = 110  # columns; below, sources are listed under the table
 _MOST_SKIPPED = 30  # lines; the rest is counted, and in --json
 
 
@@ -37,22 +38,22 @@ def loaded_view(rows: Sequence[tuple[str, int, Document | None]], *, context: in
     """List documents in the context: (name, tokens, the file where it is known)."""
     if not rows:
         return Text("no documents in the context; /load PATH adds some")
-    table = new_table("~document", ">pages", ">tokens", *_share_columns(context, columns), "~source")
+    beside = columns >= _WITH_SOURCE
+    table = new_table("~document", ">pages", ">tokens", *_share_columns(context, columns), *["~source"] * beside)
+    below: list[Text] = []
     for name, num_tokens, document in rows:
         about = ""
         if document is not None:
             details = ", ".join(filter(None, (document.kind, figures.size(document.num_bytes), document.encoding)))
             about = f"{document.path} ({details})"
         pages = f"{document.pages:,}" if document is not None and document.pages else ""
-        table.add_row(
-            Text(clean_line(name)),
-            Text(pages),
-            Text(f"{num_tokens:,}"),
-            *_share(num_tokens, context, columns),
-            Text(clean_line(about), "dim"),
-        )
+        source = Text(clean_line(about), "dim")
+        cells = [Text(clean_line(name)), Text(pages), Text(f"{num_tokens:,}"), *_share(num_tokens, context, columns)]
+        table.add_row(*cells, *[source] * beside)
+        if about and not beside:
+            below.append(Text(f"  {clean_line(name)}: ", "dim").append(source))
     notes = [document.note for _, _, document in rows if document is not None and document.note]
-    return Group(table, *(Text(f"* {clean_line(note)}", "yellow") for note in notes))
+    return Group(table, *below, *(Text(f"* {clean_line(note)}", "yellow") for note in notes))
 
 
 def _share_columns(context: int, columns: int) -> list[str]:
