@@ -1,4 +1,4 @@
-// Attention over blocks of integer codes, as products of integers: nothing is decoded.
+// Attention over blocks of integer codes, as products of integers: nothing is decoded. decode.h and prefill.h use it.
 //
 // A stored key or value is scale * code + minimum. Each query, and each query's weights on a tile of tokens, become codes of
 // 8 bits and rests of 8 bits below them, so that what they lose is some 2^-15 of their largest: less than any format of the
@@ -22,7 +22,7 @@ typedef struct {
 typedef struct {
   const uint8_t *codes;  // [count, stride]
   int64_t stride;
-  int flip, is_signed;
+  int is_signed;
   float scales[TILE], minima[TILE];  // of the codes as they are multiplied
 } tile_codes;
 
@@ -68,7 +68,7 @@ INLINE void read_codes(const uint8_t *record, const plane *pl, int64_t dim, int6
   const uint8_t *codes = record + pl->codes_at + first * bytes;
   for (int64_t b = 0; b < count * bytes; b += 64) __builtin_prefetch(codes + b + ahead);
   to->codes = codes, to->stride = bytes;
-  to->is_signed = pl->kind == PLANE_INT8, to->flip = to->is_signed;
+  to->is_signed = pl->kind == PLANE_INT8;
   if (pl->kind == PLANE_INT4) {
     for (int64_t t = 0; t < count; t++)
       for (int64_t d = 0; d < dim / 2; d += 16) {
@@ -89,14 +89,14 @@ INLINE void read_codes(const uint8_t *record, const plane *pl, int64_t dim, int6
   }
   for (; t < count; t++) to->scales[t] = half_at(scales + 2 * t), to->minima[t] = half_at(minima + 2 * t);
   for (; t < TILE; t++) to->scales[t] = to->minima[t] = 0;
-  if (to->flip)
+  if (to->is_signed)
     for (t = 0; t < TILE; t += LANES) store(to->minima + t, load(to->minima + t) + load(to->scales + t) * (float)FLIP);
 }
 
-INLINE vcodes load_codes(const uint8_t *p, int flip) {
+INLINE vcodes load_codes(const uint8_t *p, int is_signed) {
   typedef vcodes vcodes_u __attribute__((aligned(1)));
   vcodes codes = *(const vcodes_u *)p;
-  return flip ? codes ^ FLIP : codes;
+  return is_signed ? codes ^ FLIP : codes;
 }
 
 INLINE vi load_x(const uint8_t *p) { return *(const vi_u *)p; }

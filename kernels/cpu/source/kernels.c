@@ -1,11 +1,13 @@
 // The compiled CPU kernels of duolocal, one translation unit. Called from kernels/cpu/*.py through ctypes.
-#include "attention.h"
+#include "decode.h"
 #include "elementwise.h"
 #include "linear.h"
 #include "planes.h"
 #include "pool.h"
+#include "prefill.h"
 #include "select.h"
 #include "sparse.h"
+#include "store.h"
 #include "weigh.h"
 #include "weights.h"
 

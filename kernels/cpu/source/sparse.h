@@ -1,7 +1,7 @@
 // Sparse prefill: how much of the attention of a few queries each block has. What is chosen from it is decided in
 // kernels/sparse.py, and `run_prefill_attention` reads what was chosen.
 #pragma once
-#include "attention.h"
+#include "prefill.h"
 
 #define SPAN_BLOCKS 16  // blocks that are one item of work
 

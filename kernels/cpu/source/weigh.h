@@ -1,6 +1,6 @@
 // How much of the attention of a head's queries each candidate has: its keys are looked at, its values are not.
 #pragma once
-#include "attention.h"
+#include "decode.h"
 
 #define WEIGHED_TOGETHER 8  // candidates that are one item of work
 
