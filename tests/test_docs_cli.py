@@ -251,7 +251,9 @@ def test_a_refusal_names_the_largest_and_counts_the_rest() -> None:
     assert len(message) < 1000 and "and 296 more (" in message
     assert "leave out" in message and message.endswith("or summarise first with `duolocal summarize`")
     alone = Fit((("a.txt", 9000),), 8192, used=5, kept=128).refusal()
-    assert "; /reset all, start with --context 9K, start with --reader retrieve, which reads it for each" in alone
+    assert "; start with --context 9K, start with --reader retrieve, which reads it for each" in alone
+    assert "; /reset all, start with" in Fit((("a.txt", 8000),), 8192, used=500, kept=128).refusal()
+    assert "/reset all" not in alone  # it would not make room enough
 
 
 def test_gather_is_cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ class Fit:
         choices = []
         if many and len(dropped) < len(self.sizes):
             choices.append(f"leave out {_list(dropped)}")
-        elif self.used:
+        elif self.used and self.total + self.kept <= self.context:
             choices.append("/reset all")
         choices.append(f"start with --context {self.needed}{self._beyond()}")
         choices.append(f"start with --reader retrieve, which reads {'them' if many else 'it'} for each question")
