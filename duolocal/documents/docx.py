@@ -100,14 +100,9 @@ class _Reader:
         notes = self._told.notes()
         if not text:
             what = f" ({'; '.join(notes)[:200]})" if notes else ""
-            raise ConversionError(
-                f"is a Word document without text{what}: "
-                + (
-                    "open it in Word and save it anew"
-                    if self._told["chunk"]
-                    else "it may hold pictures only; run OCR over them first"
-                )
-            )
+            pictures, anew = "it may hold pictures only; run OCR over them first", "open it in Word and save it anew"
+            advice = anew if self._told["chunk"] else pictures
+            raise ConversionError(f"is a Word document without text{what}: {advice}")
         return Converted(text, (), notes)
 
     # --- blocks ----------------------------------------------------------------------------------------------------

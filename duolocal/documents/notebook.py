@@ -13,6 +13,8 @@ from duolocal.documents.told import Told
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours of tracebacks
 _TEXTS = ("text/markdown", "text/latex", "text/plain", "text/html", "application/json")
+_OLD_TYPES = {"text": "text/plain", "html": "text/html"} | {key: f"image/{key}" for key in ("png", "jpeg")}
+_OLD_TYPES["svg"] = "image/svg+xml"  # as the third format calls them
 _MAX_CELLS = 100_000
 
 
@@ -96,17 +98,7 @@ class _Reader:
         data: dict[str, Any] = (
             found
             if isinstance(found, dict)
-            else {
-                {
-                    "text": "text/plain",
-                    "html": "text/html",
-                    "png": "image/png",
-                    "jpeg": "image/jpeg",
-                    "svg": "image/svg+xml",
-                }.get(key, key): value
-                for key, value in output.items()
-                if key in ("text", "html", "png", "jpeg", "svg")
-            }
+            else {_OLD_TYPES[key]: value for key, value in output.items() if key in _OLD_TYPES}
         )
         pieces = [
             self._picture(media, _text(value))

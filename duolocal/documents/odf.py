@@ -10,6 +10,7 @@ from xml.etree.ElementTree import Element
 from duolocal.documents.converted import Assembler, ConversionError, Converted
 from duolocal.documents.odf_sheets import read_sheets
 from duolocal.documents.odf_text import OpenReader
+from duolocal.documents.told import blank_slides
 from duolocal.documents.xml_tree import attribute, child, local, parse_xml
 from duolocal.documents.zipped import Archive
 
@@ -74,8 +75,4 @@ def _slides(body: Element, reader: OpenReader) -> Converted:
         reader.report(number, len(pages))
     if len(empty) == len(pages):
         raise ConversionError("is a presentation without text: it may hold pictures only; run OCR over them first")
-    shown = ", ".join(empty[:20]) + (" …" if len(empty) > 20 else "")
-    told = (
-        [f"{len(empty):,} of {len(pages):,} slides yield no text (pictures, charts or blank): {shown}"] if empty else []
-    )
-    return Converted(assembler.text(), assembler.parts, (*told, *reader.told.notes()))
+    return Converted(assembler.text(), assembler.parts, (*blank_slides(empty, len(pages)), *reader.told.notes()))

@@ -12,7 +12,7 @@ from duolocal.documents.formulas import formula
 from duolocal.documents.inline import PLAIN, Style, marked
 from duolocal.documents.numbering import numbered
 from duolocal.documents.package import Package, Relation, alternative, unflattened
-from duolocal.documents.told import Told
+from duolocal.documents.told import Told, blank_slides, listed
 from duolocal.documents.xml_tree import attribute, child, local
 from duolocal.documents.zipped import Archive
 
@@ -65,22 +65,13 @@ def _presentation(package: Package, report: Callable[[int, int], None]) -> Conve
         report(number, len(items))
     if len(empty) + len(missing) == len(items):
         raise ConversionError("is a PowerPoint file without text: it may hold pictures only; run OCR over them first")
-    notes = []
-    if empty:
-        notes.append(f"{_of(empty, len(items))} yield no text (pictures, charts or blank): {_listed(empty)}")
+    notes = [*blank_slides(empty, len(items))]
     if missing:
-        notes.append(f"{_of(missing, len(items))} missing from the file, which is damaged: {_listed(missing)}")
+        of = f"{len(missing):,} of {len(items):,} slides"
+        notes.append(f"{of} missing from the file, which is damaged: {listed(missing)}")
     if hidden:
-        notes.append(f"hidden slides are read too: {_listed(hidden)}")
+        notes.append(f"hidden slides are read too: {listed(hidden)}")
     return Converted(assembler.text(), assembler.parts, (*notes, *reader.told.notes()))
-
-
-def _of(numbers: list[str], total: int) -> str:
-    return f"{len(numbers):,} of {total:,} slides"
-
-
-def _listed(numbers: list[str]) -> str:
-    return ", ".join(numbers[:20]) + (" …" if len(numbers) > 20 else "")
 
 
 class _Reader:

@@ -30,18 +30,9 @@ _SKIPPED = frozenset(
 )
 _KNOWN = frozenset(("shpinst", "shptxt", "ud", "footnote", "annotation", "pict", "fldrslt", "atnauthor", "formfield"))
 _RUNNING = frozenset(("header", "headerl", "headerr", "headerf", "footer", "footerl", "footerr", "footerf"))
-_SIGNS = {
-    **{"emdash": "—", "endash": "–", "lquote": "‘", "rquote": "’", "ldblquote": "“", "rdblquote": "”", "bullet": "•"},
-    **{
-        "emspace": " ",
-        "enspace": " ",
-        "qmspace": " ",
-        "zwj": "\u200d",
-        "zwnj": "\u200c",
-        "tab": "\t",
-        "nestcell": "; ",
-    },
-}
+_SIGNS = {"emdash": "—", "endash": "–", "lquote": "‘", "rquote": "’", "ldblquote": "“", "rdblquote": "”", "bullet": "•"}
+_SIGNS |= dict.fromkeys(("emspace", "enspace", "qmspace"), " ")
+_SIGNS |= {"zwj": "\u200d", "zwnj": "\u200c", "tab": "\t", "nestcell": "; "}
 _CHARSETS = {
     **{0: "cp1252", 77: "mac_roman", 128: "cp932", 129: "cp949", 130: "johab", 134: "gb18030", 136: "big5"},
     **{161: "cp1253", 162: "cp1254", 163: "cp1258", 177: "cp1255", 178: "cp1256", 186: "cp1257", 204: "cp1251"},
@@ -234,11 +225,8 @@ class _Reader:
                 self._charset = number or 0
             case "fftype" | "ffres" | "ffdefres":
                 self._box[word] = number or 0
-            case "super" | "sub":
-                level = 0 if number == 0 else 1 if word == "super" else -1
-                self._state = replace(state, style=state.style._replace(level=level))
-            case "up" | "dn":
-                level = 0 if number == 0 else 1 if word == "up" else -1
+            case "super" | "sub" | "up" | "dn":
+                level = 0 if number == 0 else 1 if word in ("super", "up") else -1
                 self._state = replace(state, style=state.style._replace(level=level))
             case "nosupersub":
                 self._state = replace(state, style=state.style._replace(level=0))

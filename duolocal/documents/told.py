@@ -1,6 +1,7 @@
 """What is told of a document that was read: how much of it is not there as it stands in the file, and why."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 _TEXTS = {
     "formula": "{} formula{s} not read",
@@ -37,3 +38,14 @@ class Told(Counter[str]):
             for kind, text in _TEXTS.items()
             if self[kind]
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names of a list."""
+    return ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
+
+
+def blank_slides(numbers: Sequence[str], total: int) -> tuple[str, ...]:
+    """Return what is told of slides without text."""
+    what = f"{len(numbers):,} of {total:,} slides yield no text (pictures, charts or blank): {listed(numbers)}"
+    return (what,) if numbers else ()
