@@ -394,7 +394,7 @@ def test_a_model_that_is_not_run_is_refused_before_its_weights(hub: Hub, changes
     assert sorted(hub.downloaded) == ["config.json", "model.safetensors.index.json"]
     assert cached_path("org/tiny") is None
     hub.files["config.json"] = b"<html>"
-    with pytest.raises(ConfigError, match=r"is not JSON"):
+    with pytest.raises(ConfigError, match=r"is a web page"):
         resolve("org/tiny", revision="v2")
     assert not any(name.startswith("model-") for name in hub.downloaded)
 
@@ -412,8 +412,8 @@ def test_a_model_in_the_native_format_is_fetched(hub: Hub) -> None:
             ConfigError,
             r"^org/tiny: a-Q8_0\.gguf: general\.architecture is 'gemma3'; duolocal runs",
         ),
-        (b"version https://git-lfs", ModelFileError, r"^org/tiny: a-Q8_0\.gguf: not a GGUF file: begins with b'vers'"),
-        (b"", ModelFileError, r"not a GGUF file"),
+        (b"version https://git-lfs", ModelFileError, r"^org/tiny: a-Q8_0\.gguf: is a Git LFS pointer"),
+        (b"", ModelFileError, r"is empty: download it again"),
     ],
 )
 def test_a_gguf_that_is_not_run_is_refused_by_its_first_bytes(

@@ -82,7 +82,7 @@ def test_a_chat_from_the_first_question_to_quit(terminal: Terminal, tmp_path: Pa
     terminal.enter("/undo")
     terminal.expect("undone: ")
     terminal.enter("/docs")
-    assert "colour.txt" in terminal.expect("source[\\s\\S]*utf-8")
+    terminal.expect("colour\\.txt: [\\s\\S]*utf-8")
     terminal.enter("/quit")
     terminal.child.expect(pexpect.EOF)
     terminal.child.close()

@@ -327,7 +327,6 @@ def test_a_user_defined_piece_that_the_template_writes_is_not_read_from_text(tmp
         ({"tokenizer.ggml.model": "bert"}, "'bert'"),
         ({"tokenizer.ggml.scores": [0.0]}, "1 scores"),
         ({"tokenizer.ggml.token_type": [1]}, "1 token types"),
-        ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id is 1000000"),
     ],
 )
 def test_a_damaged_gguf_vocabulary(
