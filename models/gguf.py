@@ -154,6 +154,10 @@ def _open_part(path: Path, index: int, count: int) -> GGUFFile:
     return _Parser(path, data, index, count).parse()
 
 
+def _is_prose(key: str) -> bool:
+    return key.startswith("general.") and key != "general.architecture"
+
+
 class _TruncatedError(ModelFileError):
     """The file ends before what it says it holds."""
 
@@ -249,7 +253,8 @@ class _Parser:
             raise self._error(f"{label(what)} has a string of {length} bytes, more than {limit}: damaged")
         start = self._take(length, what)
         try:
-            return self._data[start : start + length].decode("utf-8")
+            # What is written for people, in whatever encoding, is no reason to refuse a model.
+            return self._data[start : start + length].decode("utf-8", "replace" if _is_prose(what) else "strict")
         except UnicodeDecodeError as error:
             raise self._error(f"{label(what)} has a string that is not UTF-8 at byte {start}: damaged") from error
 

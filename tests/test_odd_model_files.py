@@ -119,3 +119,16 @@ def test_a_byte_order_mark_in_tokenizer_files(tmp_path: Path) -> None:
         file = tmp_path / name
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert load_tokenizer(open_model(tmp_path)).encode("some text") == wanted
+
+
+def test_a_name_that_is_not_utf8_is_no_reason_to_refuse(tmp_path: Path, smollm2_path: Path) -> None:
+    data = bytearray(smollm2_path.read_bytes())
+    at = data.index(b"general.name") + len(b"general.name") + 12  # after its kind and its length
+    data[at] = 0xE9
+    (tmp_path / "m.gguf").write_bytes(data)
+    assert open_model(tmp_path / "m.gguf").metadata["general.name"].startswith("\ufffd")
+    at = data.index(b"general.architecture") + len(b"general.architecture") + 12
+    data[at] = 0xE9
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(DuoLocalError, match=r"general\.architecture has a string that is not UTF-8"):
+        open_model(tmp_path / "m.gguf")
